@@ -633,11 +633,11 @@ class Communicator(abc.ABC):
 
     @abc.abstractmethod
     def open_tickets(self, count: int) -> None:
-        """Called by all: prepare `count` tickets; a collective on rank 0's data follows."""
+        """Called by all, before a broadcast: prepare tickets; only rank 0's `count` matters."""
 
     @abc.abstractmethod
-    def take_ticket(self) -> int | None:
-        """The next of the tickets 0, 1, ..., each handed out once, None when all are gone."""
+    def take_ticket(self, count: int) -> int | None:
+        """The next of the tickets 0 to `count` - 1, each handed out once; None after the last."""
 
     @abc.abstractmethod
     def command(self, message: Message | None) -> None:
@@ -872,7 +872,7 @@ class SerialCommunicator(Communicator):
     def open_tickets(self, count: int) -> None:
         self._tickets = iter(range(count))
 
-    def take_ticket(self) -> int | None:
+    def take_ticket(self, count: int) -> int | None:
         return next(self._tickets, None)
 
     def command(self, message: Message | None) -> None:
@@ -1167,7 +1167,7 @@ class PipeCommunicator(Communicator):
         self._port = port
         self._slots = slots
         self._tickets = tickets
-        self._own_tickets: Iterator[int] = iter(())
+        self._turn = 0
         self._run = 0
         self._stream = 0
         self._streams: dict[tuple[int, int], _Incoming] = {}
@@ -1401,13 +1401,16 @@ class PipeCommunicator(Communicator):
         self._transmit([process], _Call(0, 0, "send"), tag, message)
 
     def open_tickets(self, count: int) -> None:
-        self._own_tickets = iter(range(self.rank, count, self.size))
+        self._turn = self.rank
         if self.process == 0 and _POSIX:
             self._tickets.open(count)
 
-    def take_ticket(self) -> int | None:
-        # Windows: in turns, fixed beforehand, as a pipe there cannot be read without blocking.
-        return self._tickets.take() if _POSIX else next(self._own_tickets, None)
+    def take_ticket(self, count: int) -> int | None:
+        if _POSIX:
+            return self._tickets.take()
+        # In turns, fixed beforehand, as a pipe on Windows cannot be read without blocking.
+        ticket, self._turn = self._turn, self._turn + self.size
+        return ticket if ticket < count else None
 
     def _post_verdict(self, process: int, verb: str) -> None:
         """Tell the end of the run without waiting, whatever state the sending is in."""
@@ -1952,7 +1955,6 @@ class MPICommunicator(Communicator):
         self._group = self._world
         self._groups = {self.members: self._world}
         self._counters: dict[tuple[int, ...], Any] = {}
-        self._tickets_left = 0
         self._run_counts: collections.Counter[tuple[int, ...]] = collections.Counter()
         self._spins = 0
         self._checking = False
@@ -2101,7 +2103,7 @@ class MPICommunicator(Communicator):
         calls = sorted([(self.members[low], _call_of(first)), (self.members[high], _call_of(last))])
         ending = [item for item in calls if item[1].verb in ("return", "exit")]
         (teller, told), (other, call) = calls if not ending or calls[0] in ending else calls[::-1]
-        self.spokesman = other if told.verb == "exit" else min(teller, other)
+        self.spokesman = None if told.verb == "exit" else min(teller, other)
         if told.verb == "return" and call.verb != "return":
             return ContractError(
                 f"rank {teller} {told} while rank {other} waits in {call.verb} #{call.number}"
@@ -2357,26 +2359,27 @@ class MPICommunicator(Communicator):
 
     def open_tickets(self, count: int) -> None:
         self._check()
-        self._tickets_left = count
         if self.members not in self._counters:
             window = self._mpi.Win.Allocate(8 if self.rank == 0 else 0, 8, comm=self._group)
             window.Lock_all()
             self._counters[self.members] = window
         if self.rank == 0:
-            window = self._counters[self.members]
-            window.Accumulate([np.zeros(1, np.int64), self._mpi.INT64_T], 0, op=self._mpi.REPLACE)
-            window.Flush(0)
+            self._count(self._mpi.REPLACE, 0)
 
-    def take_ticket(self) -> int | None:
-        window, ticket = self._counters[self.members], np.zeros(1, np.int64)
+    def take_ticket(self, count: int) -> int | None:
+        ticket = self._count(self._mpi.SUM, 1)
+        return ticket if ticket < count else None
+
+    def _count(self, operation: Any, operand: int) -> int:
+        """Fetch the counter and change it."""
+        window = self._counters[self.members]
+        # Both must live until the flush.
+        given, found = np.array([operand], np.int64), np.empty(1, np.int64)
         window.Fetch_and_op(
-            [np.ones(1, np.int64), self._mpi.INT64_T],
-            [ticket, self._mpi.INT64_T],
-            0,
-            op=self._mpi.SUM,
+            [given, self._mpi.INT64_T], [found, self._mpi.INT64_T], 0, op=operation
         )
         window.Flush(0)
-        return int(ticket[0]) if ticket[0] < self._tickets_left else None
+        return int(found[0])
 
     def begin_leaving(self) -> Callable[[], object]:
         """At the end of the program: a test whether all ranks have come to theirs, too."""
@@ -2444,12 +2447,15 @@ class _JobEnd:
     ) -> None:
         communicator = self._communicator
         rank, size = communicator.process, communicator.world_size
-        communicator.tell_all(("dying", rank))
-        if communicator.spokesman not in (None, rank):
-            communicator.listen(3 * _GRACE, lambda: False)
-        elif rank > 0 and communicator.listen(
-            _GRACE / 2, lambda: any(other < rank for other in communicator.dying)
-        ):
+        speaks = communicator.spokesman in (None, rank)
+        if speaks:
+            communicator.tell_all(("dying", rank))
+        if communicator.spokesman is None:  # nothing is agreed: the lowest rank speaks
+            patience = _GRACE / 2 if rank > 0 else _GRACE / 10
+            speaks = not communicator.listen(
+                patience, lambda: any(other < rank for other in communicator.dying)
+            )
+        if not speaks:
             communicator.listen(3 * _GRACE, lambda: False)
         sys.stdout.flush()
         header = f"### rank {rank} of {size} on {socket.gethostname()} (pid {os.getpid()})"
@@ -2460,14 +2466,18 @@ class _JobEnd:
     def _at_exit(self) -> None:
         communicator, status = self._communicator, self._status
         code = 0 if status is None else status if isinstance(status, int) else 1
-        if code != 0 and not communicator.listen(_GRACE, communicator.begin_leaving()):
-            communicator.abort(f"### rank {communicator.process} exits with status {code}", code)
+        if code != 0:
+            communicator.tell_all(("dying", -1))  # hush all the others
+            if not communicator.listen(_GRACE, communicator.begin_leaving()):
+                communicator.abort(_exit_notice(communicator.process, code), code)
         if not communicator.leave_job():
             if code == 0:  # who waits for this rank tells the user
                 communicator.listen(3 * _GRACE, lambda: False)
-            communicator.abort(
-                f"### rank {communicator.process} exits with status {code}", code or 1
-            )
+            communicator.abort(_exit_notice(communicator.process, code), code or 1)
+
+
+def _exit_notice(rank: int, code: int) -> str:
+    return f"### rank {rank} ended its program with status {code} while others go on"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2517,12 +2527,12 @@ class Parallelizer(abc.ABC):
     # -- roles and life -----------------------------------------------------------------------
 
     @property
-    def id(self) -> int | None:
+    def id(self) -> int | Any:
         """Rank of this process, main's is 0; None before multiprocessing's processes are up."""
         return None if self._comm is None else self._comm.rank
 
     @property
-    def nprocs(self) -> int | None:
+    def nprocs(self) -> int | Any:
         """Number of processes, main included; None before multiprocessing's are up."""
         return None if self._comm is None else self._comm.size
 
@@ -2758,7 +2768,7 @@ class Parallelizer(abc.ABC):
         comm.broadcast(message)
         return value
 
-    def scatter(self, data: _T) -> _T:
+    def scatter(self, data: _T | None) -> _T:
         """Split main's `data` into one block per process.
 
         Parameters
@@ -2924,7 +2934,7 @@ class Parallelizer(abc.ABC):
     def map(
         self,
         func: Callable[..., _R],
-        data: Iterable[Any],
+        data: Iterable[Any] | None,
         extra_args: Sequence[Any] = (),
         extra_kwargs: Mapping[str, Any] | None = None,
         *,
@@ -2968,7 +2978,7 @@ class Parallelizer(abc.ABC):
     def starmap(
         self,
         func: Callable[..., _R],
-        data: Iterable[Iterable[Any]],
+        data: Iterable[Iterable[Any]] | None,
         extra_args: Sequence[Any] = (),
         extra_kwargs: Mapping[str, Any] | None = None,
         *,
@@ -2985,7 +2995,7 @@ class Parallelizer(abc.ABC):
     def _map(
         self,
         task: _Task,
-        data: Iterable[Any],
+        data: Iterable[Any] | None,
         vectorized: bool,
         chunksize: int | None,
         progress: bool,
@@ -3268,7 +3278,8 @@ def _map_items(
         comm.open_tickets(len(bounds))
     chunksize, data = parallelizer.broadcast((chunksize, data))
     bounds = _guided_bounds(len(data), comm.size, chunksize)
-    chunks = (bounds[ticket] for ticket in iter(comm.take_ticket, None))
+    tickets = iter(lambda: comm.take_ticket(len(bounds)), None)
+    chunks = (bounds[ticket] for ticket in tickets)
     done = [
         (start, task.call_items(data, start, stop))
         for start, stop in _shown(chunks, len(data), progress and main)
