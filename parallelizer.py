@@ -62,6 +62,7 @@ import copyreg
 import enum
 import functools
 import importlib
+import importlib.util
 import io
 import itertools
 import logging
@@ -75,9 +76,11 @@ import operator
 import os
 import pickle
 import select
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -88,7 +91,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, ParamSpec, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
@@ -113,7 +116,7 @@ __all__ = [
 _log = logging.getLogger("parallelizer")
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-_P = ParamSpec("_P")
+
 _Self = TypeVar("_Self", bound="Parallelizer")
 
 
@@ -2375,9 +2378,7 @@ class MPICommunicator(Communicator):
         window = self._counters[self.members]
         # Both must live until the flush.
         given, found = np.array([operand], np.int64), np.empty(1, np.int64)
-        window.Fetch_and_op(
-            [given, self._mpi.INT64_T], [found, self._mpi.INT64_T], 0, op=operation
-        )
+        window.Fetch_and_op([given, self._mpi.INT64_T], [found, self._mpi.INT64_T], 0, op=operation)
         window.Flush(0)
         return int(found[0])
 
@@ -3587,3 +3588,244 @@ def _client_or_server(
         return client(parallelizer=parallelizer)
     server(parallelizer=parallelizer)
     return Parallelizer.InWorkerProcess
+
+
+# ---------------------------------------------------------------------------------------------
+# The self-test and the command line
+# ---------------------------------------------------------------------------------------------
+
+
+def _expect(found: Any, wanted: Any) -> None:
+    same = type(found) is type(wanted)
+    if isinstance(wanted, np.ndarray):
+        same = same and found.dtype == wanted.dtype and found.shape == wanted.shape
+        same = same and found.tobytes() == wanted.tobytes()
+    elif not (same and found == wanted):
+        same = False
+    if not same:
+        raise AssertionError(f"expected {wanted!r}, but got {found!r}")
+
+
+_SAMPLES = (
+    np.arange(7, dtype=np.int64),
+    np.linspace(0, 1, 400_001),
+    np.arange(12.0).reshape(3, 4).T,
+    np.arange(20, dtype=complex)[::-2],
+    np.array(["a", "bcd"]),
+    np.array(["2026-01-31", "NaT"], "M8[D]"),
+    np.zeros(3, [("x", "<f4"), ("y", "i1", 2)]),
+    np.zeros((0, 3), bool),
+    np.array([None, {"a": 1}, "b"], object),
+)
+
+
+def _check_broadcast(*, parallelizer: Parallelizer) -> None:
+    for sample in (*_SAMPLES, "text", None, 3.5):
+        found = parallelizer.broadcast(sample if parallelizer.on_main else None)
+        _expect(found, sample)
+        nested = parallelizer.broadcast({"a": [sample]} if parallelizer.on_main else None)
+        _expect(nested["a"][0], sample)
+
+
+def _check_scatter_and_gather(*, parallelizer: Parallelizer) -> None:
+    for sample in (*_SAMPLES, list(range(5)), "some text", range(2)):
+        block = parallelizer.scatter(sample if parallelizer.on_main else None)
+        start, stop = _block_bounds(len(sample), parallelizer.nprocs)[parallelizer.id]
+        _expect(block, sample[start:stop])
+        gathered = parallelizer.allgather(block)
+        if isinstance(sample, np.ndarray):
+            _expect(gathered, sample)
+        else:
+            _expect([x for part in gathered for x in part], list(sample))
+
+
+def _check_reductions(*, parallelizer: Parallelizer) -> None:
+    mine = np.array([0.1, 1e16, -1e16]) * (parallelizer.id + 1)
+    wanted = functools.reduce(operator.add, parallelizer.allgather(mine, concatenate=False))
+    _expect(parallelizer.allreduce(mine), wanted)
+    joined = "".join(map(str, range(parallelizer.nprocs)))
+    _expect(parallelizer.allreduce(str(parallelizer.id), lambda a, b: a + b), joined)
+
+
+def _check_messages(*, parallelizer: Parallelizer) -> None:
+    right = (parallelizer.id + 1) % parallelizer.nprocs
+    left = (parallelizer.id - 1) % parallelizer.nprocs
+    for sample in _SAMPLES:  # all send before any receives
+        parallelizer.send(sample, right, tag=1)
+        parallelizer.send("behind", right, tag=2)
+        _expect(parallelizer.receive(left, tag=2), "behind")
+        _expect(parallelizer.receive(left, tag=1), sample)
+    parallelizer.wait()
+
+
+def _check_map(*, parallelizer: Parallelizer) -> None:
+    wanted = [x * x for x in range(1000)]
+    for data in (range(1000), np.arange(1000).tolist(), (x for x in range(1000))):
+        found = parallelizer.map(_square, data)
+        _expect(found, wanted if parallelizer.on_main else _Elsewhere.InWorkerProcess)
+    found = parallelizer.map(_square, np.arange(1000), vectorized=True)
+    if parallelizer.on_main:
+        _expect(found, np.array(wanted))
+    drawn = parallelizer.map(_draw, range(20), seed=1)
+    if parallelizer.on_main:
+        _expect(drawn, [_item_rng(1, index).random() for index in range(20)])
+
+
+def _square(x: Any) -> Any:
+    return x * x
+
+
+def _draw(_: int, rng: np.random.Generator) -> float:
+    return rng.random()
+
+
+def _check_failure(*, parallelizer: Parallelizer) -> None:
+    """Ends in an exception that `_run_check` expects."""
+    if parallelizer.id == parallelizer.nprocs - 1:
+        raise KeyError("the last rank", parallelizer.id)
+    parallelizer.gather(0)
+
+
+def _check_disagreement(*, parallelizer: Parallelizer) -> None:
+    """As above."""
+    if parallelizer.on_main:
+        parallelizer.gather(0)
+        if parallelizer.nprocs == 1:
+            raise ContractError("one process always agrees with itself")
+    else:
+        parallelizer.wait()
+
+
+_CHECKS: dict[Callable[..., None], type[Exception] | None] = {
+    _check_broadcast: None,
+    _check_scatter_and_gather: None,
+    _check_reductions: None,
+    _check_messages: None,
+    _check_map: None,
+    _check_failure: KeyError,
+    _check_disagreement: ContractError,
+}
+
+
+def _run_check(
+    parallelizer: Parallelizer, check: Callable[..., None], wanted: type[Exception] | None
+) -> str:
+    """What went wrong, or nothing."""
+    try:
+        parallelizer.run(check)
+    except Exception as error:  # a failed check must not keep the others from running
+        return (
+            ""
+            if wanted is not None and type(error) is wanted
+            else "".join(traceback.format_exception(error))
+        )
+    return "" if wanted is None else f"{wanted.__name__} was expected, but nothing was raised"
+
+
+def _host(*, parallelizer: Parallelizer) -> Any:
+    return parallelizer.gather(socket.gethostname())
+
+
+def _test_backend(name: str, make: Callable[[], Parallelizer]) -> bool:
+    """Run all checks on one backend; print a line of the table, on main."""
+    begun = time.perf_counter()
+    failures: dict[str, str] = {}
+    hosts: Any = []
+    try:
+        with make() as parallelizer:
+            hosts = parallelizer.run(_host)
+            for check, wanted in _CHECKS.items():
+                text = _run_check(parallelizer, check, wanted)
+                if text:
+                    failures[check.__name__] = text
+            main = parallelizer.on_main
+    except Exception as error:  # it cannot be brought up, or down, here
+        main, failures["start"] = True, "".join(traceback.format_exception(error))
+    if main:
+        ranks = ", ".join(
+            f"{count} on {host}" for host, count in collections.Counter(hosts).items()
+        )
+        verdict = f"FAILED: {', '.join(failures)}" if failures else f"{len(_CHECKS)} checks passed"
+        print(f"{name:<28}{ranks:<24}{time.perf_counter() - begun:6.2f} s   {verdict}", flush=True)
+        for text in failures.values():
+            print(text, file=sys.stderr)
+    return not failures
+
+
+def _versions() -> str:
+    parts = [
+        f"parallelizer {__version__}",
+        f"Python {sys.version.split()[0]}",
+        f"numpy {np.__version__}",
+    ]
+    try:
+        mpi = _import_mpi()
+    except ModuleNotFoundError:
+        return ", ".join([*parts, "no mpi4py"])
+    version = importlib.import_module("mpi4py").__version__
+    return ", ".join([*parts, f"mpi4py {version}", mpi.Get_library_version().split("\n")[0]])
+
+
+def _find_launcher() -> str | None:
+    """The launcher, which may stand beside a Python that is not on the PATH."""
+    beside = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    return shutil.which("mpiexec", path=beside)
+
+
+def _test_mpi_by_launcher(nprocs: int) -> bool:
+    launcher = _find_launcher()
+    try:
+        mpi4py = importlib.util.find_spec("mpi4py") is not None
+    except ValueError:
+        mpi4py = False
+    if launcher is None or not mpi4py:
+        missing = "mpi4py is not installed" if not mpi4py else "no mpiexec was found"
+        print(f"{'mpi':<28}not checked: {missing} (pip install mpi4py mpich)")
+        return True
+    command = [launcher, "-n", str(nprocs), sys.executable, __file__, "self-test", "--only-mpi"]
+    # Open MPI counts cores, and wants a word before it runs as root.
+    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+               "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # fmt: skip
+    try:
+        return subprocess.run(command, env={**allowed, **os.environ}, timeout=120).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"{'mpi':<28}FAILED: {' '.join(command)} did not end within 120 s")
+        return False
+
+
+def _self_test(backend: str | None, nprocs: int, only_mpi: bool) -> bool:
+    if backend is not None:
+        module, _, name = backend.partition(":")
+        return _test_backend(backend, getattr(importlib.import_module(module), name))
+    launched = _launched_ranks() > 1 or only_mpi
+    world = MPIParallelizer() if launched else None
+    passed = True
+    if world is None or (world.on_main and not only_mpi):
+        print(_versions() if world is None or world.on_main else "")
+        passed = _test_backend("serial", SerialNonParallelizer)
+        for method in multiprocessing.get_all_start_methods():
+            make = functools.partial(MultiprocessingParallelizer, nprocs, start_method=method)
+            passed &= _test_backend(f"multiprocessing, {method}", make)
+    if world is None:
+        return passed & _test_mpi_by_launcher(nprocs)
+    return _test_backend("mpi", lambda: world) and passed
+
+
+def _command_line() -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__name__}",
+        description="Check that this copy of parallelizer works on this machine or cluster: on "
+        "every backend, or on the ranks of an MPI launcher that starts it.",
+    )
+    parser.add_argument("command", nargs="?", choices=["self-test"], default="self-test")
+    parser.add_argument("--backend", metavar="PACKAGE.MODULE:CLASS", help="check this one only")
+    parser.add_argument("--nprocs", type=int, default=3, help="number of processes (default: 3)")
+    parser.add_argument("--only-mpi", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    return 0 if _self_test(arguments.backend, arguments.nprocs, arguments.only_mpi) else 1
+
+
+if __name__ == "__main__":
+    # The importable module, not a second one of the name __main__, so that all processes agree.
+    _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
+    sys.exit(importlib.import_module(_name)._command_line())

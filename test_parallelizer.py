@@ -1,0 +1,2138 @@
+"""The contract of `parallelizer`, written once as tests and run on every backend.
+
+A test that takes the fixture `p`, an open parallelizer, or `fresh`, a closed one, runs on serial
+and on multiprocessing with each start method. Under MPI the same tests run by way of
+`test_contract_under_mpi`, which starts `mpiexec` on several numbers of ranks: each rank runs the
+same tests in the same order, and the outer test checks that all of them ran and passed on each.
+
+How to write a test: the functions that `p.run` is given ("bodies") stand at module level, so that
+every start method can pickle them. A body may assert on any process. What `p.run` returns is
+main's under multiprocessing and each rank's own under MPI, so it goes through `expect`, which
+looks at it on main and lets the other ranks know.
+
+::
+
+    pytest test_parallelizer.py                       everything
+    pytest test_parallelizer.py -k on_spawn           one engine
+    PARALLELIZER_TEST_ENGINE=mpi mpiexec -n 3 python test_parallelizer.py FOLDER -k "on_mpi and map"
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import contextlib
+import copy
+import dataclasses
+import faulthandler
+import functools
+import importlib
+import importlib.util
+import io
+import itertools
+import json
+import multiprocessing
+import operator
+import os
+import pickle
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pytest
+
+from parallelizer import (
+    ClientServerRunner,
+    ContractError,
+    MPIParallelizer,
+    MultiprocessingParallelizer,
+    PackingError,
+    Parallelizer,
+    ParallelizerError,
+    RemoteTraceback,
+    SerialNonParallelizer,
+    WaitTimeout,
+    WorkerDied,
+    WorkerError,
+)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Par = Any  # a Parallelizer, given also what its annotations forbid
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+UNDER_MPI = os.environ.get("PARALLELIZER_TEST_ENGINE") == "mpi"
+MULTIPROCESSING = ["fork", "forkserver", "spawn"]
+ENGINES = ["mpi"] if UNDER_MPI else ["serial", *MULTIPROCESSING]
+NPROCS = 3
+RANK_COUNTS = [1, 2, 3, 5]
+HERE = Path(__file__).parent
+MIB = 2**20
+
+
+# ---------------------------------------------------------------------------------------------
+# Fixtures: the engines, and what must hold around every test
+
+
+def create(engine: str, nprocs: int = NPROCS) -> Par:
+    """Make a closed parallelizer; only multiprocessing is free to choose `nprocs`."""
+    if engine == "serial":
+        return SerialNonParallelizer()
+    if engine == "mpi":
+        return MPIParallelizer()
+    return MultiprocessingParallelizer(nprocs=nprocs, start_method=engine)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, id=f"on_{name}") for name in ENGINES])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def p(engine: str) -> Iterator[Par]:
+    """Keep a parallelizer open for all tests on its engine."""
+    with create(engine) as parallelizer:
+        yield parallelizer
+
+
+@pytest.fixture
+def fresh(engine: str) -> Par:
+    """Make a closed parallelizer of the test's own."""
+    return create(engine)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warnings_are_errors_in_children_too() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONWARNINGS", "error")
+        yield
+
+
+@pytest.fixture(scope="session")
+def terminal(pytestconfig: pytest.Config) -> Iterator[TextIO]:
+    """Pass on the real stderr, which pytest's capturing covers while a test runs."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        duplicate = os.dup(2)
+    with os.fdopen(duplicate, "w") as stream:
+        yield stream
+
+
+@pytest.fixture(autouse=True)
+def _deadline(request: pytest.FixtureRequest, terminal: TextIO) -> Iterator[None]:
+    """End the tests with the tracebacks of all threads when one of them hangs."""
+    marker = request.node.get_closest_marker("timeout")
+    faulthandler.dump_traceback_later(marker.args[0] if marker else 60, exit=True, file=terminal)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check that a test leaves no process and no shared memory behind."""
+    shared = request.getfixturevalue("p") if "p" in request.fixturenames else None
+    processes, memory = descendants(), shared_memory()
+    yield
+    # A test may make the shared pool replace its workers, so they are counted, not compared.
+    replaced = (shared.nprocs or 1) - 1 if isinstance(shared, MultiprocessingParallelizer) else 0
+    left = descendants()
+    assert len(left) <= max(len(processes), replaced), f"processes left: {left - processes}"
+    assert shared_memory() <= memory, f"left in /dev/shm: {shared_memory() - memory}"
+
+
+def descendants() -> set[int]:
+    """Find the pids of all descendants, multiprocessing's own two helpers excepted."""
+    found = set()
+    for pid in children_of(os.getpid()):
+        if not is_helper(pid):
+            found.add(pid)
+        found |= set(descend(pid))
+    return found | {child.pid for child in multiprocessing.active_children() if child.pid}
+
+
+def descend(pid: int) -> Iterator[int]:
+    for child in children_of(pid):
+        yield child
+        yield from descend(child)
+
+
+def children_of(pid: int) -> list[int]:
+    """List the children of a process as Linux tells them; nothing elsewhere."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def is_helper(pid: int) -> bool:
+    """Tell the forkserver and the resource tracker, which live as long as the interpreter."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        helpers = (b"multiprocessing.forkserver import", b"multiprocessing.resource_tracker import")
+        return any(helper in command for helper in helpers)
+    return False
+
+
+def shared_memory() -> set[str]:
+    """List the files in shared memory but those of MPI libraries."""
+    folder = Path("/dev/shm")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {name for name in names if not name.startswith(("mpich", "sm_segment", "ucx"))}
+
+
+# ---------------------------------------------------------------------------------------------
+# Helpers: bitwise comparison, and checks that hold on every rank
+
+
+def difference(found: Any, wanted: Any, where: str = "result") -> str:
+    """Say where `found` differs from `wanted` in type or in any bit; empty where it does not."""
+    if type(found) is type(wanted):
+        if isinstance(wanted, np.ndarray):
+            return array_difference(found, wanted, where)
+        if dataclasses.is_dataclass(wanted):
+            return difference(vars(found), vars(wanted), where)
+        if isinstance(wanted, dict):
+            return difference([*found.items()], [*wanted.items()], where)
+        if isinstance(wanted, list | tuple) and len(found) == len(wanted):
+            parts = enumerate(zip(found, wanted, strict=True))
+            return next(filter(None, (difference(*part, f"{where}[{i}]") for i, part in parts)), "")
+        if repr(found) == repr(wanted):  # which tells NaN from a number and -0.0 from 0.0
+            return ""
+    return f"{where} is {found!r:.200} and not {wanted!r:.200}"
+
+
+def array_difference(found: Any, wanted: Any, where: str) -> str:
+    if found.dtype != wanted.dtype or found.shape != wanted.shape:
+        return f"{where} is {found.dtype}{found.shape} and not {wanted.dtype}{wanted.shape}"
+    if isinstance(wanted, np.ma.MaskedArray):
+        return difference((found.data, found.mask), (wanted.data, wanted.mask), where)
+    if wanted.dtype.names is not None:  # field by field: padding holds no value
+        fields = (difference(found[n], wanted[n], f"{where}[{n!r}]") for n in wanted.dtype.names)
+        return next(filter(None, fields), "")
+    if wanted.dtype.hasobject:
+        return difference(found.tolist(), wanted.tolist(), where)
+    return "" if found.tobytes() == wanted.tobytes() else f"{where} differs in its values"
+
+
+def check(found: object, wanted: object, where: str = "result") -> None:
+    problem = difference(found, wanted, where)
+    assert not problem, problem
+
+
+def overwrite(found: object, where: str = "result") -> None:
+    """Write to an array (anything else is passed over), which must not disturb anybody else's."""
+    if isinstance(found, np.ndarray):
+        assert found.flags.writeable, f"{where} is read-only"
+        found[...] = np.zeros((), found.dtype)
+
+
+def expect(p: Par, result: object, wanted: object) -> None:
+    """Assert on main that `result` is what it should be; the MPI ranks share the verdict."""
+    problem = difference(result, wanted) if p.on_main else ""
+    if UNDER_MPI:
+        problem = importlib.import_module("mpi4py.MPI").COMM_WORLD.bcast(problem)
+    assert not problem, problem
+
+
+def caught_from(call: Callable[..., Any], *args: Any) -> Exception | None:
+    """Call, and pass on what was raised on this process; under MPI not all need raise it."""
+    try:
+        call(*args)
+    except Exception as error:
+        return error
+    return None
+
+
+def failure(p: Par, body: Callable[..., Any], *args: Any, **options: Any) -> Exception:
+    """Run a `body` that must fail, and pass on what `run` raised on this process."""
+    try:
+        result = p.run(body, *args, **options)
+    except Exception as error:
+        return error
+    raise AssertionError(f"run returned {result!r} and raised nothing")
+
+
+def expect_failure(
+    p: Par, kind: type[Exception], body: Callable[..., Any], *args: Any, **options: Any
+) -> str:
+    """Check the type of what `body` raises, and that `p` works afterwards; return the text."""
+    error = failure(p, body, *args, **options)
+    expect(p, f"{type(error)}: {error}" * (not isinstance(error, kind)), "")
+    expect_to_work(p)
+    return str(error)
+
+
+def expect_to_work(p: Par) -> None:
+    with p:
+        expect(p, p.run(roll_call), (list(range(p.nprocs)), sum(range(100))))
+
+
+def roll_call(*, parallelizer: Par) -> Any:
+    block = parallelizer.scatter(np.arange(100) if parallelizer.on_main else None)
+    total = parallelizer.allreduce(int(block.sum()))
+    return parallelizer.allgather(parallelizer.id), total
+
+
+def drive(p: Par, client: Callable[..., Any], *args: Any) -> Any:
+    """Call `client` on main alone, with the workers serving."""
+    return ClientServerRunner(functools.partial(client, *args), parallelizer=p).run()
+
+
+def spmd(p: Par, body: Callable[..., Any], *args: Any) -> Any:
+    """Call `body` on every process."""
+    return p.run(body, *args)
+
+
+def block_of(data: Any, rank: int, nprocs: int) -> Any:
+    """Slice out the block that the contract gives to `rank`."""
+    size, longer = divmod(len(data), nprocs)
+    start = rank * size + min(rank, longer)
+    return data[start : start + size + (rank < longer)]
+
+
+def joined(parts: list[Any]) -> Array:
+    """Concatenate arrays, empty ones left out; unlike numpy's, it keeps the order of bytes."""
+    parts = [part for part in parts if len(part)] or parts
+    whole: Array = np.ndarray((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    rows = itertools.accumulate(map(len, parts))
+    for end, part in zip(rows, parts, strict=True):
+        whole[end - len(part) : end] = part
+    return whole
+
+
+def in_worker(value: object) -> bool:
+    return value is Parallelizer.InWorkerProcess
+
+
+# ---------------------------------------------------------------------------------------------
+# Roles and life
+
+
+def role(*, parallelizer: Par) -> Any:
+    assert parallelizer.on_main is (parallelizer.id == 0)
+    name, number = type(parallelizer).__name__, parallelizer.nprocs
+    assert repr(parallelizer) == f"{name}(id={parallelizer.id}, nprocs={number})"
+    return parallelizer.allgather((parallelizer.id, parallelizer.nprocs))
+
+
+def process_ids(*, parallelizer: Par) -> Any:
+    return parallelizer.allgather(os.getpid())
+
+
+def test_roles(p: Par) -> None:
+    expect(p, p.run(role), [(rank, p.nprocs) for rank in range(p.nprocs)])
+    pids = p.run(process_ids)
+    assert len(set(pids)) == p.nprocs
+    expect(p, pids[0], os.getpid())
+
+
+def test_a_serial_parallelizer_is_always_up() -> None:
+    p = SerialNonParallelizer()
+    assert (p.id, p.nprocs, p.on_main) == (0, 1, True)
+    assert repr(p) == "SerialNonParallelizer(id=0, nprocs=1)"
+    assert p.run(role) == [(0, 1)]
+
+
+@pytest.mark.parametrize("start_method", MULTIPROCESSING)
+def test_a_pool_has_no_role_while_it_is_not_up(start_method: str) -> None:
+    p = MultiprocessingParallelizer(nprocs=2, start_method=start_method)
+    closed = "MultiprocessingParallelizer(id=None, nprocs=None)"
+    for _ in range(2):
+        assert (p.id, p.nprocs, repr(p)) == (None, None, closed)
+        with p:
+            assert (p.id, p.nprocs) == (0, 2)
+            assert repr(p) == "MultiprocessingParallelizer(id=0, nprocs=2)"
+    assert (p.id, p.nprocs, repr(p)) == (None, None, closed)
+    assert p.run(role) == [(0, 2), (1, 2)]
+    assert repr(p) == closed
+
+
+INHERITED: list[int] = []
+
+
+def inherited(*, parallelizer: Par) -> Any:
+    return parallelizer.gather((bool(INHERITED), os.getppid()))
+
+
+@pytest.mark.parametrize("start_method", MULTIPROCESSING)
+def test_the_start_method_is_the_one_asked_for(start_method: str) -> None:
+    INHERITED.append(1)
+    try:
+        found = MultiprocessingParallelizer(nprocs=2, start_method=start_method).run(inherited)
+    finally:
+        INHERITED.clear()
+    assert found[1][0] is (start_method == "fork")
+    assert (found[1][1] == os.getpid()) is (start_method != "forkserver")
+
+
+def test_with_keeps_the_processes(fresh: Par) -> None:
+    with fresh as opened:
+        assert opened is fresh
+        pids = fresh.run(process_ids)
+        with fresh:
+            expect(fresh, fresh.run(process_ids), pids)
+        expect(fresh, fresh.run(process_ids), pids)
+        expect(fresh, fresh.apply(process_ids), pids)
+
+
+def test_with_makes_the_default(p: Par, fresh: Par) -> None:
+    assert Parallelizer.lookup(None) is p
+    with fresh:
+        assert Parallelizer.lookup() is fresh
+        with SerialNonParallelizer() as inner:
+            assert Parallelizer.lookup(None) is inner
+            with fresh:
+                assert Parallelizer.lookup(None) is fresh
+            assert Parallelizer.lookup(None) is inner
+        assert Parallelizer.lookup(None) is fresh
+    assert Parallelizer.lookup(None) is p
+
+
+def leave_by_an_exception(p: Par) -> None:
+    with p:
+        p.run(role)
+        raise KeyError("mine")
+
+
+def test_with_ends_by_an_exception(fresh: Par) -> None:
+    with pytest.raises(KeyError, match="mine"):
+        leave_by_an_exception(fresh)
+    assert Parallelizer.lookup(None) is not fresh
+    assert fresh.id is None or not isinstance(fresh, MultiprocessingParallelizer)
+    expect_to_work(fresh)
+
+
+def test_run_opens_the_parallelizer_itself(fresh: Par) -> None:
+    first, second = (set(fresh.run(process_ids)) for _ in range(2))
+    assert len(first) == len(second)
+    if isinstance(fresh, MultiprocessingParallelizer):
+        assert fresh.id is None
+        assert first & second == {os.getpid()}
+
+
+def arguments(*args: Any, parallelizer: Par, **options: Any) -> Any:
+    return parallelizer.allgather((args, options))
+
+
+def test_run_passes_arguments(p: Par) -> None:
+    result = p.run(arguments, 1, [2.5], word="yes", main_kwargs={"only": "main"})
+    everywhere = ((1, [2.5]), {"word": "yes"})
+    on_main = ((1, [2.5]), {"word": "yes", "only": "main"})
+    expect(p, result, [on_main] + [everywhere] * (p.nprocs - 1))
+
+
+def own_id(*, parallelizer: Par) -> Any:
+    return parallelizer.id
+
+
+def test_run_returns_the_result_of_main_or_of_the_rank(p: Par) -> None:
+    assert p.run(own_id) == p.id
+
+
+SUBSETS: dict[str, Callable[[int], set[int]]] = {
+    "main": lambda n: {0} & set(range(n)),
+    "both ends": lambda n: {0, n - 1},
+    "all but the last": lambda n: {0, *range(n - 1)},
+    "all": lambda n: set(range(n)),
+}
+
+
+@pytest.mark.parametrize("kind", SUBSETS)
+def test_run_on_a_subset(p: Par, kind: str) -> None:
+    members = sorted(SUBSETS[kind](p.nprocs))
+    pids = p.run(process_ids)
+    result = p.run(subset, len(members), comm=members)
+    if p.id in members:
+        check(result, ([pids[rank] for rank in members], list(range(len(members))), [0, 1, 4]))
+    else:
+        assert in_worker(result)
+    expect_to_work(p)
+
+
+def subset(nprocs: int, *, parallelizer: Par) -> Any:
+    assert parallelizer.nprocs == nprocs
+    squares = parallelizer.map(square, range(3))
+    squares = parallelizer.broadcast(squares)
+    return parallelizer.allgather(os.getpid()), parallelizer.allgather(parallelizer.id), squares
+
+
+def square(x: Any) -> Any:
+    return x * x
+
+
+if UNDER_MPI:
+
+    def test_run_on_a_communicator_of_ones_own(p: Par) -> None:
+        world = importlib.import_module("mpi4py.MPI").COMM_WORLD
+        half = world.Split(world.rank % 2)
+        own = MPIParallelizer(half)
+        with own:
+            assert (own.id, own.nprocs) == (half.rank, half.size)
+            check(own.run(roll_call), (list(range(half.size)), sum(range(100))))
+        expect_to_work(p)
+
+
+def nested(*, parallelizer: Par) -> Any:
+    own = parallelizer.run(own_id)
+    assert own == parallelizer.id
+    everywhere = parallelizer.run(arguments, 1, key=2, main_kwargs={"only": 3})
+    members = sorted({0, parallelizer.nprocs - 1})
+    inner = parallelizer.run(role, comm=members)
+    if parallelizer.id not in members:
+        assert in_worker(inner)
+        inner = None
+    assert Parallelizer.lookup(None) is parallelizer
+    return everywhere, parallelizer.allgather(inner), parallelizer.run(role)
+
+
+def test_a_nested_run_is_a_plain_call(p: Par) -> None:
+    n = p.nprocs
+    calls = [((1,), {"key": 2, "only": 3})] + [((1,), {"key": 2})] * (n - 1)
+    members = sorted({0, n - 1})
+    roles = [(rank, len(members)) for rank in range(len(members))]
+    inner = [roles if rank in members else None for rank in range(n)]
+    expect(p, p.run(nested), (calls, inner, [(rank, n) for rank in range(n)]))
+    assert repr(p) == f"{type(p).__name__}(id={p.id}, nprocs={n})"
+
+
+def sevens(*, parallelizer: Par) -> Any:
+    data = np.arange(1000) if parallelizer.on_main else None
+    flag = parallelizer.broadcast("woop" if parallelizer.on_main else None)
+    block = parallelizer.scatter(data)
+    assert flag == "woop"
+    return parallelizer.gather(len(block))
+
+
+def test_quickstart(p: Par) -> None:
+    expect(p, p.run(sevens), [len(block_of(range(1000), r, p.nprocs)) for r in range(p.nprocs)])
+
+
+def test_quickstart_on_other_numbers_of_processes() -> None:
+    assert SerialNonParallelizer().run(sevens) == [1000]
+    for nprocs, lengths in {15: [67] * 10 + [66] * 5, 2: [500, 500], 1: [1000]}.items():
+        assert MultiprocessingParallelizer(nprocs, start_method="fork").run(sevens) == lengths
+
+
+# ---------------------------------------------------------------------------------------------
+# Finding a parallelizer
+
+
+def test_lookup(p: Par) -> None:
+    assert Parallelizer.lookup(p) is p
+    assert type(Parallelizer.lookup("serial")) is SerialNonParallelizer
+    assert type(Parallelizer.from_config(mode="serial")) is SerialNonParallelizer
+    if UNDER_MPI:
+        assert type(Parallelizer.lookup("mpi")) is MPIParallelizer
+        assert type(Parallelizer.lookup({"mode": "mpi"})) is MPIParallelizer
+
+
+def test_lookup_of_a_pool() -> None:
+    pools = [
+        Parallelizer.lookup("multiprocessing", nprocs=2),
+        Parallelizer.lookup({"mode": "multiprocessing", "nprocs": 2}),
+        Parallelizer.from_config(mode="multiprocessing", nprocs=2),
+    ]
+    for pool in pools:
+        assert type(pool) is MultiprocessingParallelizer
+        assert pool.run(role) == [(0, 2), (1, 2)]
+
+
+def test_lookup_auto(p: Par, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    kind = MPIParallelizer if UNDER_MPI and p.nprocs > 1 else SerialNonParallelizer
+    assert type(Parallelizer.lookup("auto")) is kind
+
+
+def test_lookup_finds_the_one_that_runs(p: Par) -> None:
+    expect(p, p.run(finds_itself), [True] * p.nprocs)
+
+
+def finds_itself(*, parallelizer: Par) -> Any:
+    found = Parallelizer.lookup(None) is parallelizer
+    with SerialNonParallelizer() as inner:
+        found = found and Parallelizer.lookup(None) is inner
+    return parallelizer.gather(found and Parallelizer.lookup(None) is parallelizer)
+
+
+def test_register(p: Par) -> None:
+    p.register("mine")
+    try:
+        assert Parallelizer.lookup("mine") is p
+        p.register("mine")
+        with pytest.raises(ValueError, match="mine"):
+            SerialNonParallelizer().register("mine")
+        assert Parallelizer.lookup("mine") is p
+        with pytest.raises(LookupError, match="mine"):
+            Parallelizer.lookup("another")
+    finally:
+        Parallelizer.unregister("mine")
+    with pytest.raises(LookupError):
+        Parallelizer.lookup("mine")
+    expect_to_work(p)
+
+
+@pytest.mark.parametrize(
+    "key", ["nonsense", "", {"mode": "nonsense"}, {"mode": "nonsense", "nprocs": 2}]
+)
+def test_an_unknown_name_lists_what_there_is(p: Par, key: Any) -> None:
+    with pytest.raises(LookupError) as caught:
+        Parallelizer.lookup(key)
+    for name in ["serial", "multiprocessing", "mpi"]:
+        assert name in str(caught.value)
+    expect_to_work(p)
+
+
+def test_an_unknown_mode() -> None:
+    with pytest.raises(LookupError, match="multiprocessing"):
+        Parallelizer.from_config(mode="nonsense")
+
+
+# ---------------------------------------------------------------------------------------------
+# Decorators, sentinels, objects that hold a parallelizer
+
+
+@Parallelizer.main_restricted
+def main_part(x: int, *, parallelizer: Par = None) -> Any:
+    """Run on main."""
+    assert parallelizer is not None
+    return x, parallelizer.id
+
+
+@Parallelizer.worker_restricted
+def worker_part(x: int, *, parallelizer: Par = None) -> Any:
+    """Run on workers."""
+    assert parallelizer is not None
+    return x, parallelizer.id
+
+
+class Job:
+    """A program as a class: it holds a parallelizer, and `run` is given its bound methods."""
+
+    def __init__(self, par: Par) -> None:
+        self.par = par
+        self.history: list[Any] = []
+
+    @Parallelizer.main_restricted
+    def start(self, x: int, *, parallelizer: Par = None) -> Any:
+        assert parallelizer is self.par
+        self.history.append(x)
+        return x, parallelizer.id
+
+    @Parallelizer.worker_restricted
+    def follow(self, x: int, *, parallelizer: Par = None) -> Any:
+        assert parallelizer is self.par
+        return x, parallelizer.id
+
+    def compute(self, data: Any, *, parallelizer: Par) -> Any:
+        assert self.par is parallelizer
+        assert restricted_here(self.start, self.follow, self.par)
+        block = self.par.scatter(data if self.par.on_main else None)
+        return self.par.gather(self.scale(block))
+
+    def scale(self, x: Any) -> Any:
+        assert self.par.nprocs >= 1
+        return x * 3
+
+    def run(self, data: Any) -> Any:
+        return self.par.run(self.compute, data)
+
+
+def restricted_here(on_main: Any, on_workers: Any, parallelizer: Par) -> bool:
+    """Check what both kinds of restricted functions return here, with and without the keyword."""
+    here = (7, parallelizer.id)
+    mains = [on_main(7, parallelizer=parallelizer), on_main(7), on_main(7, parallelizer=None)]
+    workers = [on_workers(7, parallelizer=parallelizer), on_workers(x=7)]
+    if parallelizer.on_main:
+        return mains == [here] * 3 and all(w is Parallelizer.InMainProcess for w in workers)
+    return all(in_worker(value) for value in mains) and workers == [here] * 2
+
+
+def restricted(*, parallelizer: Par) -> Any:
+    return parallelizer.gather(restricted_here(main_part, worker_part, parallelizer))
+
+
+def test_restricted_functions(p: Par) -> None:
+    expect(p, p.run(restricted), [True] * p.nprocs)
+    assert restricted_here(main_part, worker_part, p)
+    assert (main_part.__name__, main_part.__doc__) == ("main_part", "Run on main.")
+    assert (worker_part.__name__, worker_part.__doc__) == ("worker_part", "Run on workers.")
+
+
+def test_objects_hold_a_parallelizer(p: Par) -> None:
+    expect(p, Job(p).run(np.arange(10)), np.arange(10) * 3)
+    expect(p, p.run(identities, [{"job": Job(p)}, p]), [True] * p.nprocs)
+
+
+def test_objects_hold_a_closed_parallelizer(fresh: Par) -> None:
+    result = Job(fresh).run(np.arange(10))
+    with fresh:
+        expect(fresh, result, np.arange(10) * 3)
+
+
+def identities(held: Any, *, parallelizer: Par) -> Any:
+    found = [held[0]["job"].par, held[1], pickle.loads(pickle.dumps(parallelizer))]
+    found.append(parallelizer.broadcast(Job(parallelizer)).par)
+    found.append(parallelizer.broadcast(Job(parallelizer).compute).__self__.par)
+    return parallelizer.gather(all(one is parallelizer for one in found))
+
+
+def test_bound_methods_are_mapped(p: Par) -> None:
+    expect(p, drive(p, map_a_method), [0, 3, 6])
+
+
+def map_a_method(*, parallelizer: Par) -> Any:
+    return parallelizer.map(Job(parallelizer).scale, range(3))
+
+
+SENTINELS = {"InWorkerProcess": "worker", "InMainProcess": "main"}
+
+
+@pytest.mark.parametrize("name", SENTINELS)
+def test_sentinels(name: str) -> None:
+    sentinel = getattr(Parallelizer, name)
+    assert not sentinel
+    assert SENTINELS[name] in repr(sentinel).lower()
+    assert " at 0x" not in repr(sentinel)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps([sentinel], protocol))[0] is sentinel
+    assert copy.copy(sentinel) is copy.deepcopy(sentinel) is sentinel
+
+
+def test_sentinels_travel(p: Par) -> None:
+    expect(p, p.run(sends_sentinels), [True] * p.nprocs)
+
+
+def sends_sentinels(*, parallelizer: Par) -> Any:
+    wanted = [Parallelizer.InWorkerProcess, Parallelizer.InMainProcess]
+    found = [*parallelizer.broadcast(wanted), *parallelizer.allgather(wanted)[-1]]
+    same = all(one is other for one, other in zip(found, wanted * 2, strict=True))
+    return parallelizer.gather(same)
+
+
+# ---------------------------------------------------------------------------------------------
+# Messages: arrays of every dtype in every layout, bitwise
+
+
+DTYPES = {
+    "bool": np.dtype("?"),
+    **{code: np.dtype(code) for code in ["i1", "u2", "i4", "i8", "u8", "f2", "f4", "f8", "g"]},
+    **{code: np.dtype(code) for code in ["F", "D", "M8[ns]", "M8[D]", "m8[s]", "U5", "S4", "O"]},
+    **{f"{code} swapped": np.dtype(f">{code}") for code in ["i4", "f8", "c16", "U3"]},
+    **{code: np.dtype(code) for code in ["V7", "V0"]},
+    "U0": np.dtype([("nothing", "U0"), ("n", "i2")])["nothing"],
+    "no fields": np.dtype([]),
+    "packed": np.dtype([("a", "i1"), ("b", ">f8"), ("c", "U2")]),
+    "padded": np.dtype([("a", "i1"), ("b", "f8"), ("c", "i2")], align=True),
+    "nested": np.dtype([("a", "f4", (2, 3)), ("b", [("c", "M8[us]"), ("d", "S0")])]),
+    "with objects": np.dtype([("o", "O"), ("n", "i4")]),
+}
+LAYOUTS: dict[str, Callable[[Array], Array]] = {
+    "C": lambda a: a,
+    "F": np.asfortranarray,
+    "1-d": lambda a: a[:, 0, 0],
+    "strided": lambda a: a[::2, 1::2],
+    "reversed": lambda a: a[::-1, :, ::-1],
+    "transposed": lambda a: a.transpose(1, 2, 0),
+    "repeated": lambda a: np.broadcast_to(a[0, 0], (5, *a.shape[2:])),
+    "one row": lambda a: a[3:4],
+    "no rows": lambda a: a[:0],
+    "no columns": lambda a: a[:, :0],
+    "read-only": lambda a: read_only(a.copy()),
+    "0-d": lambda a: a[1, 1, 1, ...],
+}
+
+
+@dataclasses.dataclass
+class Holder:
+    """A dataclass with an array in it."""
+
+    array: Array
+    label: str
+
+
+def read_only(a: Array) -> Array:
+    a.flags.writeable = False
+    return a
+
+
+THINGS = [None, "text", 2**70, (1.5, b"x"), {"k": [1]}]
+
+
+def values(dtype: np.dtype[Any], shape: tuple[int, ...], seed: int = 0) -> Array:
+    """Fill an array with any bits that its dtype takes, the same on every process."""
+    made: Array = np.ndarray(shape, dtype)
+    rng = np.random.default_rng([seed, *shape])
+    if dtype.names is not None:
+        for name in dtype.names:
+            made[name] = values(made[name].dtype, made[name].shape, seed + 1)
+    elif dtype.kind == "O":
+        made.flat[:] = [THINGS[i % len(THINGS)] for i in range(made.size)]
+    elif dtype.kind in "US":
+        words = np.array(["", "a", "\u00e9t\u00e9", "\U0001f600z", "longer than it"])
+        made.flat[:] = words[rng.integers(0, 5 if dtype.kind == "U" else 2, made.size)]
+    elif dtype.kind == "b":
+        made.flat[:] = rng.integers(0, 2, made.size)
+    elif made.nbytes:
+        made.flat[:] = np.frombuffer(rng.bytes(made.nbytes), dtype)
+    return made
+
+
+def every_layout(dtype: str, *, rank: int = 0) -> dict[str, Array]:
+    return {name: lay(values(DTYPES[dtype], (7, 4, 3), rank)) for name, lay in LAYOUTS.items()}
+
+
+def broadcasts(dtype: str, *, parallelizer: Par) -> None:
+    junk = threading.Lock()  # what workers pass is ignored, whatever it is
+    for name, one in every_layout(dtype).items():
+        found = parallelizer.broadcast(one if parallelizer.on_main else junk)
+        check(found, one, name)
+        if not parallelizer.on_main:
+            overwrite(found, name)
+    many: Any = every_layout(dtype)
+    many = {"dict": many, "list": [*many.values()], "class": Holder(many["strided"], "yes")}
+    found = parallelizer.broadcast(many if parallelizer.on_main else None)
+    check(found, many)
+    if not parallelizer.on_main:
+        for one in [*found["list"], *found["dict"].values(), found["class"].array]:
+            overwrite(one)
+
+
+def scatters(dtype: str, *, parallelizer: Par) -> None:
+    for name, one in every_layout(dtype).items():
+        if one.ndim:
+            found = parallelizer.scatter(one if parallelizer.on_main else None)
+            wanted = block_of(every_layout(dtype)[name], parallelizer.id, parallelizer.nprocs)
+            check(found, wanted, name)
+            overwrite(found, name)
+    many = [Holder(one, name) for name, one in every_layout(dtype).items()]
+    found = parallelizer.scatter(many if parallelizer.on_main else None)
+    check(found, block_of(many, parallelizer.id, parallelizer.nprocs))
+
+
+def gathers(dtype: str, *, parallelizer: Par) -> None:
+    everyone = [every_layout(dtype, rank=rank) for rank in range(parallelizer.nprocs)]
+    for name, one in everyone[parallelizer.id].items():
+        found = parallelizer.gather(one)
+        if parallelizer.on_main:
+            parts = [arrays[name] for arrays in everyone]
+            check(found, joined(parts) if one.ndim else parts, name)
+            if parallelizer.nprocs > 1:
+                overwrite(found, name)
+        else:
+            assert in_worker(found)
+    found = parallelizer.gather({"nested": [Holder(everyone[parallelizer.id]["C"], "x")]})
+    if parallelizer.on_main:
+        check(found, [{"nested": [Holder(arrays["C"], "x")]} for arrays in everyone])
+
+
+def allgathers(dtype: str, *, parallelizer: Par) -> None:
+    everyone = [every_layout(dtype, rank=rank) for rank in range(parallelizer.nprocs)]
+    for name, one in everyone[parallelizer.id].items():
+        found = parallelizer.allgather(one)
+        parts = [arrays[name] for arrays in everyone]
+        check(found, joined(parts) if one.ndim else parts, name)
+        if parallelizer.nprocs > 1:
+            overwrite(found, name)
+    check(parallelizer.allgather(everyone[parallelizer.id]), everyone)
+
+
+def sends(dtype: str, *, parallelizer: Par) -> None:
+    left = (parallelizer.id - 1) % parallelizer.nprocs
+    right = (parallelizer.id + 1) % parallelizer.nprocs
+    mine, theirs = (every_layout(dtype, rank=rank) for rank in (parallelizer.id, left))
+    for name, one in mine.items():
+        parallelizer.send(one, right)
+        found = parallelizer.receive(left)
+        check(found, theirs[name], name)
+        if parallelizer.nprocs > 1:
+            overwrite(found, name)
+    nested = [Holder(one, name) for name, one in mine.items()]
+    parallelizer.send({"many": nested}, right, tag=3)
+    found = parallelizer.receive(left, tag=3)
+    check(found, {"many": [Holder(one, name) for name, one in theirs.items()]})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("verb", [broadcasts, scatters, gathers, allgathers, sends])
+def test_arrays_arrive_bitwise(p: Par, verb: Callable[..., None], dtype: str) -> None:
+    p.run(verb, dtype)
+
+
+def subclasses(*, parallelizer: Par) -> None:
+    records = values(DTYPES["padded"], (9,)).view(np.recarray)
+    masked = np.ma.MaskedArray(np.arange(9.0), mask=[True, False, False] * 3)
+    for one in (records, masked):
+        given = one if parallelizer.on_main else None
+        check(parallelizer.broadcast(given), one)
+        check(parallelizer.scatter(given), block_of(one, parallelizer.id, parallelizer.nprocs))
+
+
+def test_array_subclasses_stay_what_they_are(p: Par) -> None:
+    p.run(subclasses)
+
+
+# Sizes around those at which a transport may change its way: pipe, ring, slot, several slots.
+SIZES = [size + by for size in (4096, 64 * 1024, MIB, 2 * MIB) for by in (-1, 0, 1)]
+SIZES += [0, 1, 10 * MIB + 7]
+
+
+def stamped(size: int, rank: int) -> Array:
+    """Make `size` bytes that differ from rank to rank and from place to place."""
+    pattern = np.random.default_rng(rank).integers(0, 256, 4099, np.uint8)  # no power of two
+    return np.resize(pattern, size)
+
+
+def from_every_rank_to_every_rank(*, parallelizer: Par) -> None:
+    everyone = range(parallelizer.nprocs)
+    for size in SIZES:
+        mine = stamped(size, parallelizer.id)
+        for rank in everyone:
+            parallelizer.send(mine, rank, tag=1)
+        received = [parallelizer.receive(rank, tag=1) for rank in everyone]
+        check(received, [stamped(size, rank) for rank in everyone], f"{size} bytes")
+
+
+def as_bytes(*, parallelizer: Par) -> None:
+    left = (parallelizer.id - 1) % parallelizer.nprocs
+    for size in SIZES:
+        for kind in (bytes, bytearray):
+            parallelizer.send(
+                kind(stamped(size, parallelizer.id)), (parallelizer.id + 1) % parallelizer.nprocs
+            )
+            check(parallelizer.receive(left) == kind(stamped(size, left)), True, f"{size} bytes")
+
+
+def collectively(*, parallelizer: Par) -> None:
+    """Keep every array to the end, so that none shares its memory with a later message."""
+    kept: list[tuple[Array, Array]] = []
+    everyone = range(parallelizer.nprocs)
+    for size in SIZES:
+        one = stamped(size, 0)
+        given = one if parallelizer.on_main else None
+        kept.append((parallelizer.broadcast(given), one))
+        kept.append((parallelizer.scatter(given), block_of(one, parallelizer.id, len(everyone))))
+        both = np.concatenate([stamped(size, rank) for rank in everyone])
+        kept.append((parallelizer.allgather(stamped(size, parallelizer.id)), both))
+        gathered = parallelizer.gather(stamped(size, parallelizer.id))
+        if parallelizer.on_main:
+            kept.append((gathered, both))
+    for found, wanted in kept:
+        check(found, wanted, f"{wanted.size} bytes")
+
+
+@pytest.mark.parametrize("body", [from_every_rank_to_every_rank, as_bytes, collectively])
+def test_sizes(p: Par, body: Callable[..., None]) -> None:
+    p.run(body)
+
+
+# ---------------------------------------------------------------------------------------------
+# Messages: broadcast, scatter, gather
+
+
+def copies(*, parallelizer: Par) -> Any:
+    mine: Any = [np.zeros(300_000), {"list": [1]}, bytearray(3)]
+    mine = parallelizer.broadcast(mine if parallelizer.on_main else None)
+    mine[0][:] = mine[2][0] = parallelizer.id
+    mine[1]["list"].append(parallelizer.id)
+    parallelizer.wait()
+    assert set(mine[0]) == {parallelizer.id}
+    return parallelizer.gather((mine[1]["list"], mine[2][0]))
+
+
+def test_broadcast_gives_everyone_a_copy_of_its_own(p: Par) -> None:
+    expect(p, p.run(copies), [([1, rank], rank) for rank in range(p.nprocs)])
+
+
+OBJECTS: list[Any] = [
+    None,
+    True,
+    0,
+    -(2**80),
+    1.5,
+    float("nan"),
+    1j,
+    "",
+    "\u00e9",
+    b"\x00",
+    (),
+    [],
+    {},
+    set(),
+]
+
+
+def objects(*, parallelizer: Par) -> None:
+    for one in [*OBJECTS, OBJECTS, np.float32(1.5), np.str_("x"), np.datetime64("2020-01-01"), int]:
+        check(parallelizer.broadcast(one if parallelizer.on_main else "ignored"), one)
+        found = parallelizer.gather(one)
+        if parallelizer.on_main:
+            check(found, [one] * parallelizer.nprocs)
+        check(parallelizer.allgather(one), [one] * parallelizer.nprocs)
+        parallelizer.send(one, parallelizer.id)
+        check(parallelizer.receive(parallelizer.id), one)
+
+
+def test_any_object_travels(p: Par) -> None:
+    p.run(objects)
+
+
+SEQUENCES: dict[str, Callable[[int], Any]] = {
+    "list": lambda n: list(range(n)),
+    "list of objects": lambda n: [{"i": i} for i in range(n)],
+    "tuple": lambda n: tuple(range(n)),
+    "str": lambda n: "abcdefg" * n,
+    "bytes": lambda n: b"abcdefg" * n,
+    "range": lambda n: range(0, 3 * n, 3),
+    "user's own": lambda n: collections.UserList("x" * n),
+    "array.array": lambda n: array.array("d", range(n)),
+    "iterator": lambda n: iter(range(n)),
+    "generator": lambda n: (str(i) for i in range(n)),
+    "zip": lambda n: zip(range(n), range(n), strict=True),
+}
+
+
+def splits(kind: str, *, parallelizer: Par) -> None:
+    for length in (0, 1, 2, parallelizer.nprocs - 1, parallelizer.nprocs + 1, 10, 1000):
+        data, same = SEQUENCES[kind](length), SEQUENCES[kind](length)
+        found = parallelizer.scatter(data if parallelizer.on_main else "ignored")
+        split = list(same) if isinstance(same, Iterator) else same
+        check(found, block_of(split, parallelizer.id, parallelizer.nprocs), f"{length}")
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_scatter_slices_any_sequence(p: Par, kind: str) -> None:
+    p.run(splits, kind)
+
+
+NOT_TO_BE_SPLIT: dict[str, Any] = {
+    "an int": 5,
+    "a float": 2.5,
+    "None": None,
+    "a dict": {"a": 1},
+    "a 0-d array": np.array(3.0),
+    "a numpy scalar": np.float64(1.0),
+    "an object": object,
+}
+
+
+def refuses_to_scatter(kind: str, *, parallelizer: Par) -> Any:
+    for _ in range(2):
+        with pytest.raises(TypeError):
+            parallelizer.scatter(NOT_TO_BE_SPLIT[kind] if parallelizer.on_main else [1])
+    return parallelizer.allgather(parallelizer.id)
+
+
+def scatters_badly(kind: str, *, parallelizer: Par) -> None:
+    parallelizer.scatter(NOT_TO_BE_SPLIT[kind] if parallelizer.on_main else None)
+
+
+@pytest.mark.parametrize("kind", NOT_TO_BE_SPLIT)
+def test_what_cannot_be_split_is_refused_everywhere(p: Par, kind: str) -> None:
+    expect(p, p.run(refuses_to_scatter, kind), list(range(p.nprocs)))
+    expect_failure(p, TypeError, scatters_badly, kind)
+
+
+# What `n` ranks gather. Fitting arrays are concatenated, the others come back as a list.
+FITTING: dict[str, Callable[[int], list[Any]]] = {
+    "arrays": lambda n: [np.arange(3) + r for r in range(n)],
+    "several lengths": lambda n: [np.full((r + 1, 2), r, "f4") for r in range(n)],
+    "arrays of objects": lambda n: [np.array([None, r, "x"], object) for r in range(n)],
+    "empty arrays": lambda n: [np.empty((0, 4), "i2")] * n,
+    "an empty one last": lambda n: [*[np.ones((2, 3), "f4")] * (n - 1), np.ones((0, 3), "f4")],
+    "an empty one first": lambda n: [np.ones((0, 3), "f4"), *[np.ones((2, 3), "f4")] * (n - 1)],
+    "an alien empty one last": lambda n: [*[np.ones((2, 3), "i2")] * (n - 1), np.array([])],
+    "an alien empty one first": lambda n: [np.array([]), *[np.ones((2, 3), "i2")] * (n - 1)],
+}
+UNFIT: dict[str, Callable[[int], list[Any]]] = {
+    "numbers": lambda n: [r + 0.5 for r in range(n)],
+    "numpy scalars": lambda n: [np.int16(r) for r in range(n)],
+    "0-d arrays": lambda n: [np.array(r) for r in range(n)],
+    "lists": lambda n: [[r] * r for r in range(n)],
+    "strings": lambda n: ["x" * r for r in range(n)],
+    "dicts of arrays": lambda n: [{"a": np.arange(r)} for r in range(n)],
+    "nothing": lambda n: [None] * n,
+}
+# On one process there is only the first array, which fits.
+DISAGREEING: dict[str, Callable[[int], list[Any]]] = {
+    "dtypes": lambda n: [np.zeros(3, "f4"), *[np.zeros(3, "f8")] * (n - 1)],
+    "byte orders": lambda n: [np.zeros(3, "<i4"), *[np.zeros(3, ">i4")] * (n - 1)],
+    "units": lambda n: [np.zeros(3, "m8[s]"), *[np.zeros(3, "m8[ms]")] * (n - 1)],
+    "trailing shapes": lambda n: [np.zeros((2, 3)), *[np.zeros((2, 4))] * (n - 1)],
+    "numbers of axes": lambda n: [np.zeros(2), *[np.zeros((2, 1))] * (n - 1)],
+    "arrays and lists": lambda n: [np.zeros(2), *[[0.0]] * (n - 1)],
+    "arrays and None": lambda n: [np.zeros(2), *[None] * (n - 1)],
+    "arrays and 0-d arrays": lambda n: [np.zeros(2), *[np.zeros(())] * (n - 1)],
+}
+GATHERED = FITTING | UNFIT | DISAGREEING
+
+
+def gathers_by_rule(kind: str, *, parallelizer: Par) -> None:
+    parts = GATHERED[kind](parallelizer.nprocs)
+    mine = parts[parallelizer.id]
+    fit = kind in FITTING or (kind in DISAGREEING and parallelizer.nprocs == 1)
+    wanted = joined(parts) if fit else parts
+    results = [parallelizer.gather(mine), parallelizer.gather(mine, concatenate=False)]
+    if fit:
+        results.append(parallelizer.gather(mine, concatenate=True))
+    if parallelizer.on_main:
+        check(results, [wanted, parts, wanted][: len(results)])
+    else:
+        assert all(in_worker(result) for result in results)
+    check(parallelizer.allgather(mine), wanted)
+
+
+@pytest.mark.parametrize("kind", GATHERED)
+def test_gather_concatenates_arrays_that_agree(p: Par, kind: str) -> None:
+    p.run(gathers_by_rule, kind)
+
+
+def gathers_as_array(kind: str, *, parallelizer: Par) -> None:
+    parallelizer.gather(GATHERED[kind](parallelizer.nprocs)[parallelizer.id], concatenate=True)
+
+
+@pytest.mark.parametrize("kind", UNFIT | DISAGREEING)
+def test_gather_fails_where_nothing_can_be_concatenated(p: Par, kind: str) -> None:
+    if kind in DISAGREEING and p.nprocs == 1:
+        p.run(gathers_as_array, kind)
+    else:
+        error = failure(p, gathers_as_array, kind)
+        expect(p, isinstance(error, ValueError | TypeError), True)
+    expect_to_work(p)
+
+
+# ---------------------------------------------------------------------------------------------
+# Messages: reduce, allreduce
+
+
+def in_brackets(a: Any, b: Any) -> str:
+    return f"({a} {b})"
+
+
+def minus(a: Any, b: Any) -> Any:
+    return a - b
+
+
+def smallest(a: Any, b: Any) -> Any:
+    return np.minimum(a, b) if isinstance(a, np.ndarray) else min(a, b)
+
+
+def greatest(a: Any, b: Any) -> Any:
+    return np.maximum(a, b) if isinstance(a, np.ndarray) else max(a, b)
+
+
+OPS: dict[str, tuple[Any, Callable[[Any, Any], Any]]] = {
+    "sum": ("sum", operator.add),
+    "prod": ("prod", operator.mul),
+    "min": ("min", smallest),
+    "max": ("max", greatest),
+    "a function": (minus, minus),
+    "not associative": (in_brackets, in_brackets),
+}
+REDUCED: dict[str, Callable[[int], Any]] = {
+    "int": lambda r: 2 * r + 1,
+    "big int": lambda r: 2**70 + r,
+    "float": lambda r: 0.1 * 3.0 ** (-1) ** r / (r + 1),
+    "numpy scalar": lambda r: np.float32(0.1 * (r + 1)),
+    "array": lambda r: np.random.default_rng(r).standard_normal((50, 3)),
+    "integer array": lambda r: (np.arange(5) * (r + 1)).astype("i2"),
+    "big array": lambda r: np.random.default_rng(r).standard_normal(200_000),
+    "empty array": lambda r: np.full((0, 2), r),
+}
+
+
+def reduces(op: str, kind: str, *, parallelizer: Par) -> None:
+    verb, step = OPS[op]
+    make = REDUCED[kind]
+    mine = make(parallelizer.id)
+    wanted = functools.reduce(step, map(make, range(parallelizer.nprocs)))
+    everywhere = parallelizer.allreduce(mine, verb) if op != "sum" else parallelizer.allreduce(mine)
+    check(everywhere, wanted)
+    on_main = parallelizer.reduce(mine, op=verb)
+    if parallelizer.on_main:
+        check(on_main, wanted)
+    else:
+        assert in_worker(on_main)
+    check(mine, make(parallelizer.id), "what was passed")
+    if parallelizer.nprocs > 1:
+        overwrite(everywhere)
+    parallelizer.wait()
+    check(parallelizer.allreduce(mine, verb), wanted)
+
+
+@pytest.mark.parametrize("kind", REDUCED)
+@pytest.mark.parametrize("op", OPS)
+def test_reduce_folds_in_rank_order(p: Par, op: str, kind: str) -> None:
+    p.run(reduces, op, kind)
+
+
+def reduces_objects(*, parallelizer: Par) -> Any:
+    words = parallelizer.allreduce([str(parallelizer.id)], "sum")
+    assert parallelizer.allreduce("ab"[parallelizer.id % 2], "max") == "ab"[parallelizer.nprocs > 1]
+    return words
+
+
+def test_reduce_takes_any_object(p: Par) -> None:
+    expect(p, p.run(reduces_objects), [str(rank) for rank in range(p.nprocs)])
+
+
+def refuses_to_fold(a: Any, b: Any) -> Any:
+    raise KeyError(a, b)
+
+
+def folds_into_a_failure(*, parallelizer: Par) -> None:
+    parallelizer.allreduce(parallelizer.id, refuses_to_fold)
+
+
+def test_an_op_that_fails(p: Par) -> None:
+    if p.nprocs == 1:
+        p.run(folds_into_a_failure)
+    else:
+        expect_failure(p, KeyError, folds_into_a_failure)
+
+
+def reduces_badly(op: Any, *, parallelizer: Par) -> None:
+    parallelizer.reduce(1, op)
+
+
+@pytest.mark.parametrize("op", ["nonsense", 3, None])
+def test_an_unknown_op_is_refused(p: Par, op: Any) -> None:
+    error = failure(p, reduces_badly, op)
+    expect(p, isinstance(error, ValueError | TypeError | LookupError), True)
+    expect_to_work(p)
+
+
+# ---------------------------------------------------------------------------------------------
+# Messages: send, receive, wait
+
+
+def keeps_the_order(*, parallelizer: Par) -> None:
+    everyone = range(parallelizer.nprocs)
+    for number in range(5):
+        for rank in everyone:
+            for tag in (0, 7):
+                parallelizer.send((parallelizer.id, tag, number), rank, tag=tag)
+    for tag in (7, 0):
+        for rank in reversed(everyone):
+            found = [parallelizer.receive(rank, tag=tag) for _ in range(5)]
+            check(found, [(rank, tag, number) for number in range(5)])
+
+
+def takes_tags_in_any_order(*, parallelizer: Par) -> None:
+    right = (parallelizer.id + 1) % parallelizer.nprocs
+    left = (parallelizer.id - 1) % parallelizer.nprocs
+    for tag in (1, 2, 3, 1):
+        parallelizer.send(np.full(3, tag), right, tag)
+    for tag in (3, 1, 1, 2):
+        check(parallelizer.receive(left, tag), np.full(3, tag))
+
+
+def mixes_with_collectives(*, parallelizer: Par) -> None:
+    right = (parallelizer.id + 1) % parallelizer.nprocs
+    left = (parallelizer.id - 1) % parallelizer.nprocs
+    parallelizer.send(("first", parallelizer.id), right)
+    parallelizer.wait()
+    assert parallelizer.broadcast(5 if parallelizer.on_main else None) == 5
+    parallelizer.send(("second", parallelizer.id), right)
+    assert parallelizer.allgather(parallelizer.id) == list(range(parallelizer.nprocs))
+    check([parallelizer.receive(left) for _ in "12"], [("first", left), ("second", left)])
+
+
+def large_ring(*, parallelizer: Par) -> None:
+    right = (parallelizer.id + 1) % parallelizer.nprocs
+    left = (parallelizer.id - 1) % parallelizer.nprocs
+    for size in (3 * MIB + 1, 20 * MIB):
+        parallelizer.send(stamped(size, parallelizer.id), right)
+        check(parallelizer.receive(left), stamped(size, left))
+
+
+def to_main_and_back(*, parallelizer: Par) -> None:
+    if parallelizer.on_main:
+        for rank in reversed(range(1, parallelizer.nprocs)):
+            parallelizer.send(parallelizer.receive(rank) * 2, rank)
+    else:
+        parallelizer.send(np.arange(100_000) + parallelizer.id, 0)
+        check(parallelizer.receive(0), (np.arange(100_000) + parallelizer.id) * 2)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        keeps_the_order,
+        takes_tags_in_any_order,
+        mixes_with_collectives,
+        large_ring,
+        to_main_and_back,
+    ],
+)
+def test_messages_between_two(p: Par, body: Callable[..., None]) -> None:
+    p.run(body)
+
+
+def talks_to_nobody(verb: str, rank: int, *, parallelizer: Par) -> None:
+    if verb == "send":
+        parallelizer.send(1, rank)
+    else:
+        parallelizer.receive(rank)
+
+
+@pytest.mark.parametrize("rank", [-1, 99])
+@pytest.mark.parametrize("verb", ["send", "receive"])
+def test_a_rank_that_is_not_there(p: Par, verb: str, rank: int) -> None:
+    error = failure(p, talks_to_nobody, verb, rank)
+    expect(p, isinstance(error, ValueError | LookupError), True)
+    expect_to_work(p)
+
+
+def waits(*, parallelizer: Par) -> Any:
+    time.sleep(0.02 * parallelizer.id)
+    came = time.monotonic()
+    parallelizer.wait()
+    return parallelizer.allgather((came, time.monotonic()))
+
+
+def test_wait_lets_nobody_go_before_all_have_come(p: Par) -> None:
+    came, went = zip(*p.run(waits), strict=True)
+    assert max(came) <= min(went)
+
+
+# ---------------------------------------------------------------------------------------------
+# Mapping, by all processes inside `run` and by main alone in driver mode
+
+
+BOTH_WAYS = pytest.mark.parametrize("way", [spmd, drive])
+
+ITEMS: dict[str, Callable[[], Any]] = {
+    "list": lambda: [3, "x", None, 2.5],
+    "tuple": lambda: (1, 2),
+    "range": lambda: range(0, 100, 7),
+    "long range": lambda: range(5000),
+    "nothing": list,
+    "one": lambda: [1],
+    "array": lambda: np.linspace(0, 1, 11),
+    "rows": lambda: np.arange(12.0).reshape(4, 3),
+    "no rows": lambda: np.zeros((0, 3)),
+    "string": lambda: "abcdefgh",
+    "set": lambda: set(range(20)),
+    "dict": lambda: dict.fromkeys(range(20)),
+    "generator": lambda: (i * i for i in range(20)),
+    "iterator": lambda: iter([1, 2, 3]),
+    "big items": lambda: [np.full(200_000, i) for i in range(7)],
+}
+
+
+def annotated(x: Any, *extra: Any, **options: Any) -> Any:
+    return x, extra, options
+
+
+def maps(kind: str, options: dict[str, Any], *, parallelizer: Par) -> Any:
+    data = ITEMS[kind]() if parallelizer.on_main else "ignored"
+    result = parallelizer.map(annotated, data, (1, "two"), {"three": 3}, **options)
+    assert parallelizer.on_main or in_worker(result)
+    return result
+
+
+@pytest.mark.parametrize("kind", ITEMS)
+@BOTH_WAYS
+def test_map_is_a_comprehension(p: Par, way: Any, kind: str) -> None:
+    wanted = [annotated(x, 1, "two", three=3) for x in ITEMS[kind]()]
+    expect(p, way(p, maps, kind, {}), wanted)
+
+
+@pytest.mark.parametrize("chunksize", [1, 7, 100_000])
+@BOTH_WAYS
+def test_map_in_chunks(p: Par, way: Any, chunksize: int) -> None:
+    wanted = [annotated(x, 1, "two", three=3) for x in range(0, 100, 7)]
+    expect(p, way(p, maps, "range", {"chunksize": chunksize}), wanted)
+
+
+CALLS: list[int] = []
+
+
+def slow_at_times(x: int) -> tuple[int, int]:
+    CALLS.append(x)
+    time.sleep(0.05 if x % 10 == 3 else 0.001)
+    return x, -x
+
+
+def maps_uneven_tasks(*, parallelizer: Par) -> Any:
+    CALLS.clear()
+    result = parallelizer.map(slow_at_times, range(60))
+    calls = parallelizer.gather(CALLS)
+    return result, parallelizer.on_main and sorted(itertools.chain(*calls))
+
+
+def test_map_does_every_item_once(p: Par) -> None:
+    expect(p, p.run(maps_uneven_tasks), ([(x, -x) for x in range(60)], list(range(60))))
+
+
+def starmaps(*, parallelizer: Par) -> Any:
+    data = [(i, str(i)) for i in range(9)] if parallelizer.on_main else None
+    return [
+        parallelizer.starmap(annotated, data),
+        parallelizer.starmap(annotated, data, extra_args=(1,), extra_kwargs={"k": 2}),
+        parallelizer.starmap(pow, zip(range(5), range(5), strict=True), chunksize=2),
+        parallelizer.starmap(annotated, []),
+    ]
+
+
+@BOTH_WAYS
+def test_starmap_unpacks_its_items(p: Par, way: Any) -> None:
+    plain: list[Any] = [((i), (str(i),), {}) for i in range(9)]
+    extra: list[Any] = [((i), (str(i), 1), {"k": 2}) for i in range(9)]
+    expect(p, way(p, starmaps), [plain, extra, [pow(i, i) for i in range(5)], []])
+
+
+def blockwise(kind: str, factor: int, block: Any) -> Any:
+    assert type(block).__name__ == kind, f"a block is a {type(block)}"
+    return block * factor if isinstance(block, np.ndarray) else [x * factor for x in block]
+
+
+BLOCKS: dict[str, tuple[str, Callable[[], Any], Any]] = {
+    # name: the type of a block, the data, what comes back
+    "array": ("ndarray", lambda: np.arange(10.0), np.arange(10.0) * 3),
+    "rows": ("ndarray", lambda: np.ones((7, 2), "i2"), np.full((7, 2), 3, "i2")),
+    "short array": ("ndarray", lambda: np.ones(1), np.full(1, 3.0)),
+    "empty array": ("ndarray", lambda: np.ones((0, 2)), np.ones((0, 2))),
+    "list": ("list", lambda: [1, "x", 2.5], [3, "xxx", 7.5]),
+    "tuple": ("tuple", lambda: tuple(range(10)), list(range(0, 30, 3))),
+    "range": ("range", lambda: range(10), list(range(0, 30, 3))),
+    "generator": ("list", lambda: (i for i in range(10)), list(range(0, 30, 3))),
+    "empty list": ("list", list, []),
+}
+
+
+def maps_blocks(kind: str, *, parallelizer: Par) -> Any:
+    name, make, _ = BLOCKS[kind]
+    func = functools.partial(blockwise, name, 3)
+    return parallelizer.map(func, make() if parallelizer.on_main else None, vectorized=True)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@BOTH_WAYS
+def test_map_over_blocks(p: Par, way: Any, kind: str) -> None:
+    expect(p, way(p, maps_blocks, kind), BLOCKS[kind][2])
+
+
+def scaled(block: Any, factor: float, *, shift: float) -> Any:
+    return block * factor + shift
+
+
+def maps_blocks_with_arguments(*, parallelizer: Par) -> Any:
+    data = np.arange(10) if parallelizer.on_main else None
+    return [
+        parallelizer.map(scaled, data, (2,), {"shift": 1}, vectorized=True),
+        parallelizer.map(len, data, vectorized=True),
+    ]
+
+
+@BOTH_WAYS
+def test_map_over_blocks_takes_arguments(p: Par, way: Any) -> None:
+    lengths = [len(block_of(range(10), rank, p.nprocs)) for rank in range(p.nprocs)]
+    expect(p, way(p, maps_blocks_with_arguments), [np.arange(10) * 2 + 1, lengths])
+
+
+def noise(*args: Any, rng: np.random.Generator) -> Any:
+    return args, rng.standard_normal(3)
+
+
+def draws(*, parallelizer: Par) -> Any:
+    return [
+        parallelizer.map(noise, range(20), seed=7),
+        parallelizer.map(noise, (i for i in range(20)), ("extra",), seed=7, chunksize=3),
+        parallelizer.starmap(noise, [(1, 2), (3, 4)], seed=8),
+        parallelizer.map(annotated, [1]),
+    ]
+
+
+@BOTH_WAYS
+def test_seeded_maps_give_every_item_its_own_numbers(p: Par, way: Any) -> None:
+    def streams(seed: int, count: int) -> list[np.random.Generator]:
+        return [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(count)]
+
+    plain = [noise(x, rng=rng) for x, rng in enumerate(streams(7, 20))]
+    extra = [noise(x, "extra", rng=rng) for x, rng in enumerate(streams(7, 20))]
+    starred = [noise(*x, rng=r) for x, r in zip([(1, 2), (3, 4)], streams(8, 2), strict=True)]
+    expect(p, way(p, draws), [plain, extra, starred, [(1, (), {})]])
+
+
+def fails_at_five(x: int) -> int:
+    if x == 5:
+        raise JobError("item five", 5)
+    return x
+
+
+def maps_into_a_failure(*, parallelizer: Par) -> Any:
+    return parallelizer.map(fails_at_five, range(20))
+
+
+@BOTH_WAYS
+def test_map_passes_on_what_an_item_raises(p: Par, way: Any) -> None:
+    error = caught_from(way, p, maps_into_a_failure)
+    expect(p, (type(error), error and error.args), (JobError, ("item five", 5)))
+    expect_to_work(p)
+
+
+def maps_with_a_bar(*, parallelizer: Par) -> Any:
+    return parallelizer.map(square, range(5), progress=True)
+
+
+def test_map_shows_its_progress(p: Par) -> None:
+    if importlib.util.find_spec("tqdm"):
+        expect(p, p.run(maps_with_a_bar), [0, 1, 4, 9, 16])
+    else:
+        error = failure(p, maps_with_a_bar)
+        expect(p, isinstance(error, ImportError) and "pip install" in str(error), True)
+    expect_to_work(p)
+
+
+# ---------------------------------------------------------------------------------------------
+# Driver mode, client and server
+
+
+def alone(factor: int, *, parallelizer: Par) -> Any:
+    """Drive the workers from main: maps and runs in any order."""
+    assert parallelizer.on_main
+    assert Parallelizer.lookup(None) is parallelizer
+    first = parallelizer.map(scaled, [1, 2], (factor,), {"shift": 0})
+    everyone = parallelizer.run(roll_call)
+    second = parallelizer.starmap(pow, [(2, 3), (3, 2)])
+    return first, everyone, second, parallelizer.run(arguments, 1, main_kwargs={"k": 2})
+
+
+def driven(p: Par) -> Any:
+    calls = [((1,), {"k": 2})] + [((1,), {})] * (p.nprocs - 1)
+    return [2, 4], (list(range(p.nprocs)), sum(range(100))), [8, 9], calls
+
+
+def test_a_client_drives_workers_that_serve(p: Par) -> None:
+    for _ in range(2):
+        expect(p, drive(p, alone, 2), driven(p))
+    expect_to_work(p)
+
+
+def test_a_client_on_a_closed_parallelizer(fresh: Par) -> None:
+    result = drive(fresh, alone, 2)
+    with fresh:
+        expect(fresh, result, driven(fresh))
+
+
+@pytest.mark.parametrize("own", ["serial", *MULTIPROCESSING])
+def test_an_open_parallelizer_is_driven_by_main(own: str) -> None:
+    with create(own) as p:
+        assert alone(2, parallelizer=p) == driven(p)
+
+
+def client(*, parallelizer: Par) -> Any:
+    assert parallelizer.on_main
+    for rank in range(1, parallelizer.nprocs):
+        parallelizer.send(np.arange(5) * rank, rank)
+    return [parallelizer.receive(rank) for rank in range(1, parallelizer.nprocs)]
+
+
+def server(*, parallelizer: Par) -> None:
+    assert not parallelizer.on_main
+    parallelizer.send(parallelizer.receive(0) ** 2, 0)
+
+
+def test_a_client_and_a_server_of_its_own(p: Par) -> None:
+    squares = [(np.arange(5) * rank) ** 2 for rank in range(1, p.nprocs)]
+    expect(p, ClientServerRunner(client, server, parallelizer=p).run(), squares)
+    expect(p, ClientServerRunner(client, server).run(), squares)  # by lookup(None)
+    expect_to_work(p)
+
+
+def fails_as_a_client(*, parallelizer: Par) -> None:
+    assert parallelizer.on_main
+    raise JobError("client", 1)
+
+
+def fails_as_a_server(*, parallelizer: Par) -> None:
+    raise JobError("server", parallelizer.id)
+
+
+def waits_as_a_client(*, parallelizer: Par) -> None:
+    for rank in range(1, parallelizer.nprocs):
+        parallelizer.receive(rank)
+
+
+def test_a_client_that_fails(p: Par) -> None:
+    for servers in (None, server):
+        error = caught_from(ClientServerRunner(fails_as_a_client, servers, parallelizer=p).run)
+        expect(p, (type(error), error and error.args), (JobError, ("client", 1)))
+        expect_to_work(p)
+
+
+def test_a_server_that_fails(p: Par) -> None:
+    error = caught_from(ClientServerRunner(waits_as_a_client, fails_as_a_server, p).run)
+    # Of several servers, the first to fail may end the others before they come to it.
+    ranks = range(1, p.nprocs)
+    expect(p, error is None or (error.args[0] == "server" and error.args[1] in ranks), True)
+    expect(p, error is None, p.nprocs == 1)
+    expect_to_work(p)
+
+
+# ---------------------------------------------------------------------------------------------
+# print
+
+
+def prints_to(where: str, *, parallelizer: Par) -> Any:
+    stream = io.StringIO()
+    parallelizer.print("a", 1, [2], sep="-", end="!\n", where=where, file=stream)
+    parallelizer.print("two\nlines", where=where, file=stream, flush=True)
+    return parallelizer.gather(stream.getvalue())
+
+
+def is_headed(line: str, rank: int, text: str) -> bool:
+    """Tell whether `line` is `text` behind a head that names the rank."""
+    head = line.removesuffix(text)
+    return head != line and bool(head) and re.search(rf"\b{rank}\b", head) is not None
+
+
+@pytest.mark.parametrize("where", ["both", "main", "worker"])
+def test_print(p: Par, where: str) -> None:
+    texts = p.run(prints_to, where)
+    if not p.on_main:
+        return
+    wanted = ["a-1-[2]!", "two", "lines"]
+    assert texts[0].splitlines() == (wanted if where != "worker" else [])
+    for rank in range(1, p.nprocs):
+        lines = texts[rank].splitlines()
+        assert len(lines) == (len(wanted) if where != "main" else 0)
+        for line, text in zip(lines, wanted, strict=False):
+            assert is_headed(line, rank, text), line
+
+
+def prints(*, parallelizer: Par) -> None:
+    parallelizer.print("number", parallelizer.id)
+    parallelizer.print("only main", where="main")
+    parallelizer.print("only", "workers", where="worker", sep="_")
+
+
+def program_that_prints(engine: str) -> None:
+    """Run as a program of its own by the test below; `run` prints nothing by itself."""
+    with create(engine) as p:
+        p.run(roll_call)
+        p.run(prints)
+
+
+@pytest.mark.parametrize("engine_name", ["serial", *MULTIPROCESSING, "mpi"])
+def test_prints_reach_the_terminal(engine_name: str) -> None:
+    call = f"import test_parallelizer; test_parallelizer.program_that_prints({engine_name!r})"
+    ranks = NPROCS if engine_name == "mpi" else None
+    lines = run_program("-c", call, ranks=ranks).splitlines()
+    nprocs = 1 if engine_name == "serial" else NPROCS
+    assert len(lines) == 2 * nprocs
+    assert lines.count("number 0") == lines.count("only main") == 1
+    for rank in range(1, nprocs):
+        for text in (f"number {rank}", "only_workers"):
+            assert sum(is_headed(line, rank, text) for line in lines) == 1, lines
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors: what a function raises
+
+
+class JobError(Exception):
+    """An exception with arguments and attributes of its own."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message, code)
+        self.code = code
+        self.detail = {"rank": code}
+
+
+class UnpicklableError(Exception):
+    """An exception with a member that cannot be pickled."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.lock = threading.Lock()
+
+
+def returns(*, parallelizer: Par) -> Any:
+    return parallelizer.nprocs
+
+
+def gathers_once(*, parallelizer: Par) -> None:
+    parallelizer.gather(1)
+
+
+def broadcasts_once(*, parallelizer: Par) -> None:
+    parallelizer.broadcast(np.zeros(3 * MIB) if parallelizer.on_main else None)
+
+
+def receives_from_the_failing(*, parallelizer: Par) -> None:
+    parallelizer.receive(0 if parallelizer.id else parallelizer.nprocs - 1)
+
+
+def raises_there(
+    where: str, others: Callable[..., Any], kind: str = "JobError", *, parallelizer: Par
+) -> Any:
+    ranks = {"main": [0], "last": [parallelizer.nprocs - 1], "all": range(parallelizer.nprocs)}
+    parallelizer.wait()
+    if parallelizer.id not in ranks[where]:
+        return others(parallelizer=parallelizer)
+    if kind == "unpicklable":
+        raise UnpicklableError("has a lock")
+    if kind == "assertion":
+        assert parallelizer.id is None, "not here"
+    try:
+        raise KeyError("the reason")
+    except KeyError as reason:
+        raise JobError("on purpose", parallelizer.id) from reason
+
+
+@pytest.mark.parametrize(
+    "others", [returns, gathers_once, broadcasts_once, receives_from_the_failing]
+)
+@pytest.mark.parametrize("where", ["main", "last", "all"])
+def test_an_exception_comes_back_as_it_was(p: Par, where: str, others: Callable[..., Any]) -> None:
+    pids = p.run(process_ids)
+    error = failure(p, raises_there, where, others)
+    rank = p.nprocs - 1 if where == "last" else 0
+    found = (type(error), error.args, vars(error).get("code"), vars(error).get("detail"))
+    expect(p, found, (JobError, ("on purpose", rank), rank, {"rank": rank}))
+    if rank > 0:
+        remote = isinstance(error.__cause__, RemoteTraceback)
+        text = str(error.__cause__)
+        facts = [f"rank {rank}", socket.gethostname(), str(pids[rank]), "raises_there", "KeyError"]
+        expect(p, remote and [fact for fact in facts if fact not in text], [])
+    else:
+        expect(p, type(error.__cause__), KeyError)
+    expect_to_work(p)
+
+
+def raises_on_workers(*, parallelizer: Par) -> None:
+    if not parallelizer.on_main:
+        raise JobError("on purpose", parallelizer.id)
+
+
+def test_of_several_exceptions_the_lowest_rank_counts(p: Par) -> None:
+    """The first failure ends the run for all, so that not every rank may come to its own."""
+    if p.nprocs == 1:
+        p.run(raises_on_workers)
+        return
+    error = failure(p, raises_on_workers)
+    rank = error.args[1]
+    expect(p, (type(error), error.args), (JobError, ("on purpose", rank)))
+    if sys.version_info >= (3, 11):
+        noted = re.findall(r"rank (\d+)", "\n".join(getattr(error, "__notes__", [])))
+        expect(p, [number for number in noted if int(number) <= rank], [])
+    expect_to_work(p)
+
+
+@pytest.mark.parametrize("where", ["main", "last", "all"])
+def test_an_assertion_surfaces(p: Par, where: str) -> None:
+    text = expect_failure(p, AssertionError, raises_there, where, returns, "assertion")
+    expect(p, "not here" in text, True)
+
+
+def test_an_exception_that_cannot_be_pickled(p: Par) -> None:
+    error = failure(p, raises_there, "last", gathers_once, "unpicklable")
+    if p.nprocs == 1:
+        expect(p, (type(error), error.args), (UnpicklableError, ("has a lock",)))
+    else:
+        expect(p, isinstance(error, WorkerError), True)
+        expect(p, "UnpicklableError" in str(error) and "has a lock" in str(error), True)
+        expect(p, isinstance(error.__cause__, RemoteTraceback), True)
+        expect(p, "raises_there" in str(error.__cause__), True)
+    expect_to_work(p)
+
+
+def catches_its_own(*, parallelizer: Par) -> Any:
+    try:
+        raise JobError("mine", 1)
+    except JobError:
+        return parallelizer.allgather(parallelizer.id)
+
+
+def test_an_exception_that_is_handled_disturbs_nobody(p: Par) -> None:
+    expect(p, p.run(catches_its_own), list(range(p.nprocs)))
+
+
+def test_one_class_heads_the_errors() -> None:
+    assert issubclass(ParallelizerError, RuntimeError)
+    for kind in (WorkerError, WorkerDied, ContractError, PackingError, WaitTimeout):
+        assert issubclass(kind, ParallelizerError)
+    assert issubclass(WaitTimeout, TimeoutError)
+
+
+def broadcasts_a_lock(where: str, *, parallelizer: Par) -> None:
+    if where == "broadcast":
+        parallelizer.broadcast({"lock": threading.Lock()})
+    else:
+        parallelizer.gather(None if parallelizer.on_main else {"lock": threading.Lock()})
+
+
+@pytest.mark.parametrize("where", ["broadcast", "gather"])
+def test_what_cannot_be_pickled(p: Par, where: str) -> None:
+    if p.nprocs == 1:
+        p.run(broadcasts_a_lock, where)
+    else:
+        expect(p, "lock" in expect_failure(p, PackingError, broadcasts_a_lock, where), True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors: processes that disagree
+
+
+def opens_with_two_calls(parallelizer: Par) -> Any:
+    """Make two collective calls, so that the next is #3, and tell whether this is the last rank."""
+    parallelizer.broadcast(1)
+    parallelizer.wait()
+    return parallelizer.id == parallelizer.nprocs - 1
+
+
+def other_verbs(*, parallelizer: Par) -> None:
+    if opens_with_two_calls(parallelizer):
+        parallelizer.gather(1)
+    else:
+        parallelizer.scatter([1])
+
+
+def other_verbs_with_data(*, parallelizer: Par) -> None:
+    if opens_with_two_calls(parallelizer):
+        parallelizer.broadcast(np.zeros(MIB))
+    else:
+        parallelizer.gather(np.zeros(MIB))
+
+
+def last_returns(*, parallelizer: Par) -> None:
+    if not opens_with_two_calls(parallelizer):
+        parallelizer.gather(1)
+
+
+def main_returns(*, parallelizer: Par) -> None:
+    opens_with_two_calls(parallelizer)
+    if not parallelizer.on_main:
+        parallelizer.gather(1)
+
+
+def last_waits(*, parallelizer: Par) -> None:
+    if opens_with_two_calls(parallelizer):
+        parallelizer.wait()
+
+
+def last_calls_once_more(*, parallelizer: Par) -> None:
+    if opens_with_two_calls(parallelizer):
+        parallelizer.allreduce(1)
+    parallelizer.allgather(1)
+
+
+def last_receives(*, parallelizer: Par) -> None:
+    if opens_with_two_calls(parallelizer):
+        parallelizer.receive(0)
+
+
+DISAGREEMENTS: dict[Callable[..., None], list[str]] = {
+    # body: what the error must say, beside the number of the last rank
+    other_verbs: ["gather #3", "scatter #3"],
+    other_verbs_with_data: ["broadcast #3", "gather #3"],
+    last_returns: ["gather #3", "returned"],
+    main_returns: ["gather #3", "rank 0 returned"],
+    last_waits: ["wait #3", "returned"],
+    last_calls_once_more: ["allreduce #3", "allgather #3"],
+    last_receives: ["receive", "rank 0 returned"],
+}
+
+
+@pytest.mark.parametrize("body", DISAGREEMENTS)
+def test_processes_that_disagree(p: Par, body: Callable[..., None]) -> None:
+    if p.nprocs > 1:
+        text = expect_failure(p, ContractError, body)
+        expect(p, [fact for fact in DISAGREEMENTS[body] if fact not in text] and text, [])
+        ranks = set(re.findall(r"rank (\d+)", text))
+        expect(p, len(ranks) >= 2 and (body is main_returns or str(p.nprocs - 1) in ranks), True)
+    elif body is last_receives:
+        expect_failure(p, ContractError, body)
+    else:
+        p.run(body)
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("nprocs", "kind"),
+    [(0, ValueError), (-1, ValueError), ("x", TypeError), (2.5, TypeError), ([2], TypeError)],
+)
+def test_bad_nprocs(nprocs: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="nprocs"):
+        MultiprocessingParallelizer(nprocs=nprocs)
+    with pytest.raises(kind, match="nprocs"):
+        Parallelizer.lookup("multiprocessing", nprocs=nprocs)
+
+
+def test_bad_start_method() -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        MultiprocessingParallelizer(nprocs=2, start_method="nonsense")
+
+
+@pytest.mark.parametrize("comm", [[], [1], [0, 0], [0, -1], [0, 99], [1, 2], [0, 1, 1]])
+def test_bad_comm(p: Par, comm: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"comm|rank"):
+        p.run(own_id, comm=comm)
+    expect_to_work(p)
+    expect_failure(p, ValueError, runs_on, comm)
+
+
+def runs_on(comm: list[int], *, parallelizer: Par) -> None:
+    parallelizer.run(own_id, comm=comm)
+
+
+@pytest.mark.parametrize("func", [None, 3, "text", [own_id]])
+def test_bad_func(p: Par, func: Any) -> None:
+    with pytest.raises(TypeError, match=r"callable|function"):
+        p.run(func)
+    with pytest.raises(TypeError, match=r"callable|function"):
+        p.apply(func)
+    expect_failure(p, TypeError, maps_badly, func)
+    expect_to_work(p)
+
+
+def maps_badly(func: Any, *, parallelizer: Par) -> None:
+    parallelizer.map(func, [1, 2])
+
+
+@pytest.mark.parametrize("data", [5, None])
+@BOTH_WAYS
+def test_data_that_cannot_be_mapped(p: Par, way: Any, data: Any) -> None:
+    expect(p, type(caught_from(way, p, maps_nothing, data)), TypeError)
+    expect_to_work(p)
+
+
+def maps_nothing(data: Any, *, parallelizer: Par) -> None:
+    parallelizer.map(square, data)
+
+
+def test_bad_where(p: Par) -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        p.print("text", where="nonsense")
+    expect_failure(p, ValueError, prints_to, "nonsense")
+
+
+OUTSIDE: dict[str, tuple[Any, ...]] = {
+    "broadcast": (1,),
+    "scatter": ([1],),
+    "gather": (1,),
+    "allgather": (1,),
+    "reduce": (1,),
+    "allreduce": (1,),
+    "send": (1, 1),
+    "receive": (1,),
+    "wait": (),
+}
+
+
+@pytest.mark.parametrize("start_method", MULTIPROCESSING)
+def test_collectives_outside_run(start_method: str) -> None:
+    p = MultiprocessingParallelizer(nprocs=2, start_method=start_method)
+    for verb, args in OUTSIDE.items():
+        with pytest.raises(ContractError, match=verb):
+            getattr(p, verb)(*args)
+    with p:
+        for verb, args in OUTSIDE.items():
+            with pytest.raises(ContractError, match=verb):
+                getattr(p, verb)(*args)
+        expect_to_work(p)
+
+
+def test_apply_needs_an_open_pool() -> None:
+    p = MultiprocessingParallelizer(nprocs=2)
+    with pytest.raises(ParallelizerError):
+        p.apply(own_id)
+    assert p.run(own_id) == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs: MPI, the examples, the command line
+
+
+def run_program(*argv: str, ranks: int | None = None, limit: float = 100, **env: str) -> str:
+    """Run Python with `argv`, on `ranks` MPI ranks if given; its stdout, after a good end."""
+    code, out, err = finish(*argv, ranks=ranks, limit=limit, **env)
+    assert code == 0, f"{argv} ended with {code}\n{out[-20000:]}\n{err[-20000:]}"
+    assert ranks or not err, f"{argv} wrote to stderr:\n{err[-20000:]}"  # an MPI may warn there
+    return out
+
+
+def finish(
+    *argv: str, ranks: int | None = None, limit: float = 100, **env: str
+) -> tuple[int, str, str]:
+    """Run Python with `argv` to its end, or kill its whole process group at the `limit`."""
+    command = [*(mpiexec(ranks) if ranks else []), sys.executable, *argv]
+    process = subprocess.Popen(
+        command,
+        cwd=HERE,
+        env=os.environ | {"PYTHONPATH": str(HERE)} | MPI_SETTINGS | env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # mpiexec passes it on to its ranks
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"{command} did not end in {limit} s\n{out[-20000:]}\n{err[-20000:]}")
+    return process.returncode, out, err
+
+
+# Open MPI as root, with more ranks than CPUs; others ignore these.
+MPI_SETTINGS = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def mpiexec(ranks: int) -> list[str]:
+    """Find the launcher that belongs to this interpreter's mpi4py: beside it, else on the path."""
+    beside = str(Path(sys.executable).parent)
+    launcher = shutil.which("mpiexec", path=beside) or shutil.which("mpiexec")
+    if launcher is None or importlib.util.find_spec("mpi4py") is None:
+        pytest.fail("these tests need mpi4py and mpiexec: run `pip install .[test]`")
+    return [launcher, "-n", str(ranks)]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks", RANK_COUNTS)
+def test_contract_under_mpi(ranks: int, tmp_path: Path) -> None:
+    code, out, err = finish(
+        str(Path(__file__)),
+        str(tmp_path),
+        ranks=ranks,
+        limit=280,
+        PARALLELIZER_TEST_ENGINE="mpi",
+    )
+    texts = [path.read_text() for path in sorted(tmp_path.glob("rank-*.txt"))]
+    tails = "\n".join(text[-8000:] for text in texts if " failed" in text or code)
+    assert code == 0, f"mpiexec ended with {code}\n{tails}\n{out[-2000:]}\n{err[-8000:]}"
+    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank-*.json"))]
+    assert [report["nprocs"] for report in reports] == [ranks] * ranks
+    collected = reports[0]["collected"]
+    assert len(collected) > 100
+    for report in reports:
+        assert report["collected"] == report["passed"] == collected
+
+
+class Tally:
+    """A pytest plugin that counts, so that the outer test can prove that the inner ones ran."""
+
+    def __init__(self) -> None:
+        self.collected: list[str] = []
+        self.passed: list[str] = []
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.collected = [item.nodeid for item in session.items]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.passed.append(report.nodeid)
+
+
+def run_as_rank(folder: Path, *options: str) -> int:
+    """Run the contract's tests as one rank of `mpiexec`; output and counts go to `folder`."""
+    world = importlib.import_module("mpi4py.MPI").COMM_WORLD
+    with (folder / f"rank-{world.rank}.txt").open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    tally = Tally()
+    argv = [__file__, "-k", "on_mpi", "-p", "no:cacheprovider", "--tb=short", "-q", *options]
+    code = int(pytest.main(argv, plugins=[tally]))
+    report = {"nprocs": world.size, **vars(tally)}
+    (folder / f"rank-{world.rank}.json").write_text(json.dumps(report))
+    return code
+
+
+EXAMPLES = ["quickstart", "mapping", "sample_program", "client_server", "hessian"]
+
+
+def example(name: str, backend: str) -> list[str]:
+    """Run an example on four processes; its lines of output."""
+    argv = [str(HERE / "examples" / f"{name}.py"), "--backend", backend]
+    argv += ["--nprocs", "4"] if backend == "multiprocessing" else []
+    return run_program(*argv, ranks=4 if backend == "mpi" else None).splitlines()
+
+
+def results_of(lines: Sequence[str]) -> list[str]:
+    """Leave out the lines that name the backend or tell times."""
+    return [line for line in lines if not re.search(r"Running with|speed-up", line)]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_give_the_same_numbers_on_every_backend(name: str) -> None:
+    outputs = {mode: example(name, mode) for mode in ("serial", "multiprocessing", "mpi")}
+    if name == "quickstart":
+        assert outputs["serial"] == ["[1000]"]
+        assert outputs["multiprocessing"] == outputs["mpi"] == ["[250, 250, 250, 250]"]
+        return
+    if name == "sample_program":
+        assert "Running with SerialNonParallelizer(id=0, nprocs=1)" in outputs["serial"]
+        closed = "Running with MultiprocessingParallelizer(id=None, nprocs=None)"
+        assert closed in outputs["multiprocessing"]
+    assert results_of(outputs["serial"])
+    assert results_of(outputs["multiprocessing"]) == results_of(outputs["serial"])
+    assert results_of(outputs["mpi"]) == results_of(outputs["serial"])
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("argv", "ranks"), [(["self-test"], None), ([], 4)])
+def test_self_test(argv: list[str], ranks: int | None) -> None:
+    table = run_program("-m", "parallelizer", *argv, ranks=ranks, limit=180)
+    for word in ["Python", "numpy", "mpi4py", np.__version__]:
+        assert word in table
+
+
+def test_import_is_quiet_and_takes_numpy_alone() -> None:
+    call = "import sys, numpy; before = set(sys.modules); import parallelizer; "
+    call += "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+    call += "print(sorted(loaded - sys.stdlib_module_names - {'numpy', '__mp_main__'}))"
+    assert run_program("-W", "error", "-c", call) == "['parallelizer']\n"
+
+
+def without_mpi4py() -> None:
+    """Run as a program of its own by the test below."""
+    sys.modules["mpi4py"] = None  # type: ignore[assignment]  # as Python marks what is missing
+    try:
+        MPIParallelizer()
+    except ImportError as error:
+        print(error)
+
+
+def test_without_mpi4py_the_error_says_how_to_install_it() -> None:
+    call = "import test_parallelizer; test_parallelizer.without_mpi4py()"
+    assert "pip install" in run_program("-c", call)
+
+
+def test_lookup_finds_serial_where_nothing_is_open() -> None:
+    call = "from parallelizer import Parallelizer; print(Parallelizer.lookup(None))"
+    assert run_program("-c", call) == "SerialNonParallelizer(id=0, nprocs=1)\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# Faults: killed workers, Ctrl-C, timeouts, the soak
+
+
+if __name__ == "__main__":
+    sys.exit(run_as_rank(Path(sys.argv[1]), *sys.argv[2:]))
