@@ -118,6 +118,7 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 _Self = TypeVar("_Self", bound="Parallelizer")
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def _summary(error: BaseException) -> str:
 
 def _add_note(error: BaseException, note: str) -> None:
     """`BaseException.add_note`, also where Python 3.10 has none."""
-    error.__notes__ = [*getattr(error, "__notes__", ()), note]
+    error.__dict__["__notes__"] = [*getattr(error, "__notes__", ()), note]
 
 
 class _Elsewhere(enum.Enum):
@@ -307,7 +308,7 @@ class _ArraySpec(NamedTuple):
     def build(self, buffer: Any) -> np.ndarray[Any, Any]:
         if self.nbytes == 0:
             return np.empty(self.shape, self.dtype, self.order)
-        data: np.ndarray[Any, Any] = np.frombuffer(buffer, dtype=np.uint8).view(self.dtype)
+        data: np.ndarray[Any, Any] = np.asarray(buffer).view(self.dtype)
         return data.reshape(self.shape, order=self.order)
 
 
@@ -390,7 +391,7 @@ class Message(NamedTuple):
     """
 
     pickled: bytes
-    buffers: Sequence[memoryview]
+    buffers: Sequence[_Bytes]
 
     def head(self) -> bytes:
         """Number and sizes of the buffers, then the pickle: what must arrive first."""
@@ -398,16 +399,21 @@ class Message(NamedTuple):
         return struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes) + self.pickled
 
 
-def _parse_head(head: bytes | bytearray) -> tuple[list[int], bytes]:
+def _parse_head(head: bytes) -> tuple[list[int], bytes]:
     """The inverse of `Message.head`: sizes of the buffers, and the pickle."""
     (count,) = struct.unpack_from("<I", head)
     sizes = struct.unpack_from(f"<{count}Q", head, 4)
-    return list(sizes), bytes(head[4 + 8 * count :])
+    return list(sizes), head[4 + 8 * count :]
 
 
-def _allocate(nbytes: int) -> memoryview:
+def _allocate(nbytes: int) -> _Bytes:
     """Fresh memory; numpy's, as it asks for huge pages where they make the first touch cheap."""
-    return np.empty(nbytes, np.uint8).data
+    return np.empty(nbytes, np.uint8)
+
+
+def _as_bytes(data: Any) -> _Bytes:
+    """The memory of `data`, not a copy of it."""
+    return np.frombuffer(data, np.uint8) if len(data) else _allocate(0)
 
 
 def _is_raw(array: np.ndarray[Any, Any]) -> bool:
@@ -429,7 +435,7 @@ def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
     if not _is_raw(array):
         return array.__reduce__()
     spec, data = _raw(array)
-    return spec.build, (pickle.PickleBuffer(data.data),)
+    return spec.build, (pickle.PickleBuffer(data),)  # type: ignore[arg-type,unused-ignore]
 
 
 def _dump(obj: Any, stream: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> None:
@@ -450,7 +456,7 @@ def _pack(obj: Any, what: str) -> Message:
     """Pack `obj`; `what` names it in the `PackingError`."""
     if type(obj) is np.ndarray and _is_raw(obj):
         spec, data = _raw(obj)
-        return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data.data])
+        return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data])
     failure: Exception | None = None
     for attempt in (_dump, _dump_by_value):
         stream = io.BytesIO()
@@ -463,7 +469,7 @@ def _pack(obj: Any, what: str) -> Message:
         except Exception as why:  # whatever a user's __reduce__ may raise
             failure = failure or why
         else:
-            return Message(stream.getvalue(), [buffer.raw() for buffer in buffers])
+            return Message(stream.getvalue(), [_as_bytes(buffer.raw()) for buffer in buffers])
     raise PackingError(
         f"cannot pickle {what} ({_describe(obj)}): {_summary(failure or Exception())}. Nothing "
         f"was sent. Functions and classes must stand at the top level of a module; lambdas and "
@@ -474,7 +480,7 @@ def _pack(obj: Any, what: str) -> Message:
 def _bare_spec(pickled: bytes) -> _ArraySpec | None:
     if not pickled.startswith(_BARE_ARRAY):
         return None
-    spec: _ArraySpec = pickle.loads(memoryview(pickled)[len(_BARE_ARRAY) :])
+    spec: _ArraySpec = pickle.loads(pickled[len(_BARE_ARRAY) :])
     return spec
 
 
@@ -502,7 +508,7 @@ class _GatherPlan:
         self._concatenate = concatenate
         self.result: np.ndarray[Any, Any] | None = None
 
-    def place(self, pickles: Sequence[bytes]) -> list[memoryview] | None:
+    def place(self, pickles: Sequence[bytes]) -> list[_Bytes] | None:
         """One target for the single buffer of each message, or None for fresh memory."""
         if self._concatenate is False:
             return None
@@ -514,7 +520,7 @@ class _GatherPlan:
             return None
         dtype, shape = layout
         self.result = np.empty(shape, dtype)
-        target = self.result.reshape(-1).view(np.uint8).data
+        target = self.result.reshape(-1).view(np.uint8)
         ends = list(itertools.accumulate(spec.nbytes for spec in specs))
         return [target[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -676,9 +682,7 @@ class Communicator(abc.ABC):
         if process != self.process:
             self._send(message, process, tag)
             return
-        copies = [_allocate(buffer.nbytes) for buffer in message.buffers]
-        for target, buffer in zip(copies, message.buffers, strict=True):
-            target[:] = buffer
+        copies = [buffer.copy() for buffer in message.buffers]
         self._mail[process, tag, self.stamp].append(_Parcel(Message(message.pickled, copies)))
 
     def receive(self, rank: int, tag: int) -> Message:
@@ -951,15 +955,15 @@ class _SharedSlots:
             self._memory = mmap.mmap(-1, self._size, tagname=self._tag)
         else:
             self._memory = mmap.mmap(self._file, self._size)
-        self._view = memoryview(self._memory)
+        self._view = np.frombuffer(self._memory, np.uint8)
 
-    def slot(self, row: int, index: int) -> memoryview:
+    def slot(self, row: int, index: int) -> _Bytes:
         start = (row * _SLOTS + index) * _SLOT_BYTES
         return self._view[start : start + _SLOT_BYTES]
 
     def close(self) -> None:
-        self._view.release()
-        self._memory.close()
+        # The mapping itself goes with the last view of it.
+        del self._view, self._memory
         if self._file >= 0:
             os.close(self._file)
 
@@ -1004,7 +1008,7 @@ class _Port:
         """Begin at the bounds of a packet again, after the inbox has been emptied."""
         self._partial = b""
 
-    def read(self) -> list[memoryview]:
+    def read(self) -> list[bytes]:
         """All packets that are there, possibly none."""
         try:
             data = self._partial + os.read(self.inbox.fileno(), 1 << 16)
@@ -1015,7 +1019,7 @@ class _Port:
             stop = start + _PACKET_HEAD.unpack_from(data, start)[0]
             if stop > len(data):
                 break
-            packets.append(memoryview(data)[start:stop])
+            packets.append(data[start:stop])
             start = stop
         self._partial = data[start:]
         return packets
@@ -1044,10 +1048,10 @@ class _Port:
 class _WindowsPort(_Port):
     """The same on Windows, where a pipe keeps the bounds of messages and writing may block."""
 
-    def read(self) -> list[memoryview]:
+    def read(self) -> list[bytes]:
         packets = []
         while self.inbox.poll():
-            packets.append(memoryview(self.inbox.recv_bytes()))
+            packets.append(self.inbox.recv_bytes())
         return packets
 
     def write(self, process: int, packet: bytes) -> bool:
@@ -1104,11 +1108,9 @@ class _Incoming(_Parcel):
         self.run = run
         self.call = call
         self._held = held
-        self._head = bytearray(head_bytes)
-        self._unfilled = collections.deque([memoryview(self._head)])
-        self._backlog: collections.deque[tuple[memoryview, Callable[[], None]]] = (
-            collections.deque()
-        )
+        self._head = _allocate(head_bytes)
+        self._unfilled = collections.deque([self._head])
+        self._backlog: collections.deque[tuple[_Bytes, Callable[[], None]]] = collections.deque()
         self.pickled = b""  # known when the head is complete
         self.sizes: list[int] = []
 
@@ -1118,11 +1120,11 @@ class _Incoming(_Parcel):
     def has_head(self) -> bool:
         return bool(self.pickled)
 
-    def feed(self, data: memoryview, release: Callable[[], None]) -> None:
+    def feed(self, data: _Bytes, release: Callable[[], None]) -> None:
         """Take the next piece; `release` is called when it has been copied."""
         data = self._fill(data)
         if not self._unfilled and not self.pickled:
-            self.sizes, self.pickled = _parse_head(self._head)
+            self.sizes, self.pickled = _parse_head(self._head.tobytes())
             if not self._held:
                 self.place(None)
             data = self._fill(data)
@@ -1131,7 +1133,7 @@ class _Incoming(_Parcel):
         else:
             release()
 
-    def _fill(self, data: memoryview) -> memoryview:
+    def _fill(self, data: _Bytes) -> _Bytes:
         while data.nbytes and self._unfilled:
             target = self._unfilled[0]
             count = min(target.nbytes, data.nbytes)
@@ -1143,7 +1145,7 @@ class _Incoming(_Parcel):
                 self._unfilled[0] = target[count:]
         return data
 
-    def place(self, buffers: Sequence[memoryview] | None) -> None:
+    def place(self, buffers: Sequence[_Bytes] | None) -> None:
         """Say where the buffers are to be written; None for fresh memory."""
         if buffers is None:
             buffers = [_allocate(size) for size in self.sizes]
@@ -1199,10 +1201,11 @@ class PipeCommunicator(Communicator):
 
     # -- packets ------------------------------------------------------------------------------
 
-    def _post(self, process: int, kind: int, body: bytes) -> None:
+    def _post(self, process: int, kind: int, body: bytes, run: int | None = None) -> None:
         """Write a packet, or keep it for when the inbox has room; never blocks."""
         size = _PACKET_HEAD.size + len(body)
-        self._outbox[process].append(_PACKET_HEAD.pack(size, kind, self.process, self._run) + body)
+        run = self._run if run is None else run
+        self._outbox[process].append(_PACKET_HEAD.pack(size, kind, self.process, run) + body)
         self._flush(process)
 
     def _flush(self, process: int) -> None:
@@ -1232,7 +1235,7 @@ class PipeCommunicator(Communicator):
     def _on_handle(self, handle: int) -> None:
         """One of these is ready."""
 
-    def _on_packet(self, packet: memoryview) -> None:
+    def _on_packet(self, packet: bytes) -> None:
         _, kind, source, run = _PACKET_HEAD.unpack_from(packet)
         body = packet[_PACKET_HEAD.size :]
         if kind == _CONTROL:
@@ -1246,7 +1249,7 @@ class PipeCommunicator(Communicator):
         else:
             self._readers[_RELEASE_HEAD.unpack(body)[0]].discard(source)
 
-    def _on_start(self, source: int, run: int, body: memoryview) -> None:
+    def _on_start(self, source: int, run: int, body: bytes) -> None:
         stream, depth, number, verb, tag, head_bytes = _START_HEAD.unpack_from(body)
         call = _Call(depth, number, _VERBS[verb])
         # What comes to main in a collective is a gather's.
@@ -1257,19 +1260,22 @@ class PipeCommunicator(Communicator):
             self._mail[source, tag, run].append(incoming)
         elif call.verb not in ("failed", "abort"):
             self._arrived[source].append(incoming)
-        self._feed(source, stream, incoming, body[_START_HEAD.size :], lambda: None)
+        data = _as_bytes(body[_START_HEAD.size :])
+        self._feed(source, stream, incoming, data, lambda: None)
 
-    def _on_data(self, source: int, run: int, body: memoryview) -> None:
+    def _on_data(self, source: int, run: int, body: bytes) -> None:
         stream, slot, size = _DATA_HEAD.unpack_from(body)
         incoming = self._streams.get((source, stream))
         if incoming is None:
             return
         if slot == _INLINE:
-            self._feed(source, stream, incoming, body[_DATA_HEAD.size :], lambda: None)
+            data = _as_bytes(body[_DATA_HEAD.size :])
+            self._feed(source, stream, incoming, data, lambda: None)
             return
         assert self._slots is not None
         data = self._slots.slot(source, slot)[:size]
-        release = functools.partial(self._post, source, _RELEASE, _RELEASE_HEAD.pack(slot))
+        # The sender may be ahead: in a run that this process has yet to begin.
+        release = functools.partial(self._post, source, _RELEASE, _RELEASE_HEAD.pack(slot), run)
         self._feed(source, stream, incoming, data, release)
 
     def _feed(
@@ -1277,7 +1283,7 @@ class PipeCommunicator(Communicator):
         source: int,
         stream: int,
         incoming: _Incoming,
-        data: memoryview,
+        data: _Bytes,
         release: Callable[[], None],
     ) -> None:
         incoming.feed(data, release)
@@ -1298,18 +1304,20 @@ class PipeCommunicator(Communicator):
         start = _START_HEAD.pack(
             self._stream, call.depth, call.number, _VERBS.index(call.verb), tag, len(head)
         )
-        parts = [memoryview(head), *(buffer for buffer in message.buffers if buffer.nbytes)]
+        parts = [_as_bytes(head), *(buffer for buffer in message.buffers if buffer.nbytes)]
         if sum(part.nbytes for part in parts) <= _INLINE_BYTES:
-            self._post_all(processes, _START, start + b"".join(parts))
+            self._post_all(processes, _START, start + b"".join(part.tobytes() for part in parts))
             return
         self._post_all(processes, _START, start)
         for chunk in _chunks(parts, _SLOT_BYTES if self._readers else _INLINE_BYTES):
             self._transmit_chunk(processes, chunk)
 
-    def _transmit_chunk(self, processes: Sequence[int], chunk: list[memoryview]) -> None:
+    def _transmit_chunk(self, processes: Sequence[int], chunk: list[_Bytes]) -> None:
         size = sum(piece.nbytes for piece in chunk)
         if self._slots is None:
-            body = _DATA_HEAD.pack(self._stream, _INLINE, size) + b"".join(chunk)
+            body = _DATA_HEAD.pack(self._stream, _INLINE, size) + b"".join(
+                piece.tobytes() for piece in chunk
+            )
         else:
             index = self._free_slot()
             slot, position = self._slots.slot(self.process, index), 0
@@ -1426,9 +1434,9 @@ class PipeCommunicator(Communicator):
         self._post(process, _START, start + head)
 
 
-def _chunks(parts: Iterable[memoryview], most: int) -> Iterator[list[memoryview]]:
+def _chunks(parts: Iterable[_Bytes], most: int) -> Iterator[list[_Bytes]]:
     """Cut a sequence of buffers into chunks of `most` bytes, each a list of pieces."""
-    chunk: list[memoryview] = []
+    chunk: list[_Bytes] = []
     room = most
     for part in parts:
         while part.nbytes:
@@ -1581,11 +1589,11 @@ class _MainEnd(PipeCommunicator):
         except BaseException:  # a second Ctrl-C
             self._workers.kill(list(self._workers.processes))
             raise
-        first, *others = sorted(self._failures)
-        for rank in others:
-            note = f"rank {rank} failed too: {_summary(self._failures[rank])}"
-            _add_note(self._failures[first], note)
-        return self._failures[first]
+        failures, self._failures = self._failures, {}
+        (_, first), *others = sorted(failures.items())
+        for rank, other in others:
+            _add_note(first, f"rank {rank} failed too: {_summary(other)}")
+        return first
 
     def _abort(self) -> None:
         """Make every worker leave the run; return when all have, or have been killed."""
@@ -1910,7 +1918,7 @@ def _import_mpi() -> Any:
 class _MPIParcel(_Parcel):
     """A message whose parts are being received."""
 
-    def __init__(self, mpi: Any, parts: list[memoryview], requests: list[Any]) -> None:
+    def __init__(self, mpi: Any, parts: list[_Bytes], requests: list[Any]) -> None:
         super().__init__()
         self._mpi = mpi
         self._parts = parts
@@ -1919,11 +1927,11 @@ class _MPIParcel(_Parcel):
     def done(self) -> bool:
         if self.message is None and self._mpi.Request.Testall(self._requests):
             pickled, *buffers = self._parts
-            self.message = Message(bytes(pickled), buffers)
+            self.message = Message(pickled.tobytes(), buffers)
         return self.message is not None
 
 
-def _pieces(part: memoryview) -> Iterator[memoryview]:
+def _pieces(part: _Bytes) -> Iterator[_Bytes]:
     for start in range(0, part.nbytes, _PIECE_BYTES):
         yield part[start : start + _PIECE_BYTES]
 
@@ -2231,14 +2239,14 @@ class MPICommunicator(Communicator):
 
     # -- messages -----------------------------------------------------------------------------
 
-    def _receive_bulk(self, parts: Iterable[memoryview], source: int, tag: int) -> list[Any]:
+    def _receive_bulk(self, parts: Iterable[_Bytes], source: int, tag: int) -> list[Any]:
         return [
             self._bulk.Irecv([piece, self._mpi.BYTE], source, tag)
             for part in parts
             for piece in _pieces(part)
         ]
 
-    def _send_bulk(self, parts: Iterable[memoryview], process: int, tag: int) -> list[Any]:
+    def _send_bulk(self, parts: Iterable[_Bytes], process: int, tag: int) -> list[Any]:
         return [
             self._bulk.Isend([piece, self._mpi.BYTE], process, tag)
             for part in parts
@@ -2246,7 +2254,7 @@ class MPICommunicator(Communicator):
         ]
 
     def _send(self, message: Message, process: int, tag: int) -> None:
-        parts = [memoryview(message.pickled), *message.buffers]
+        parts = [_as_bytes(message.pickled), *message.buffers]
         sizes, inline = _envelope(parts)
         head = pickle.dumps((self.stamp, tag, sizes, inline))
         requests = [self._notes.Isend([head, self._mpi.BYTE], process, _MESSAGE_TAG)]
@@ -2259,7 +2267,7 @@ class MPICommunicator(Communicator):
 
     def _broadcast(self, message: Message | None, idle: bool) -> Message:
         if message is not None:
-            parts = [memoryview(message.pickled), *message.buffers]
+            parts = [_as_bytes(message.pickled), *message.buffers]
             sizes, inline = _envelope(parts)
             head = pickle.dumps((sizes, inline))
             self._check(len(head), idle)
@@ -2273,7 +2281,7 @@ class MPICommunicator(Communicator):
             for part in parts:
                 for piece in _pieces(part):
                     self._group.Bcast([piece, self._mpi.BYTE])
-        return message or Message(bytes(parts[0]), parts[1:])
+        return message or Message(parts[0].tobytes(), parts[1:])
 
     def broadcast(self, message: Message | None) -> Message:
         return self._broadcast(message, idle=False)
@@ -2285,8 +2293,8 @@ class MPICommunicator(Communicator):
             parts = _unfold(sizes, inline)
             if not inline:
                 self._finish(self._receive_bulk(parts, self.members[0], _COLLECTIVE_TAG))
-            return Message(bytes(parts[0]), parts[1:])
-        all_parts = [[memoryview(message.pickled), *message.buffers] for message in messages]
+            return Message(parts[0].tobytes(), parts[1:])
+        all_parts = [[_as_bytes(message.pickled), *message.buffers] for message in messages]
         envelopes = [_envelope(parts) for parts in all_parts]
         self._scatter_heads([pickle.dumps(envelope) for envelope in envelopes])
         requests = []
@@ -2309,7 +2317,7 @@ class MPICommunicator(Communicator):
         # A large pickle is a part like the buffers; a small one goes ahead, for the plan.
         first, parts = message.pickled, list(message.buffers)
         if len(first) > _EAGER_BYTES:
-            first, parts = b"", [memoryview(first), *parts]
+            first, parts = b"", [_as_bytes(first), *parts]
         sizes, inline = _envelope(parts)
         self._check()
         heads = self._gather_heads(pickle.dumps((first, sizes, inline)))
@@ -2346,7 +2354,7 @@ class MPICommunicator(Communicator):
                 requests += self._receive_bulk(parts, self.members[rank], _COLLECTIVE_TAG)
         self._finish(requests)
         others = [
-            Message(first, parts) if first else Message(bytes(parts[0]), parts[1:])
+            Message(first, parts) if first else Message(parts[0].tobytes(), parts[1:])
             for first, parts in arriving
         ]
         return [message, *others]
@@ -2405,21 +2413,19 @@ class MPICommunicator(Communicator):
         return True
 
 
-def _envelope(parts: Sequence[memoryview]) -> tuple[list[int], bytes]:
+def _envelope(parts: Sequence[_Bytes]) -> tuple[list[int], bytes]:
     """Sizes of the parts, and all their bytes if they may travel along in one piece."""
     sizes = [part.nbytes for part in parts]
-    return sizes, b"".join(parts) if sum(sizes) <= _EAGER_BYTES else b""
+    return sizes, b"".join(part.tobytes() for part in parts) if sum(sizes) <= _EAGER_BYTES else b""
 
 
-def _unfold(
-    sizes: Sequence[int], inline: bytes, parts: list[memoryview] | None = None
-) -> list[memoryview]:
+def _unfold(sizes: Sequence[int], inline: bytes, parts: list[_Bytes] | None = None) -> list[_Bytes]:
     """Memory for the parts (fresh, unless given), filled where their bytes have come along."""
     if parts is None:
         parts = [_allocate(size) for size in sizes]
     start = 0
     for part in parts if inline else ():
-        part[:] = inline[start : start + part.nbytes]
+        part[:] = _as_bytes(inline[start : start + part.nbytes])
         start += part.nbytes
     return parts
 
@@ -2695,7 +2701,10 @@ class Parallelizer(abc.ABC):
                 final = communicator.fail_run(error)
                 if final is error:
                     raise
-                raise final from final.__cause__
+                try:
+                    raise final from final.__cause__
+                finally:
+                    del final  # its traceback holds this frame
         return result
 
     def serve(self) -> None:
@@ -3597,12 +3606,14 @@ def _client_or_server(
 
 def _expect(found: Any, wanted: Any) -> None:
     same = type(found) is type(wanted)
-    if isinstance(wanted, np.ndarray):
-        same = same and found.dtype == wanted.dtype and found.shape == wanted.shape
-        same = same and found.tobytes() == wanted.tobytes()
-    elif not (same and found == wanted):
-        same = False
-    if not same:
+    if isinstance(wanted, np.ndarray) and same:
+        same = (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+        same = same and (
+            found.tolist() == wanted.tolist()
+            if wanted.dtype.hasobject
+            else found.tobytes() == wanted.tobytes()
+        )
+    if not same or not (isinstance(wanted, np.ndarray) or found == wanted):
         raise AssertionError(f"expected {wanted!r}, but got {found!r}")
 
 
@@ -3623,8 +3634,8 @@ def _check_broadcast(*, parallelizer: Parallelizer) -> None:
     for sample in (*_SAMPLES, "text", None, 3.5):
         found = parallelizer.broadcast(sample if parallelizer.on_main else None)
         _expect(found, sample)
-        nested = parallelizer.broadcast({"a": [sample]} if parallelizer.on_main else None)
-        _expect(nested["a"][0], sample)
+        nested: Any = {"a": [sample]} if parallelizer.on_main else None
+        _expect(parallelizer.broadcast(nested)["a"][0], sample)
 
 
 def _check_scatter_and_gather(*, parallelizer: Parallelizer) -> None:
@@ -3827,5 +3838,7 @@ def _command_line() -> int:
 
 if __name__ == "__main__":
     # The importable module, not a second one of the name __main__, so that all processes agree.
-    _name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
+    _name = (
+        __spec__.name if __spec__ is not None else os.path.splitext(os.path.basename(__file__))[0]
+    )
     sys.exit(importlib.import_module(_name)._command_line())
