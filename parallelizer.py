@@ -62,6 +62,7 @@ import copyreg
 import enum
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -290,7 +291,7 @@ def _split(data: Any, parts: int) -> list[Any]:
     data = _sliceable(data)
     blocks = [data[start:stop] for start, stop in _block_bounds(len(data), parts)]
     if isinstance(data, np.ndarray) and not data.flags.writeable:
-        return [block.copy() for block in blocks]
+        return [block.copy() if block.nbytes else block for block in blocks]
     return blocks
 
 
@@ -308,7 +309,9 @@ class _ArraySpec(NamedTuple):
     def build(self, buffer: Any) -> np.ndarray[Any, Any]:
         if self.nbytes == 0:
             return np.empty(self.shape, self.dtype, self.order)
-        data: np.ndarray[Any, Any] = np.asarray(buffer).view(self.dtype)
+        # Of a read-only array, pickle hands over a read-only view of what is this process's own.
+        own = buffer.obj if isinstance(buffer, memoryview) else buffer
+        data: np.ndarray[Any, Any] = np.asarray(own).view(self.dtype)
         return data.reshape(self.shape, order=self.order)
 
 
@@ -340,7 +343,9 @@ def _combine(values: list[Any], concatenate: bool | None) -> Any:
         if len(values) == 1:
             return values[0]
         filled = [value for value in values if len(value) > 0]
-        return np.concatenate(filled or values[:1])
+        # Into an array made for it, as concatenate would make the byte order native.
+        out = np.empty(layout[1], layout[0]) if layout[0].itemsize else None
+        return np.concatenate(filled or values[:1], out=out)
     if concatenate:
         raise ValueError(
             "gather(concatenate=True) needs arrays that agree in dtype and trailing shape, but "
@@ -714,15 +719,10 @@ class Communicator(abc.ABC):
         finally:
             self.members, self.call = members, call
 
-    @contextlib.contextmanager
-    def in_function(self) -> Iterator[None]:
-        """Around the user's function."""
-        before = self._in_function
-        self._in_function = self.interruptible = True
-        try:
-            yield
-        finally:
-            self._in_function = self.interruptible = before
+    def mark_function(self, *, executing: bool) -> None:
+        """Say that the user's function begins or ends on this process."""
+        # Not restored to what they were: a signal may come between the two assignments.
+        self.interruptible = self._in_function = executing
 
     def enter(self, verb: str) -> Communicator:
         """Begin a call of a verb; the result is the context that ends it."""
@@ -2694,8 +2694,11 @@ class Parallelizer(abc.ABC):
         with communicator.restricted_to(ranks), _interrupts(communicator):
             try:
                 communicator.begin_run()
-                with communicator.in_function():
+                communicator.mark_function(executing=True)
+                try:
                     result = func(*args, parallelizer=self, **kwargs)
+                finally:
+                    communicator.mark_function(executing=False)
                 communicator.finish_run()
             except BaseException as error:  # whatever it is, the others must hear of it
                 final = communicator.fail_run(error)
@@ -3377,6 +3380,8 @@ class MultiprocessingParallelizer(Parallelizer):
     ) -> None:
         super().__init__(timeout=timeout)
         if nprocs is not None:
+            if not hasattr(nprocs, "__index__"):
+                raise TypeError(f"nprocs must be a number of processes or None, not {nprocs!r}")
             nprocs = operator.index(nprocs)
             if not 1 <= nprocs < _MOST_PROCESSES:
                 raise ValueError(f"nprocs must be a number of processes from 1, not {nprocs}")
@@ -3764,17 +3769,11 @@ def _test_backend(name: str, make: Callable[[], Parallelizer]) -> bool:
 
 
 def _versions() -> str:
-    parts = [
-        f"parallelizer {__version__}",
-        f"Python {sys.version.split()[0]}",
-        f"numpy {np.__version__}",
-    ]
-    try:
-        mpi = _import_mpi()
-    except ModuleNotFoundError:
-        return ", ".join([*parts, "no mpi4py"])
-    version = importlib.import_module("mpi4py").__version__
-    return ", ".join([*parts, f"mpi4py {version}", mpi.Get_library_version().split("\n")[0]])
+    # Not by importing mpi4py, which would bring MPI up and so rule fork out.
+    with_mpi = importlib.util.find_spec("mpi4py") is not None
+    mpi4py = importlib.metadata.version("mpi4py") if with_mpi else "not installed"
+    python = sys.version.split()[0]
+    return f"parallelizer {__version__}, Python {python}, numpy {np.__version__}, mpi4py {mpi4py}"
 
 
 def _find_launcher() -> str | None:
@@ -3784,14 +3783,10 @@ def _find_launcher() -> str | None:
 
 
 def _test_mpi_by_launcher(nprocs: int) -> bool:
-    launcher = _find_launcher()
-    try:
-        mpi4py = importlib.util.find_spec("mpi4py") is not None
-    except ValueError:
-        mpi4py = False
-    if launcher is None or not mpi4py:
-        missing = "mpi4py is not installed" if not mpi4py else "no mpiexec was found"
-        print(f"{'mpi':<28}not checked: {missing} (pip install mpi4py mpich)")
+    launcher, mpi4py = _find_launcher(), importlib.util.find_spec("mpi4py")
+    if launcher is None or mpi4py is None:
+        missing = "mpi4py is not installed" if mpi4py is None else "no mpiexec was found"
+        print(f"{'mpi':<28}not checked: {missing} (pip install mpi4py mpich)", flush=True)
         return True
     command = [launcher, "-n", str(nprocs), sys.executable, __file__, "self-test", "--only-mpi"]
     # Open MPI counts cores, and wants a word before it runs as root.
@@ -3812,13 +3807,17 @@ def _self_test(backend: str | None, nprocs: int, only_mpi: bool) -> bool:
     world = MPIParallelizer() if launched else None
     passed = True
     if world is None or (world.on_main and not only_mpi):
-        print(_versions() if world is None or world.on_main else "")
+        print(_versions(), flush=True)
         passed = _test_backend("serial", SerialNonParallelizer)
         for method in multiprocessing.get_all_start_methods():
+            if method == "fork" and world is not None:
+                continue  # never where MPI is up
             make = functools.partial(MultiprocessingParallelizer, nprocs, start_method=method)
             passed &= _test_backend(f"multiprocessing, {method}", make)
     if world is None:
         return passed & _test_mpi_by_launcher(nprocs)
+    if world.on_main:
+        print(f"MPI is {_import_mpi().Get_library_version().splitlines()[0]}", flush=True)
     return _test_backend("mpi", lambda: world) and passed
 
 
@@ -3838,7 +3837,6 @@ def _command_line() -> int:
 
 if __name__ == "__main__":
     # The importable module, not a second one of the name __main__, so that all processes agree.
-    _name = (
-        __spec__.name if __spec__ is not None else os.path.splitext(os.path.basename(__file__))[0]
-    )
+    _spec = globals()["__spec__"]
+    _name = _spec.name if _spec else os.path.splitext(os.path.basename(__file__))[0]
     sys.exit(importlib.import_module(_name)._command_line())
