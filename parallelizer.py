@@ -291,7 +291,9 @@ def _split(data: Any, parts: int) -> list[Any]:
     data = _sliceable(data)
     blocks = [data[start:stop] for start, stop in _block_bounds(len(data), parts)]
     if isinstance(data, np.ndarray) and not data.flags.writeable:
-        return [block.copy() if block.nbytes else block for block in blocks]
+        # Of items without bytes, numpy copies the dtype U0 as U1; pickle does not.
+        has_bytes = data.dtype.itemsize > 0
+        return [b.copy() if has_bytes else pickle.loads(pickle.dumps(b)) for b in blocks]
     return blocks
 
 
@@ -609,7 +611,7 @@ class Communicator(abc.ABC):
         self._mail: collections.defaultdict[tuple[int, int, int], collections.deque[_Parcel]]
         self._mail = collections.defaultdict(collections.deque)
         self.stamp = 0  # of the current run
-        self._wait: _Wait | None = None
+        self._describe_wait: Callable[[], _Wait | None] = lambda: None
         self._wait_number = 0
         self._circles: set[tuple[_Wait, ...]] = set()
         self._new_circles: set[tuple[_Wait, ...]] = set()
@@ -780,35 +782,44 @@ class Communicator(abc.ABC):
         begun = time.monotonic()
         look_around = _PATIENCE if watch and not idle else math.inf
         timeout = math.inf if idle or self.timeout is None else self.timeout
-        self._begin_wait(doing, awaited)
+        self._begin_wait(ready, awaited, doing)
         try:
             while not ready():
                 self._raise_failure()
                 waited = time.monotonic() - begun
                 if waited >= timeout:
-                    self._raise_timeout(awaited())
+                    self._raise_timeout(awaited(), doing)
                 if waited >= look_around:
                     look_around += _PATIENCE
-                    self._look_around(doing, awaited)
+                    self._look_around()
                 self._progress(min(look_around, timeout) - waited)
         finally:
-            self._wait = None
+            self._describe_wait = lambda: None
 
     def _doing(self, doing: str) -> str:
-        return doing or (
-            "return" if self.call.verb == "return" else f"{self.call.verb} #{self.call.number}"
-        )
+        if doing or self.call.verb == "return":
+            return doing or "return"
+        return f"{self.call.verb} #{self.call.number}"
 
-    def _begin_wait(self, doing: str, awaited: Callable[[], Iterable[int]]) -> None:
+    def _begin_wait(
+        self, ready: Callable[[], object], awaited: Callable[[], Iterable[int]], doing: str
+    ) -> None:
         self._wait_number += 1
-        self._wait = _Wait(self.process, self._wait_number, self._doing(doing), tuple(awaited()))
+        number, told = self._wait_number, self._doing(doing)
+
+        def describe() -> _Wait | None:
+            if ready():
+                return None
+            return _Wait(self.process, number, told, tuple(awaited()))
+
+        self._describe_wait = describe
         self._circles, self._new_circles, self._deadlock = set(), set(), None
 
-    def _raise_timeout(self, awaited: Iterable[int]) -> NoReturn:
+    def _raise_timeout(self, awaited: Iterable[int], doing: str) -> NoReturn:
         missing = ", ".join(str(process) for process in awaited)
         raise WaitTimeout(
-            f"rank {self.process} waited {self.timeout} s in {self._wait and self._wait.doing} "
-            f"for rank(s) {missing}, which may be stuck or just slow; raise timeout= if slow"
+            f"rank {self.process} waited {self.timeout} s in {self._doing(doing)} for rank(s) "
+            f"{missing}, which may be stuck or just slow; raise timeout= if they are slow"
         )
 
     # A deadlock is found by asking around: ASK goes along the chain "I wait for you"; who is
@@ -816,25 +827,14 @@ class Communicator(abc.ABC):
     # were sent before it, so whoever is still waiting then will wait for ever, if the chain
     # leads back to itself. A longer circle is believed when two rounds find the same.
 
-    def _look_around(self, doing: str, awaited: Callable[[], Iterable[int]]) -> None:
+    def _look_around(self) -> None:
+        own = self._describe_wait()
+        if own is None:
+            return
         if self._deadlock is not None:
-            first = self._deadlock[0]
-            if first.doing == "return":
-                raise ContractError(f"rank {first.process} returned while {self._own_wait()}")
-            raise ContractError(
-                f"rank {first.process} waits in {first.doing} while {self._own_wait()}: neither "
-                f"can go on"
-            )
-        assert self._wait is not None
-        self._wait = self._wait._replace(awaited=tuple(awaited()))
+            raise _deadlock_error(own, self._deadlock[0])
         self._circles, self._new_circles = self._new_circles, set()
-        self._ask(self._wait.awaited, ())
-
-    def _own_wait(self) -> str:
-        assert self._wait is not None
-        if self._wait.doing == "return":
-            return f"rank {self.process} returned"
-        return f"rank {self.process} waits in {self._wait.doing}"
+        self._ask(own.awaited, ())
 
     def _ask(self, processes: Iterable[int], chain: tuple[_Wait, ...]) -> None:
         for process in itertools.islice(processes, 16):
@@ -843,16 +843,29 @@ class Communicator(abc.ABC):
 
     def _on_control(self, content: Any) -> None:
         kind, asker, number, chain = content
-        if kind == "ask" and self._wait is not None:
-            self._post_control(asker, ("tell", asker, number, (*chain, self._wait)))
-        elif kind == "tell" and self._wait is not None and self._wait.number == number:
-            last = chain[-1]
-            if self.process not in last.awaited:
-                self._ask(last.awaited, chain)
+        own = self._describe_wait()
+        if own is None:
+            return
+        if kind == "ask":
+            self._post_control(asker, ("tell", asker, number, (*chain, own)))
+        elif own.number == number:
+            if self.process not in chain[-1].awaited:
+                self._ask(chain[-1].awaited, chain)
             elif chain in self._circles:
                 self._deadlock = chain
             else:
                 self._new_circles.add(chain)
+
+
+def _deadlock_error(own: _Wait, other: _Wait) -> ContractError:
+    if own.doing == "return":
+        own, other = other, own
+    mine = f"rank {own.process} waits in {own.doing}"
+    if other.doing == "return":
+        return ContractError(f"rank {other.process} returned while {mine}")
+    return ContractError(
+        f"rank {other.process} waits in {other.doing} while {mine}: neither can go on"
+    )
 
 
 class SerialCommunicator(Communicator):
@@ -1984,8 +1997,10 @@ class MPICommunicator(Communicator):
 
     # -- waiting ------------------------------------------------------------------------------
 
-    def _begin_wait(self, doing: str, awaited: Callable[[], Iterable[int]]) -> None:
-        super()._begin_wait(doing, awaited)
+    def _begin_wait(
+        self, ready: Callable[[], object], awaited: Callable[[], Iterable[int]], doing: str
+    ) -> None:
+        super()._begin_wait(ready, awaited, doing)
         self._spins = 0
 
     def _progress(self, seconds: float) -> None:
@@ -2931,16 +2946,24 @@ class Parallelizer(abc.ABC):
         """
         if where not in ("both", "main", "worker"):
             raise ValueError(f"where must be 'both', 'main' or 'worker', not {where!r}")
+        if where == ("worker" if self.on_main else "main"):
+            return
+        file = kwargs.pop("file", None) or sys.stdout
+        flush = kwargs.pop("flush", False)
+        text = io.StringIO()
         if self.on_main:
-            if where != "worker":
-                print(*args, **kwargs)
-        elif where != "main":
-            text = io.StringIO()
-            print(*args, sep=kwargs.pop("sep", " "), end="", file=text)
-            lines = [f"[rank {self.id}] {line}" for line in text.getvalue().split("\n")]
-            # In one write and at once, so that the lines of several workers do not mix.
-            end = kwargs.pop("end", "\n")
-            print("\n".join(lines) + end, end="", **{**kwargs, "flush": True})
+            print(*args, file=text, **kwargs)
+            whole = text.getvalue()
+        else:
+            end = kwargs.pop("end", None)
+            print(*args, file=text, end="", **kwargs)
+            lines = text.getvalue().split("\n")
+            whole = "\n".join(f"[rank {self.id}] {line}" for line in lines)
+            whole += "\n" if end is None else end
+        # In one write, so that the lines of several processes do not mix.
+        file.write(whole)
+        if flush or not self.on_main:
+            file.flush()
 
     # -- mapping ------------------------------------------------------------------------------
 

@@ -2131,7 +2131,576 @@ def test_lookup_finds_serial_where_nothing_is_open() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Faults: killed workers, Ctrl-C, timeouts, the soak
+# Faults: nothing hangs, nothing is lost
+# ---------------------------------------------------------------------------------------------
+
+
+class Odd(Exception):
+    """Its constructor does not accept its own `args`, and it has attributes beside."""
+
+    def __init__(self, code: int, *, detail: str) -> None:
+        super().__init__(f"odd {code}")
+        self.code = code
+        self.detail = detail
+
+
+def go_wrong(fault: str, par: Par) -> None:
+    if fault == "raise":
+        raise Odd(7, detail="seven")
+    if fault == "unpicklable exception":
+        raise ValueError(threading.Lock())
+    if fault == "sys.exit":
+        sys.exit(3)
+    if fault == "KeyboardInterrupt":
+        raise KeyboardInterrupt
+    if fault == "unpicklable value":
+        par.gather(threading.Lock())
+    if fault == "unpicklable at arrival":
+        par.broadcast(1)  # never comes to that: see `Trap`
+    if fault == "os._exit":
+        os._exit(7)
+    os.kill(os.getpid(), getattr(signal, fault))
+
+
+def go_on(stage: str, par: Par) -> None:
+    """What the processes do that nothing is wrong with."""
+    large = np.zeros(3 * MIB)  # 24 MiB
+    if stage in ("gather", "broadcast", "scatter", "wait"):
+        getattr(par, stage)(*([] if stage == "wait" else [list(range(par.nprocs))]))
+    elif stage == "receive":
+        par.receive((par.id + 1) % par.nprocs)
+    elif stage == "large broadcast":
+        for _ in range(1000):
+            par.broadcast(large)
+    elif stage == "large gather":
+        for _ in range(1000):
+            par.gather(large)
+    elif stage == "large send":
+        for _ in range(1000):
+            par.send(large, (par.id + 1) % par.nprocs)
+    elif stage == "sleep":
+        time.sleep(100)
+    elif stage == "compute":
+        while True:
+            pass
+    par.gather(0)
+
+
+def faulty(fault: str, culprits: list[int], stage: str, parallelizer: Par) -> None:
+    if parallelizer.id in culprits:
+        time.sleep(0.05)  # let the others get to their stage
+        go_wrong(fault, parallelizer)
+    go_on(stage, parallelizer)
+
+
+def ranks(parallelizer: Par) -> Any:
+    return parallelizer.gather(parallelizer.id)
+
+
+EXCEPTIONS: dict[str, type[BaseException]] = {
+    "raise": Odd,
+    "unpicklable exception": WorkerError,
+    "sys.exit": SystemExit,
+    "KeyboardInterrupt": KeyboardInterrupt,
+    "unpicklable value": PackingError,
+}
+DEATHS = {"os._exit": "7", "SIGKILL": "SIGKILL", "SIGSEGV": "SIGSEGV"}
+STAGES = ["gather", "broadcast", "scatter", "wait", "receive", "large broadcast", "large gather",
+          "large send", "sleep", "compute"]  # fmt: skip
+
+
+@pytest.fixture(params=MULTIPROCESSING, ids="on_{}".format)
+def pool(request: pytest.FixtureRequest) -> Iterator[MultiprocessingParallelizer]:
+    """An open parallelizer of four processes, which must serve the next run whatever happens."""
+    before = open_descriptors()
+    with MultiprocessingParallelizer(4, start_method=request.param) as par:
+        assert par.run(ranks) == [0, 1, 2, 3]
+        yield par
+        assert par.run(ranks) == [0, 1, 2, 3]
+    assert multiprocessing.active_children() == []
+    assert open_descriptors() <= before + (2 if request.param != "fork" else 0)
+
+
+def open_descriptors() -> int:
+    """The fork server and the resource tracker keep one each once they run."""
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_exception_ends_the_run_everywhere(
+    pool: MultiprocessingParallelizer, stage: str
+) -> None:
+    for fault, kind in EXCEPTIONS.items():
+        for culprits in ([1], [3], [1, 2, 3]):
+            with pytest.raises(kind) as caught:
+                pool.run(faulty, fault, culprits, stage)
+            assert type(caught.value) is kind
+            assert isinstance(caught.value.__cause__, RemoteTraceback)
+            assert (
+                f"rank {culprits[0]} of 4 on {socket.gethostname()}" in str(caught.value.__cause__)
+                or len(culprits) > 1
+            )
+            if isinstance(caught.value, Odd):
+                assert (caught.value.args, caught.value.code) == (("odd 7",), 7)
+                assert caught.value.detail == "seven"
+        assert pool.run(ranks) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_exception_of_main_is_raised_as_it_is(
+    pool: MultiprocessingParallelizer, stage: str
+) -> None:
+    for fault in ("raise", "sys.exit", "KeyboardInterrupt"):
+        for culprits in ([0], [0, 1, 2, 3]):
+            with pytest.raises(EXCEPTIONS[fault]) as caught:
+                pool.run(faulty, fault, culprits, stage)
+            assert len(culprits) > 1 or caught.value.__cause__ is None
+        assert pool.run(ranks) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_death_is_told_with_rank_and_cause(pool: MultiprocessingParallelizer, stage: str) -> None:
+    for fault, word in DEATHS.items():
+        for culprits in ([2], [1, 2, 3]):
+            with pytest.raises(WorkerDied, match=word) as caught:
+                pool.run(faulty, fault, culprits, stage)
+            assert f"rank {culprits[0]} " in str(caught.value) or len(culprits) > 1
+            assert pool.run(ranks) == [0, 1, 2, 3]
+
+
+def test_a_death_between_runs_is_told_by_the_next(pool: MultiprocessingParallelizer) -> None:
+    victim = pool.run(pids)[2]
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: not alive(victim))
+    with pytest.raises(WorkerDied, match="rank 2"):
+        pool.run(ranks)
+
+
+def pids(parallelizer: Par) -> Any:
+    return parallelizer.gather(os.getpid())
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def wait_until(condition: Callable[[], object], limit: float = 20) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.01)
+
+
+def kill_in_transfer(direction: str, parallelizer: Par) -> None:
+    if parallelizer.id == 1:
+        killer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGKILL))
+        killer.start()
+    large = np.ones(13 * MIB)  # 104 MiB
+    while True:
+        if direction == "out":
+            parallelizer.broadcast(large)
+        elif direction == "in":
+            parallelizer.gather(large)
+        else:
+            parallelizer.map(np.sum, [large] * 4)
+
+
+@pytest.mark.parametrize("direction", ["out", "in", "map"])
+def test_a_death_in_a_transfer(pool: MultiprocessingParallelizer, direction: str) -> None:
+    for _ in range(3):
+        with pytest.raises(WorkerDied, match="rank 1 .*SIGKILL"):
+            pool.run(kill_in_transfer, direction)
+
+
+class Trap:
+    """Can be pickled, but not unpickled."""
+
+    def __reduce__(self) -> Any:
+        return spring, ()
+
+
+def spring() -> None:
+    raise OSError("sprung")
+
+
+def broadcast_it(value: Any, parallelizer: Par) -> Any:
+    return parallelizer.broadcast(value)
+
+
+def gather_it(kind: type, parallelizer: Par) -> Any:
+    return parallelizer.gather(kind())
+
+
+def return_lock(_: object) -> Any:
+    return threading.Lock()
+
+
+def test_what_cannot_be_pickled_or_unpickled(pool: MultiprocessingParallelizer) -> None:
+    lock = threading.Lock()
+    with pytest.raises(PackingError, match="lock"):
+        pool.run(broadcast_it, lock)
+    with pytest.raises(PackingError, match="lock"):
+        pool.map(abs, [1, lock])
+    with pytest.raises(PackingError, match="lock"):
+        pool.map(return_lock, range(8), chunksize=1)
+    with pytest.raises(PackingError, match="sprung"):
+        pool.run(broadcast_it, Trap())
+    with pytest.raises(PackingError, match="sprung"):
+        pool.run(gather_it, Trap)
+    assert pool.run(ranks) == [0, 1, 2, 3]
+
+
+def stuck(parallelizer: Par) -> None:
+    if parallelizer.id == 2:
+        signal.signal(signal.SIGURG, signal.SIG_IGN)  # as in compiled code: nothing gets through
+        time.sleep(100)
+    parallelizer.gather(0)
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_timeout_names_the_missing_and_replaces_them(method: str) -> None:
+    with MultiprocessingParallelizer(4, start_method=method, timeout=0.5) as par:
+        before = par.run(pids)
+        with pytest.raises(WaitTimeout, match=r"rank\(s\) 2\b") as caught:
+            par.run(stuck)
+        assert isinstance(caught.value, TimeoutError)
+        after = par.run(pids)
+        assert [old == new for old, new in zip(before, after, strict=True)] == [
+            True, True, False, True,
+        ]  # fmt: skip
+
+
+# Programs that are interrupted, killed or ended. Each prints "ready" when it is at its stage.
+
+
+def announce() -> None:
+    print("ready", flush=True)
+
+
+def interrupted(stage: str, method: str) -> None:
+    """The program of the tests of Ctrl-C."""
+    par = MultiprocessingParallelizer(4, start_method=method)
+    try:
+        if stage == "start":
+            announce()
+        with par:
+            print("pids", *par.run(pids), flush=True)
+            if stage == "idle":
+                announce()
+                time.sleep(60)
+            par.run(until_interrupted, stage)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        assert par.run(ranks) == [0, 1, 2, 3]
+        print("works", flush=True)
+        raise
+
+
+def until_interrupted(stage: str, parallelizer: Par) -> None:
+    parallelizer.wait()
+    if parallelizer.on_main:
+        announce()
+    go_on(stage, parallelizer)
+
+
+@pytest.mark.parametrize("target", ["group", "main"])
+@pytest.mark.parametrize(
+    "stage", ["start", "idle", "sleep", "compute", "large broadcast", "receive"]
+)
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_one_interrupt_is_one_traceback(method: str, stage: str, target: str) -> None:
+    call = f"import test_parallelizer as t; t.interrupted({stage!r}, {method!r})"
+    with started(call) as program:
+        read_until(program, "ready")
+        time.sleep(0.02)
+        if target == "group":
+            os.killpg(program.pid, signal.SIGINT)
+        else:
+            os.kill(program.pid, signal.SIGINT)
+        out, err = program.communicate(timeout=30)
+        assert "interrupted\nworks\n" in out
+        assert err.count("Traceback (most recent call last)") == 1, err
+        assert err.rstrip().endswith("KeyboardInterrupt"), err
+        assert "resource_tracker" not in err and "leaked" not in err
+        assert program.returncode == -signal.SIGINT
+        wait_until(lambda: not group_members(program.pid))
+
+
+@contextlib.contextmanager
+def started(call: str) -> Iterator[subprocess.Popen[str]]:
+    """A program in a process group of its own, as a terminal would start it."""
+    program = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", call], cwd=HERE, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        with program:
+            yield program
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+
+
+def read_until(program: subprocess.Popen[str], word: str) -> list[str]:
+    lines: list[str] = []
+    assert program.stdout is not None
+    for line in program.stdout:
+        lines.append(line.strip())
+        if lines[-1] == word:
+            return lines
+    raise AssertionError(
+        f"{word!r} did not come: {lines}, {program.stderr and program.stderr.read()}"
+    )
+
+
+def group_members(session: int) -> list[int]:
+    """Processes of a session; zombies that nobody waits for do not count."""
+    members = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = entry.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] not in "ZX":
+                members.append(int(entry.parent.name))
+    return members
+
+
+def killed(stage: str, method: str) -> None:
+    with MultiprocessingParallelizer(4, start_method=method) as par:
+        par.run(ranks)
+        if stage == "idle":
+            announce()
+            time.sleep(60)
+        par.run(until_interrupted, stage)
+
+
+@pytest.mark.parametrize("stage", ["idle", "sleep", "compute", "large gather", "receive"])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_workers_end_when_main_is_killed(method: str, stage: str) -> None:
+    call = f"import test_parallelizer as t; t.killed({stage!r}, {method!r})"
+    with started(call) as program:
+        read_until(program, "ready")
+        program.kill()
+        wait_until(lambda: not group_members(program.pid))
+
+
+ENDINGS = {
+    "never closed": "p.__enter__(); p.run(t.ranks)",
+    "closed by an exception": "exec('with p: p.run(t.ranks); raise SystemExit')",
+    "collected": "p.__enter__(); p.run(t.ranks); del p; gc.collect(); "
+    "assert not multiprocessing.active_children()",
+    "exits inside": "p.__enter__(); sys.exit(p.run(t.ranks)[0])",
+    "run in a thread": "x = threading.Thread(target=p.run, args=(t.ranks,)); x.start(); x.join()",
+    "runs in threads": "p.__enter__(); xs = [threading.Thread(target=t.run_often, args=(p,)) for _ "
+    "in range(4)]; [x.start() for x in xs]; [x.join() for x in xs]; p.__exit__()",
+    "nested": "assert p.run(t.nested) == [[0, 1]] * 3",
+    "the user forks": "p.__enter__(); p.run(t.ranks); pid = os.fork(); pid or sys.exit(0); "
+    "os.waitpid(pid, 0); assert p.run(t.ranks) == [0, 1, 2]; p.__exit__()",
+}
+
+
+def run_often(par: MultiprocessingParallelizer) -> None:
+    for _ in range(20):
+        assert par.run(ranks) == [0, 1, 2]
+
+
+def nested(parallelizer: Par) -> Any:
+    inner = MultiprocessingParallelizer(2, start_method="spawn" if parallelizer.id else None)
+    return parallelizer.gather(inner.run(ranks))
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_endings_leave_nothing_behind(method: str, ending: str) -> None:
+    call = "import gc, multiprocessing, os, sys, threading, test_parallelizer as t; "
+    call += f"p = t.MultiprocessingParallelizer(3, start_method={method!r}); {ENDINGS[ending]}"
+    with started(call) as program:
+        out, err = program.communicate(timeout=40)
+        assert (program.returncode, out, err) == (0, "", "")
+        wait_until(lambda: not group_members(program.pid))
+
+
+SCARCITIES = {
+    "descriptors": "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))",
+    # Nothing larger than this can be made of shared memory either.
+    "shared memory": "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))",
+}
+
+
+def all_verbs(parallelizer: Par) -> Any:
+    large = np.arange(2 * MIB)
+    assert (parallelizer.broadcast(large if parallelizer.on_main else None) == large).all()
+    total = parallelizer.gather(parallelizer.scatter(large))
+    assert not parallelizer.on_main or (total == large).all()
+    parallelizer.send(large, (parallelizer.id + 1) % parallelizer.nprocs)
+    assert (parallelizer.receive((parallelizer.id - 1) % parallelizer.nprocs) == large).all()
+    return parallelizer.allreduce(parallelizer.id)
+
+
+@pytest.mark.parametrize("scarce", SCARCITIES)
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_scarce_resources(method: str, scarce: str) -> None:
+    call = f"import resource, test_parallelizer as t; {SCARCITIES[scarce]}; "
+    call += f"print(t.MultiprocessingParallelizer(8, start_method={method!r}).run(t.all_verbs))"
+    with started(call) as program:
+        out, err = program.communicate(timeout=60)
+        assert (program.returncode, out) == (0, "28\n"), err
+        assert "no shared memory" in err if scarce == "shared memory" else err == ""
+
+
+def test_too_few_descriptors_are_an_error_that_says_so() -> None:
+    call = "import resource, test_parallelizer as t; "
+    call += "resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)); "
+    call += "t.MultiprocessingParallelizer(20).run(t.ranks)"
+    with started(call) as program:
+        _, err = program.communicate(timeout=60)
+        assert "ulimit -n" in err
+        wait_until(lambda: not group_members(program.pid))
+
+
+def test_fork_is_not_used_while_threads_run() -> None:
+    release = threading.Event()
+    thread = threading.Thread(target=release.wait)
+    thread.start()
+    try:
+        par = MultiprocessingParallelizer(2, start_method="fork")
+        assert par.run(parent_is_main) is False
+    finally:
+        release.set()
+        thread.join()
+
+
+def parent_is_main(parallelizer: Par) -> Any:
+    mains, parents = parallelizer.allgather(os.getpid()), parallelizer.allgather(os.getppid())
+    return mains[0] == parents[1]
+
+
+# -- faults under MPI ----------------------------------------------------------------------------
+
+
+def mpi_program(fault: str, stage: str) -> None:
+    """One rank goes wrong and nobody handles it."""
+    par = MPIParallelizer()
+    if stage == "between runs":
+        par.run(ranks)
+        if par.id == 1:
+            go_wrong(fault, par)
+        par.run(ranks)
+    else:
+        par.run(faulty, fault, [1] if fault != "all raise" else [0, 1, 2], stage)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("stage", ["gather", "receive", "large broadcast", "sleep", "between runs"])
+@pytest.mark.parametrize("fault", ["raise", "sys.exit", "SIGKILL"])
+def test_an_unhandled_fault_ends_the_mpi_job(fault: str, stage: str) -> None:
+    call = f"import test_parallelizer as t; t.mpi_program({fault!r}, {stage!r})"
+    code, _, err = finish("-c", call, ranks=3, limit=60)
+    assert code == 3 if fault == "sys.exit" else code != 0
+    tracebacks = err.count("Traceback (most recent call last)")
+    assert tracebacks == (1 if fault == "raise" else 0), err
+    if fault == "raise":
+        assert "### rank 1 of 3 on" in err and "Odd: odd 7" in err
+
+
+def mpi_handled() -> None:
+    """Every rank handles the same exception, and the job goes on."""
+    par = MPIParallelizer()
+    for stage in ("gather", "broadcast", "receive", "large send", "wait"):
+        for culprits in ([1], [0], [0, 1, 2]):
+            for fault in ("raise", "sys.exit", "unpicklable value"):
+                try:
+                    par.run(faulty, fault, culprits, stage)
+                except BaseException as error:
+                    assert type(error) is EXCEPTIONS[fault], error
+                else:
+                    raise AssertionError("nothing was raised")
+                assert par.run(ranks) == (
+                    [0, 1, 2] if par.on_main else Parallelizer.InWorkerProcess
+                )
+    par.print("all handled", where="main")
+
+
+@pytest.mark.timeout(100)
+def test_a_handled_fault_does_not_end_the_mpi_job() -> None:
+    call = "import test_parallelizer as t; t.mpi_handled()"
+    code, out, err = finish("-c", call, ranks=3, limit=60)
+    assert (code, out) == (0, "all handled\n"), err
+
+
+def mpi_early_end(verb: str) -> None:
+    par = MPIParallelizer()
+    if par.id != 1:
+        getattr(par, verb)(*(["x"] if verb == "gather" else [1]))
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("verb", ["gather", "receive"])
+def test_a_program_that_ends_early_is_told(verb: str) -> None:
+    call = f"import test_parallelizer as t; t.mpi_early_end({verb!r})"
+    code, _, err = finish("-c", call, ranks=3, limit=60)
+    assert code != 0
+    assert err.count("ContractError: rank 1 ") == 1, err
+
+
+# -- soak: seeded disorder -----------------------------------------------------------------------
+
+SOAK_SECONDS = float(os.environ.get("PARALLELIZER_SOAK_SECONDS", "8"))
+
+
+def soak_step(seed: int, faults: bool, parallelizer: Par) -> list[Any]:
+    """Random verbs on random data, the same choices on every process; a digest of the results."""
+    rng = np.random.default_rng(seed)
+    digests: list[Any] = []
+    for _ in range(rng.integers(1, 8)):
+        fault = str(rng.choice(["raise", "SIGKILL", "os._exit", "sys.exit"]))
+        culprit = int(rng.integers(1, max(parallelizer.nprocs, 2)))
+        if rng.random() < 0.08 and faults and parallelizer.id == culprit:
+            go_wrong(fault, parallelizer)
+        verb = str(rng.choice(["broadcast", "blocks", "map", "allreduce"]))
+        length = int(rng.choice([0, 1, 7, 1000, 131_071, 131_073, 400_000]))
+        dtype = str(rng.choice(["f8", "i4", "c16", "U3", "M8[s]", "?"]))
+        data = rng.integers(0, 100, length).astype("i8").astype(dtype)
+        if verb == "broadcast":
+            digests.append(parallelizer.broadcast(data).tobytes()[:99])
+        elif verb == "blocks":
+            whole = parallelizer.allgather(parallelizer.scatter(data))
+            digests.append((whole.dtype.str, whole.tobytes()[-99:]))
+        elif verb == "map":
+            values = parallelizer.map(str, data[:300])
+            digests.append(parallelizer.broadcast(values))
+        else:
+            digests.append(parallelizer.allreduce(seed, max))
+    return digests
+
+
+@pytest.mark.timeout(SOAK_SECONDS + 100)
+def test_soak() -> None:
+    """PARALLELIZER_SOAK_SECONDS=600 for a long one; the seed of a failure is in its message."""
+    end = time.monotonic() + SOAK_SECONDS
+    seed = int(os.environ.get("PARALLELIZER_SOAK_SEED", "0"))
+    outcomes: collections.Counter[str] = collections.Counter()
+    while time.monotonic() < end:
+        rng = np.random.default_rng(seed)
+        method, nprocs = str(rng.choice(MULTIPROCESSING)), int(rng.integers(2, 6))
+        with MultiprocessingParallelizer(nprocs, start_method=method, timeout=20) as par:
+            for _ in range(20):
+                seed += 1
+                wanted = SerialNonParallelizer().run(soak_step, seed, False)
+                try:
+                    found = par.run(soak_step, seed, True)
+                except (Odd, SystemExit, WorkerDied) as error:
+                    outcomes[type(error).__name__] += 1
+                else:
+                    outcomes["agreed"] += 1
+                    assert found == wanted, f"seed {seed}, {method}, {nprocs} processes"
+        assert multiprocessing.active_children() == [], f"seed {seed}"
+    print(f"soak: seeds up to {seed}: {dict(outcomes)}")
+    assert outcomes["agreed"] > 0
 
 
 if __name__ == "__main__":
