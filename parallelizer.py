@@ -605,6 +605,7 @@ class Communicator(abc.ABC):
         self._history: collections.deque[_Call] = collections.deque(maxlen=100)
         # Whether the user's function is executing: only then may a signal end it.
         self.interruptible = False
+        self.news = False  # a signal has come, and has not been heeded yet
         self._in_function = False
         self._broken = False
         # By sender, tag and run: what comes late for a run that is over is never asked for.
@@ -725,6 +726,19 @@ class Communicator(abc.ABC):
         """Say that the user's function begins or ends on this process."""
         # Not restored to what they were: a signal may come between the two assignments.
         self.interruptible = self._in_function = executing
+        if self.news and executing:
+            self.heed_news()
+
+    def heed_news(self) -> None:
+        """After a signal: see whether the run has failed elsewhere, and if so, leave it."""
+        self.interruptible = self.news = False
+        self._handle_all()
+        self._raise_failure()
+        self.interruptible = self._in_function
+
+    def _handle_all(self) -> None:
+        """Handle all that has arrived, without waiting."""
+        self._progress(0)
 
     def enter(self, verb: str) -> Communicator:
         """Begin a call of a verb; the result is the context that ends it."""
@@ -749,6 +763,8 @@ class Communicator(abc.ABC):
         if kind is not None and not issubclass(kind, (Exception, _RunEnded)):
             self._broken = True
         self.interruptible = self._in_function
+        if self.news and kind is None:
+            self.heed_news()
 
     def _disagreement(self, process: int, call: _Call) -> ContractError:
         """`process` made `call` where this process made another one."""
@@ -1241,6 +1257,12 @@ class PipeCommunicator(Communicator):
         for packet in packets:
             self._on_packet(packet)
 
+    def _handle_all(self) -> None:
+        for packet in self._port.read():
+            self._on_packet(packet)
+        for handle in self._port.wait(self._handles(), (), 0):
+            self._on_handle(handle)
+
     def _handles(self) -> Iterable[int]:
         """What to wait for beside the inbox."""
         return ()
@@ -1647,17 +1669,15 @@ def _interrupts(communicator: Communicator) -> Iterator[None]:
     failure at its next verb.
     """
 
-    def look_for_news(*_: object) -> None:
+    def interrupt(*_: object) -> None:
+        communicator.news = True
         if communicator.interruptible:
-            communicator.interruptible = False
-            communicator._progress(0)
-            communicator._raise_failure()
-            communicator.interruptible = True
+            communicator.heed_news()
 
     if _URGENT is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(_URGENT, look_for_news)
+    before = signal.signal(_URGENT, interrupt)
     try:
         yield
     finally:
