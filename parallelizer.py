@@ -92,6 +92,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -260,7 +261,7 @@ def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
     """Start and stop of `parts` blocks, as even as can be, the first ``length % parts`` longer."""
     short, longer = divmod(length, parts)
     starts = [part * short + min(part, longer) for part in range(parts + 1)]
-    return list(zip(starts, starts[1:], strict=False))
+    return list(itertools.pairwise(starts))
 
 
 def _sliceable(data: Any) -> Any:
@@ -271,9 +272,10 @@ def _sliceable(data: Any) -> Any:
             return data.view(np.ndarray) if type(data) is np.memmap else data
     elif isinstance(data, Iterator):
         return list(data)
-    elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        if not isinstance(data, Mapping):
-            return data
+    elif all(hasattr(data, name) for name in ("__len__", "__getitem__")) and not isinstance(
+        data, Mapping
+    ):
+        return data
     raise TypeError(
         f"scatter splits arrays with a first axis, sequences with slices, and iterators, but main "
         f"passed {_describe(data)}; broadcast it instead, or put it in a list"
@@ -438,7 +440,7 @@ def _raw(array: np.ndarray[Any, Any]) -> tuple[_ArraySpec, np.ndarray[Any, Any]]
 
 
 def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
-    """numpy's own reduction sends strided arrays and datetime64 through the pickle stream."""
+    """As bytes, where numpy would pickle (strided arrays, datetime64)."""
     if not _is_raw(array):
         return array.__reduce__()
     spec, data = _raw(array)
@@ -620,10 +622,12 @@ class Communicator(abc.ABC):
 
     @property
     def rank(self) -> int:
+        """Place of this process among the members."""
         return self.members.index(self.process)
 
     @property
     def size(self) -> int:
+        """Number of members."""
         return len(self.members)
 
     # -- what a transport provides ------------------------------------------------------------
@@ -682,10 +686,12 @@ class Communicator(abc.ABC):
 
     def _raise_failure(self) -> None:
         """Raise where the current run is known to have failed."""
+        return
 
     # -- messages from one rank to another -----------------------------------------------------
 
     def send(self, message: Message, rank: int, tag: int) -> None:
+        """Return when the message's buffers may be changed."""
         process = self.members[rank]
         if process != self.process:
             self._send(message, process, tag)
@@ -694,6 +700,7 @@ class Communicator(abc.ABC):
         self._mail[process, tag, self.stamp].append(_Parcel(Message(message.pickled, copies)))
 
     def receive(self, rank: int, tag: int) -> Message:
+        """The oldest message from `rank` under `tag`; waits for it."""
         process = self.members[rank]
         queue = self._mail[process, tag, self.stamp]
         doing = f"receive({rank}, tag={tag})"
@@ -707,6 +714,7 @@ class Communicator(abc.ABC):
     # -- the count of calls -------------------------------------------------------------------
 
     def begin_run(self) -> None:
+        """Before the function: forget what the run before has left."""
         self.call = _Call(0, 0, "run")
         self._history.clear()
         self._broken = False
@@ -1063,7 +1071,7 @@ class _Port:
         return True
 
     def wait(self, others: Iterable[int], writers: Iterable[int], seconds: float) -> list[int]:
-        """Wait for a packet, for room to write, or for one of `others`; which of these are ready."""
+        """Wait for a packet, for room to write, or for `others`; which of these are ready."""
         poll = select.poll()
         poll.register(self.inbox.fileno(), select.POLLIN)
         for handle in others:
@@ -1475,9 +1483,10 @@ def _chunks(parts: Iterable[_Bytes], most: int) -> Iterator[list[_Bytes]]:
     chunk: list[_Bytes] = []
     room = most
     for part in parts:
-        while part.nbytes:
-            chunk.append(part[:room])
-            part = part[room:]
+        start = 0
+        while start < part.nbytes:
+            chunk.append(part[start : start + room])
+            start += chunk[-1].nbytes
             room -= chunk[-1].nbytes
             if room == 0:
                 yield chunk
@@ -2536,7 +2545,7 @@ def _exit_notice(rank: int, code: int) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-class Parallelizer(abc.ABC):
+class Parallelizer:
     """What a function that takes the keyword ``parallelizer`` is fed: who am I, and the verbs.
 
     Parameters
@@ -2734,7 +2743,7 @@ class Parallelizer(abc.ABC):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> _R:
-        """This process's part in a run, and its end on all of them."""
+        """Take this process's part in a run, and in its end on all of them."""
         with communicator.restricted_to(ranks), _interrupts(communicator):
             try:
                 communicator.begin_run()
@@ -2846,12 +2855,10 @@ class Parallelizer(abc.ABC):
         """
         comm = self._speaking("scatter")
         if comm.size == 1:
-            block: _T = _split(data, 1)[0]
-            return block
+            return _split(data, 1)[0]  # type: ignore[no-any-return]
         with comm.enter("scatter"):
             if comm.rank > 0:
-                block = _accept(comm.scatter(None))
-                return block
+                return _accept(comm.scatter(None))  # type: ignore[no-any-return]
             try:
                 own, *others = _split(data, comm.size)
                 messages = [_pack(other, "a block that main scatters") for other in others]
@@ -2859,8 +2866,7 @@ class Parallelizer(abc.ABC):
                 comm.scatter([_refuse(why, comm)] * comm.size)
                 raise
             comm.scatter([Message(b"", []), *messages])
-            block = own
-            return block
+            return own  # type: ignore[no-any-return]
 
     def gather(self, data: Any, *, concatenate: bool | None = None) -> Any:
         """Collect every process's `data` on main.
@@ -3520,14 +3526,11 @@ def _available_cpus() -> int:
 def _cgroup_cpus() -> list[int]:
     """Quota over period, rounded up (Linux, docs.kernel.org: cgroup-v2 and sched-bwc)."""
     with contextlib.suppress(OSError, ValueError):  # v2
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return [math.ceil(int(quota) / int(period))]
     with contextlib.suppress(OSError, ValueError):  # v1
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
-            quota = file.read()
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
-            period = file.read()
+        quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text()
+        period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text()
         if int(quota) > 0:
             return [math.ceil(int(quota) / int(period))]
     return []
@@ -3831,7 +3834,7 @@ def _versions() -> str:
 
 def _find_launcher() -> str | None:
     """The launcher, which may stand beside a Python that is not on the PATH."""
-    beside = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return shutil.which("mpiexec", path=beside)
 
 
@@ -3846,10 +3849,11 @@ def _test_mpi_by_launcher(nprocs: int) -> bool:
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
                "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # fmt: skip
     try:
-        return subprocess.run(command, env={**allowed, **os.environ}, timeout=120).returncode == 0
+        done = subprocess.run(command, env={**allowed, **os.environ}, timeout=120, check=False)
     except subprocess.TimeoutExpired:
         print(f"{'mpi':<28}FAILED: {' '.join(command)} did not end within 120 s")
         return False
+    return done.returncode == 0
 
 
 def _self_test(backend: str | None, nprocs: int, only_mpi: bool) -> bool:
@@ -3891,5 +3895,5 @@ def _command_line() -> int:
 if __name__ == "__main__":
     # The importable module, not a second one of the name __main__, so that all processes agree.
     _spec = globals()["__spec__"]
-    _name = _spec.name if _spec else os.path.splitext(os.path.basename(__file__))[0]
+    _name = _spec.name if _spec else Path(__file__).stem
     sys.exit(importlib.import_module(_name)._command_line())
