@@ -535,6 +535,120 @@ class _GatherPlan:
 
 
 # ---------------------------------------------------------------------------------------------
+# Shared arrays: one read-only copy per machine, which travels as a handle
+# ---------------------------------------------------------------------------------------------
+
+
+class _Handle(NamedTuple):
+    """Where the memory of a shared array is to be found."""
+
+    key: str
+    host: str
+    path: str
+    inode: int  # of the file, as its path may come to mean another one
+    nbytes: int
+
+
+class _SharedMemory:
+    """A file in memory without a name of its own, mapped to be read.
+
+    The process that made it keeps the file open; the others on its machine reach that by
+    /proc (Linux), or by the name of a temporary file elsewhere. Nothing is left behind when the
+    processes end, however they end, but for such a temporary file after a crash.
+    """
+
+    _attached: ClassVar[weakref.WeakValueDictionary[str, _SharedMemory]] = (
+        weakref.WeakValueDictionary()
+    )
+
+    def __init__(self, handle: _Handle, file: int) -> None:
+        self.handle = handle
+        self.mapped = mmap.mmap(file, max(handle.nbytes, 1), access=mmap.ACCESS_READ)
+        self._attached[handle.key] = self
+
+    @classmethod
+    def create(cls, content: _Bytes) -> _SharedMemory:
+        """Copy `content` into shared memory."""
+        if sys.platform == "linux" and hasattr(os, "memfd_create"):
+            file = os.memfd_create("parallelizer-share")
+            path = f"/proc/{os.getpid()}/fd/{file}"
+            release: Callable[[], None] = functools.partial(os.close, file)
+        else:
+            named = tempfile.NamedTemporaryFile(prefix="parallelizer-share-")
+            file, path, release = named.fileno(), named.name, named.close
+        with open(file, "wb", closefd=False) as stream:
+            for start in range(0, max(content.nbytes, 1), _PIECE_BYTES):
+                stream.write(content[start : start + _PIECE_BYTES].data or b"\0")
+        handle = _Handle(
+            uuid.uuid4().hex, socket.gethostname(), path, os.fstat(file).st_ino, content.nbytes
+        )
+        memory = cls(handle, file)
+        weakref.finalize(memory, release)
+        return memory
+
+    @classmethod
+    def attach(cls, handle: _Handle) -> _SharedMemory:
+        """The memory of that handle in this process; it is mapped once."""
+        known = cls._attached.get(handle.key)
+        if known is not None:
+            return known
+        try:
+            file = os.open(handle.path, os.O_RDONLY)
+        except OSError as why:
+            raise _lost_share(handle) from why
+        try:
+            if os.fstat(file).st_ino != handle.inode or socket.gethostname() != handle.host:
+                raise _lost_share(handle)
+            return cls(handle, file)
+        finally:
+            os.close(file)
+
+
+def _lost_share(handle: _Handle) -> ParallelizerError:
+    return ParallelizerError(
+        f"a shared array of {handle.nbytes} bytes is not to be found: it was shared on "
+        f"{handle.host}, and has been released there, or this is another machine; keep a "
+        f"reference to it for as long as it is in use, and share it on all machines together"
+    )
+
+
+class _SharedArray(np.ndarray[Any, Any]):
+    """An array in shared memory: it, and views of it, are pickled as handles."""
+
+    memory: _SharedMemory | None
+
+    def __array_finalize__(self, source: object) -> None:
+        self.memory = getattr(source, "memory", None)
+
+    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
+        """What is computed from it is an ordinary array."""
+        plain = np.asarray(array)
+        return plain[()] if return_scalar and plain.ndim == 0 else plain
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        memory = self.memory
+        if memory is not None:
+            whole = np.frombuffer(memory.mapped, np.uint8)
+            offset = self.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+            if 0 <= offset <= memory.handle.nbytes and np.may_share_memory(self, whole):
+                return _shared_view, (memory.handle, offset, self.dtype, self.shape, self.strides)
+        return np.asarray(self).__reduce_ex__(protocol)
+
+
+def _shared_view(
+    handle: _Handle,
+    offset: int,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None = None,
+) -> _SharedArray:
+    memory = _SharedMemory.attach(handle)
+    array = _SharedArray(shape, dtype, memory.mapped, offset, strides)
+    array.memory = memory
+    return array
+
+
+# ---------------------------------------------------------------------------------------------
 # Communicators: one transport per backend
 # ---------------------------------------------------------------------------------------------
 
@@ -2969,6 +3083,33 @@ class Parallelizer:
             with comm.enter("wait"):
                 comm.barrier()
 
+    def share(self, array: Any) -> np.ndarray[Any, Any]:
+        """One read-only copy of main's `array` per machine, for all processes there.
+
+        Inside `run` every process calls it, and only main's `array` counts; outside, main alone.
+
+        Parameters
+        ----------
+        array : array_like
+            Without objects in it.
+
+        Returns
+        -------
+        A read-only array. It can be passed to `run` and `map`, closed over and put into objects
+        at no cost, as it and its views travel as handles. It is released when the last
+        reference to it goes. Serial: a read-only view of `array`.
+        """
+        if self._runner is None and (self._comm is None or self._drives_workers()):
+            if self._spans_hosts():
+                return self.run(_share_in_run, main_kwargs={"array": array})
+            return _share(array)
+        shared: np.ndarray[Any, Any] = _share_in_run(array, parallelizer=self)
+        return shared
+
+    def _spans_hosts(self) -> bool:
+        """Whether the processes may be on several machines."""
+        return False
+
     def print(
         self, *args: Any, where: Literal["both", "main", "worker"] = "both", **kwargs: Any
     ) -> None:
@@ -3210,6 +3351,38 @@ def _restored(kind: type[Parallelizer], key: str, options: dict[str, Any]) -> Pa
     return found
 
 
+def _share(array: Any) -> np.ndarray[Any, Any]:
+    data = np.asarray(array)
+    if not _is_raw(data):
+        raise TypeError(f"share needs an array of plain numbers or text, not {_describe(array)}")
+    spec, content = _raw(data)
+    memory = _SharedMemory.create(content)
+    flat = _shared_view(memory.handle, 0, spec.dtype, (math.prod(spec.shape),), None)
+    return flat.reshape(spec.shape, order=spec.order)
+
+
+def _share_in_run(array: Any = None, *, parallelizer: Parallelizer) -> Any:
+    """On each machine the lowest rank makes the copy, and the others attach to it."""
+    comm = parallelizer._speaking("share")
+    if comm.size == 1:
+        view = np.asarray(array).view()
+        view.flags.writeable = False
+        return view
+    hosts = parallelizer.allgather(socket.gethostname())
+    leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
+    copies = []
+    if comm.rank in leaders:
+        with comm.restricted_to(leaders):
+            if len(leaders) > 1:
+                array = parallelizer.broadcast(array)
+            copies = [_share(array)]
+    handles = parallelizer.allgather([pickle.dumps(copy) for copy in copies])
+    mine = handles[hosts.index(hosts[comm.rank])]
+    shared = copies[0] if copies else pickle.loads(mine[0])
+    parallelizer.wait()  # before it is attached to, nobody may let go
+    return shared
+
+
 def _checked_ranks(comm: Sequence[int] | None, size: int) -> list[int]:
     if comm is None:
         return list(range(size))
@@ -3281,7 +3454,8 @@ class _Task(NamedTuple):
 
     def call_items(self, items: Any, start: int, stop: int) -> list[Any]:
         if self.seed is None:
-            return [self.call(item) for item in items[start:stop]]
+            plain = not (self.starred or self.extra_args or self.extra_kwargs)
+            return list(map(self.func if plain else self.call, items[start:stop]))
         return [
             self.call(item, rng=_item_rng(self.seed, index))
             for index, item in enumerate(items[start:stop], start)
@@ -3560,6 +3734,9 @@ class MPIParallelizer(Parallelizer):
 
     def _drives_workers(self) -> bool:
         return self._serving
+
+    def _spans_hosts(self) -> bool:
+        return True
 
     @contextlib.contextmanager
     def _others_serving(self) -> Iterator[None]:
