@@ -572,18 +572,15 @@ class _SharedMemory:
         if sys.platform == "linux" and hasattr(os, "memfd_create"):
             file = os.memfd_create("parallelizer-share")
             path = f"/proc/{os.getpid()}/fd/{file}"
-            release: Callable[[], None] = functools.partial(os.close, file)
         else:
-            named = tempfile.NamedTemporaryFile(prefix="parallelizer-share-")
-            file, path, release = named.fileno(), named.name, named.close
+            file, path = tempfile.mkstemp(prefix="parallelizer-share-")
         with open(file, "wb", closefd=False) as stream:
-            for start in range(0, max(content.nbytes, 1), _PIECE_BYTES):
-                stream.write(content[start : start + _PIECE_BYTES].data or b"\0")
+            stream.write(content.data if content.nbytes else b"-")
         handle = _Handle(
             uuid.uuid4().hex, socket.gethostname(), path, os.fstat(file).st_ino, content.nbytes
         )
         memory = cls(handle, file)
-        weakref.finalize(memory, release)
+        weakref.finalize(memory, _release_file, file, path)
         return memory
 
     @classmethod
@@ -602,6 +599,12 @@ class _SharedMemory:
             return cls(handle, file)
         finally:
             os.close(file)
+
+
+def _release_file(file: int, path: str) -> None:
+    os.close(file)
+    if not path.startswith("/proc/"):
+        Path(path).unlink()
 
 
 def _lost_share(handle: _Handle) -> ParallelizerError:
@@ -630,7 +633,8 @@ class _SharedArray(np.ndarray[Any, Any]):
         if memory is not None:
             whole = np.frombuffer(memory.mapped, np.uint8)
             offset = self.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
-            if 0 <= offset <= memory.handle.nbytes and np.may_share_memory(self, whole):
+            offset *= self.size > 0  # an empty view has no place
+            if 0 <= offset <= memory.handle.nbytes:
                 return _shared_view, (memory.handle, offset, self.dtype, self.shape, self.strides)
         return np.asarray(self).__reduce_ex__(protocol)
 

@@ -2132,6 +2132,68 @@ def test_lookup_finds_serial_where_nothing_is_open() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Shared arrays
+
+
+def share_it(name: str, array: Any, parallelizer: Par) -> Any:
+    """Share, look at it everywhere, and send views of it around as handles."""
+    shared = parallelizer.share(array if parallelizer.on_main else None)
+    wanted = parallelizer.broadcast(array)
+    assert not shared.flags.writeable, name
+    assert (shared.dtype, shared.shape) == (wanted.dtype, wanted.shape), name
+    assert shared.tobytes() == wanted.tobytes(), name
+    view = parallelizer.broadcast({"view": shared[::-2]})["view"]
+    assert view.tobytes() == wanted[::-2].tobytes()
+    assert parallelizer.on_main or not view.flags.writeable
+    computed = shared[:0] == shared[:0]
+    assert type(computed) is np.ndarray
+    return parallelizer.gather(sum(shared.tobytes()))
+
+
+SHAREABLE = {
+    "1-d": np.arange(100_000.0),
+    "2-d, Fortran": np.asfortranarray(np.arange(12, dtype="i2").reshape(3, 4)),
+    "strided": np.arange(30, dtype="c16")[::3],
+    "structured": np.zeros(5, [("a", "i1"), ("b", ">f8")]),
+    "dates": np.arange(4).astype("M8[D]"),
+    "empty": np.zeros((0, 3), "U5"),
+}
+
+
+@pytest.mark.parametrize("name", SHAREABLE)
+def test_shared_arrays(p: Par, name: str) -> None:
+    array = SHAREABLE[name]
+    result = p.run(share_it, name, array)
+    if p.on_main:
+        assert result == [sum(array.tobytes())] * p.nprocs
+
+
+def sum_from(start: int, array: Array) -> float:
+    return float(array[start:].sum())
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_shared_array_travels_as_a_handle_and_is_released(method: str) -> None:
+    array = np.arange(2 * MIB, dtype=float)
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        par.run(ranks)
+        before = open_descriptors()
+        shared = par.share(array)
+        assert len(pickle.dumps(shared)) < 1000
+        assert par.map(sum_from, range(10), (shared,)) == [array[i:].sum() for i in range(10)]
+        with pytest.raises(ValueError, match="read-only"):
+            shared[0] = 1
+        assert open_descriptors() != before
+        del shared
+        assert open_descriptors() == before
+
+
+def test_what_cannot_be_shared() -> None:
+    with MultiprocessingParallelizer(2) as par, pytest.raises(TypeError, match="object"):
+        par.share(np.array([None]))
+
+
+# ---------------------------------------------------------------------------------------------
 # Faults: nothing hangs, nothing is lost
 # ---------------------------------------------------------------------------------------------
 
