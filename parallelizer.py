@@ -663,6 +663,10 @@ _PATIENCE = 0.5
 # Seconds that a process whose run has failed elsewhere gets to leave its function.
 _GRACE = 1.0
 
+# Seconds that other processes get, when one has failed, to come to failures of their own: of
+# several at once, the lowest rank's is told.
+_SETTLING = 0.05
+
 _VERBS = (
     "run", "stop", "return", "failed", "abort", "command", "exit",  # between runs
     "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "share",
@@ -1622,6 +1626,7 @@ class _WorkerEnd(PipeCommunicator):
         self._life = setup.life.fileno()
         self._in_run = False
         self._aborted = -1
+        self._unheard = False  # a failure, by a main that computes
 
     def _handles(self) -> Iterable[int]:
         return (self._life,)
@@ -1641,6 +1646,12 @@ class _WorkerEnd(PipeCommunicator):
 
     def next_command(self) -> Message | None:
         queue = self._arrived[0]
+        if self._unheard:
+            # Main may be about to come to a verb, or to an exception of its own.
+            self._progress(_SETTLING)
+            if not queue and self._aborted < self._run:
+                _interrupt(self._main_pid)
+            self._unheard = False
         while True:
             self._wait_until(lambda: queue, lambda: [0], "return", idle=True)
             incoming = queue.popleft()
@@ -1670,7 +1681,7 @@ class _WorkerEnd(PipeCommunicator):
                 failure = _Failure.of(error, self.process, len(self._port.outboxes))
                 packed = Message(pickle.dumps(failure), [])
                 self._transmit([0], self.call._replace(verb="failed"), 0, packed)
-                _interrupt(self._main_pid)
+                self._unheard = True
                 return error
         except _RunEnded:
             pass  # main knows of a failure already, and only waits for this process to leave
@@ -1765,12 +1776,16 @@ class _MainEnd(PipeCommunicator):
         def remaining() -> list[int]:
             return sorted(self._begun - self._ended)
 
+        def listen(seconds: float) -> None:
+            deadline = time.monotonic() + seconds
+            while remaining() and time.monotonic() < deadline:
+                self._progress(deadline - time.monotonic())
+
+        listen(_SETTLING)
         for process in remaining():
             self._post_verdict(process, "abort")
             _interrupt(self._workers.processes[process].pid)
-        deadline = time.monotonic() + _GRACE
-        while remaining() and time.monotonic() < deadline:
-            self._progress(deadline - time.monotonic())
+        listen(_GRACE)
         if remaining():
             _log.warning(
                 "worker(s) %s did not leave a failed run within %s s and are replaced",
@@ -2798,12 +2813,13 @@ class Parallelizer:
         """
         if not callable(func):
             raise TypeError(f"run needs a function, not {_describe(func)}")
+        work = _Work(func, args, kwargs)
         if self._runner == threading.get_ident():
-            return self._run_nested(func, args, kwargs, comm, main_kwargs)
+            return self._run_nested(work, comm, main_kwargs)  # type: ignore[no-any-return]
         with self._lock, self:
             self._runner = threading.get_ident()
             try:
-                return self._run_outermost(func, args, kwargs, comm, main_kwargs)
+                return self._run_outermost(work, comm, main_kwargs)  # type: ignore[no-any-return]
             finally:
                 self._runner = None
 
@@ -2817,57 +2833,40 @@ class Parallelizer:
         return self.run(func, *args, **kwargs)
 
     def _run_outermost(
-        self,
-        func: Callable[..., _R],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        comm: Sequence[int] | None,
-        main_kwargs: Mapping[str, Any] | None,
-    ) -> _R:
+        self, work: _Work, comm: Sequence[int] | None, main_kwargs: Mapping[str, Any] | None
+    ) -> Any:
         communicator = self._communicator()
         ranks = _checked_ranks(comm, communicator.size)
         if communicator.rank not in ranks:
-            return Parallelizer.InWorkerProcess  # type: ignore[return-value]
+            return Parallelizer.InWorkerProcess
         if self._drives_workers():
-            communicator.command(_pack_command(func, args, kwargs, ranks))
+            communicator.command(work.pack(ranks))
         if communicator.rank == 0:
-            kwargs = {**kwargs, **(main_kwargs or {})}
-        return self._execute(communicator, ranks, func, args, kwargs)
+            work = work.with_more(main_kwargs)
+        return self._execute(communicator, ranks, work)
 
     def _run_nested(
-        self,
-        func: Callable[..., _R],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        comm: Sequence[int] | None,
-        main_kwargs: Mapping[str, Any] | None,
-    ) -> _R:
+        self, work: _Work, comm: Sequence[int] | None, main_kwargs: Mapping[str, Any] | None
+    ) -> Any:
         communicator = self._communicator()
         if communicator.rank == 0:
-            kwargs = {**kwargs, **(main_kwargs or {})}
+            work = work.with_more(main_kwargs)
         if comm is None:
-            return func(*args, parallelizer=self, **kwargs)
+            return work.call(self)
         ranks = _checked_ranks(comm, communicator.size)
         if communicator.rank not in ranks:
-            return Parallelizer.InWorkerProcess  # type: ignore[return-value]
+            return Parallelizer.InWorkerProcess
         with communicator.restricted_to(ranks):
-            return func(*args, parallelizer=self, **kwargs)
+            return work.call(self)
 
-    def _execute(
-        self,
-        communicator: Communicator,
-        ranks: Sequence[int],
-        func: Callable[..., _R],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> _R:
+    def _execute(self, communicator: Communicator, ranks: Sequence[int], work: _Work) -> Any:
         """Take this process's part in a run, and in its end on all of them."""
         with communicator.restricted_to(ranks), _interrupts(communicator):
             try:
                 communicator.begin_run()
                 communicator.mark_function(executing=True)
                 try:
-                    result = func(*args, parallelizer=self, **kwargs)
+                    result = work.call(self)
                 finally:
                     communicator.mark_function(executing=False)
                 communicator.finish_run()
@@ -2899,11 +2898,10 @@ class Parallelizer:
 
     def _obey(self, communicator: Communicator, message: Message) -> None:
         ranks, packed = _unpack_ranks(message)
-        if communicator.process not in ranks:
-            return
-        # Main has been told and raises it; a worker goes on to serve.
+        # Main has been told of a failure and raises it; a worker goes on to serve.
         with contextlib.suppress(BaseException):
-            self._execute(communicator, ranks, _run_packed, (packed,), {})
+            if communicator.process in ranks:
+                self._execute(communicator, ranks, _Work(_run_packed, (packed,), {}))
 
     def _communicator(self) -> Communicator:
         if self._comm is None:
@@ -3425,12 +3423,23 @@ def _accept(message: Message) -> Any:
     return value
 
 
-def _pack_command(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], ranks: Sequence[int]
-) -> Message:
-    packed = _pack((func, args, kwargs), f"the arguments of run, or {func!r} itself")
-    # The ranks must be readable where the function is not.
-    return Message(pickle.dumps((list(ranks), packed.pickled)), packed.buffers)
+class _Work(NamedTuple):
+    """A call that `run` makes on every process."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def call(self, parallelizer: Parallelizer) -> Any:
+        return self.func(*self.args, parallelizer=parallelizer, **self.kwargs)
+
+    def with_more(self, kwargs: Mapping[str, Any] | None) -> _Work:
+        return self._replace(kwargs={**self.kwargs, **kwargs}) if kwargs else self
+
+    def pack(self, ranks: Sequence[int]) -> Message:
+        """As a command to these ranks, who can read that they are meant before all else."""
+        packed = _pack(tuple(self), f"the arguments of run, or {self.func!r} itself")
+        return Message(pickle.dumps((list(ranks), packed.pickled)), packed.buffers)
 
 
 def _unpack_ranks(message: Message) -> tuple[list[int], Message]:
@@ -3439,8 +3448,8 @@ def _unpack_ranks(message: Message) -> tuple[list[int], Message]:
 
 
 def _run_packed(packed: Message, *, parallelizer: Parallelizer) -> Any:
-    func, args, kwargs = _unpack(packed, "the function of a run, or its arguments,")
-    return func(*args, parallelizer=parallelizer, **kwargs)
+    work = _Work(*_unpack(packed, "the function of a run, or its arguments,"))
+    return work.call(parallelizer)
 
 
 class _Task(NamedTuple):
@@ -3569,7 +3578,9 @@ def _shown(
         raise ModuleNotFoundError(
             "progress=True shows a bar by tqdm, which is not installed: pip install tqdm"
         ) from why
-    with tqdm(total=length, disable=None) as bar:
+    # Without the thread that tqdm would start, as fork is not used while threads run.
+    quiet = type("Bar", (tqdm,), {"monitor_interval": 0})
+    with quiet(total=length, disable=None) as bar:
         for start, stop in chunks:
             yield start, stop
             bar.update(stop - bar.n)
