@@ -20,6 +20,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -62,6 +63,11 @@ class Setting(NamedTuple):
 # The peers: how each is opened, and the pools brought to one interface.
 
 
+def load(module: str) -> Any:
+    """Import what is optional, and not known to the type checker."""
+    return importlib.import_module(module)
+
+
 class Pool(NamedTuple):
     """What the process pools have in common."""
 
@@ -70,10 +76,13 @@ class Pool(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_pool(s: Setting) -> Iterator[Pool]:
-    """Open a `multiprocessing.Pool`."""
-    with multiprocessing.get_context(s.start_method).Pool(s.nprocs) as pool:
-        yield Pool(lambda func, item: pool.apply(func, (item,)), pool.map)
+def opened(pool: Any, chunk: str = "chunksize", **options: Any) -> Iterator[Pool]:
+    """Enter a pool that has `apply`, and `map` with the size of its chunks in a keyword."""
+    with pool:
+        yield Pool(
+            lambda func, item: pool.apply(func, (item,)),
+            lambda func, items, size: pool.map(func, items, **{chunk: size}, **options),
+        )
 
 
 @contextlib.contextmanager
@@ -92,7 +101,7 @@ def open_executor(s: Setting) -> Iterator[Pool]:
 @contextlib.contextmanager
 def open_joblib(s: Setting) -> Iterator[Pool]:
     """Open a `joblib.Parallel`; its workers outlive it, so that only the first opening is cold."""
-    joblib: Any = importlib.import_module("joblib")
+    joblib = load("joblib")
     with joblib.Parallel(n_jobs=s.nprocs) as pool:
         yield Pool(
             lambda func, item: pool([joblib.delayed(func)(item)])[0],
@@ -100,35 +109,9 @@ def open_joblib(s: Setting) -> Iterator[Pool]:
         )
 
 
-@contextlib.contextmanager
-def open_mpire(s: Setting) -> Iterator[Pool]:
-    """Open an `mpire.WorkerPool` that keeps its workers from one map to the next."""
-    mpire: Any = importlib.import_module("mpire")
-    with mpire.WorkerPool(s.nprocs, start_method=s.start_method, keep_alive=True) as pool:
-        yield Pool(
-            lambda func, item: pool.apply(func, (item,)),
-            lambda func, items, size: pool.map(
-                func, items, chunk_size=size, concatenate_numpy_output=False
-            ),
-        )
-
-
-@contextlib.contextmanager
-def open_schwimmbad(s: Setting) -> Iterator[Pool]:
-    """Open a `schwimmbad.MultiPool`, which has no choice of the start method."""
-    schwimmbad: Any = importlib.import_module("schwimmbad")
-    with schwimmbad.MultiPool(s.nprocs) as pool:
-        yield Pool(lambda func, item: pool.apply(func, (item,)), pool.map)
-
-
-def open_ours(s: Setting) -> Parallelizer:
-    """Open a `MultiprocessingParallelizer`."""
-    return MultiprocessingParallelizer(s.nprocs, start_method=s.start_method)
-
-
 def mpi_world() -> Any:
     """All ranks, as mpi4py sees them."""
-    return importlib.import_module("mpi4py.MPI").COMM_WORLD
+    return load("mpi4py.MPI").COMM_WORLD
 
 
 class Peer(NamedTuple):
@@ -139,16 +122,20 @@ class Peer(NamedTuple):
 
 
 PEERS = {
-    "parallelizer": Peer("parallelizer", open_ours),
-    "Pool": Peer("multiprocessing.pool", open_pool),
+    "parallelizer": Peer("parallelizer", lambda s: MultiprocessingParallelizer(
+        s.nprocs, start_method=s.start_method)),
+    "Pool": Peer("multiprocessing.pool", lambda s: opened(
+        multiprocessing.get_context(s.start_method).Pool(s.nprocs))),
     "Executor": Peer("concurrent.futures.process", open_executor),
     "joblib": Peer("joblib", open_joblib),
-    "mpire": Peer("mpire", open_mpire),
-    "schwimmbad": Peer("schwimmbad", open_schwimmbad),
+    "mpire": Peer("mpire", lambda s: opened(
+        load("mpire").WorkerPool(s.nprocs, start_method=s.start_method, keep_alive=True),
+        chunk="chunk_size", concatenate_numpy_output=False)),
+    "schwimmbad": Peer("schwimmbad", lambda s: opened(load("schwimmbad").MultiPool(s.nprocs))),
     "local copy": Peer("numpy", lambda _: nullcontext()),
     "MPIParallelizer": Peer("mpi4py", lambda _: MPIParallelizer()),
     "mpi4py": Peer("mpi4py", lambda _: nullcontext(mpi_world())),
-}
+}  # fmt: skip
 POOLS = ("Pool", "Executor", "joblib", "mpire", "schwimmbad")
 OVER_MPI = ("MPIParallelizer", "mpi4py")
 
@@ -221,16 +208,6 @@ def broadcast_sample(data: Array | None = None, *, parallelizer: Parallelizer) -
     return parallelizer.gather(sample(received))
 
 
-def our_call(p: Parallelizer, _: Setting) -> Any:
-    """Call a function once."""
-    return p.run(absolute, 7)
-
-
-def pool_call(pool: Pool, _: Setting) -> Any:
-    """Call a function once."""
-    return pool.call(abs, 7)
-
-
 def our_broadcast(p: Parallelizer, s: Setting) -> Any:
     """Bring the big array to every process."""
     return p.run(broadcast_sample, main_kwargs={"data": big(s)})
@@ -248,13 +225,8 @@ def raw_broadcast(world: Any, s: Setting) -> Any:
     return world.gather(sample(data))
 
 
-def mpi_round_trip(p: Parallelizer, s: Setting) -> Any:
-    """Bring blocks of the big array to the ranks, and the whole back."""
-    return p.gather(p.scatter(big(s) if p.on_main else None))
-
-
 def raw_round_trip(world: Any, s: Setting) -> Any:
-    """Do the same by mpi4py."""
+    """Bring blocks of the big array to the ranks, and the whole back."""
     block = np.empty(length(s) // world.size)
     world.Scatter(big(s) if world.rank == 0 else None, block)
     result = np.empty(length(s)) if world.rank == 0 else None
@@ -263,13 +235,13 @@ def raw_round_trip(world: Any, s: Setting) -> Any:
 
 
 def mpi_object(p: Parallelizer, s: Setting) -> Any:
-    """Bring the big array to every rank in a dict."""
+    """Do the same, where workers pass nothing."""
     data: Any = p.broadcast({"data": big(s)} if p.on_main else None)
     return p.gather(sample(data["data"]))
 
 
 def raw_object(world: Any, s: Setting) -> Any:
-    """Do the same by mpi4py, which pickles it."""
+    """Bring the big array to every rank in a dict."""
     data = world.bcast({"data": big(s)} if world.rank == 0 else None)
     return world.gather(sample(data["data"]))
 
@@ -305,14 +277,15 @@ def samples(s: Setting) -> list[float]:
     return [sample(big(s))] * s.nprocs
 
 
+CALL = with_pools(lambda p, _: p.run(absolute, 7), lambda pool, _: pool.call(abs, 7))
 BROADCASTS = {"parallelizer": our_broadcast, "mpi4py": raw_broadcast}
 GROWTH = {
     f"growth {n}": Case(f"64 MiB to {n} processes", BROADCASTS, samples, nprocs=n, size=64 * MIB)
     for n in (2, 4, 8, 16)
 }
 CASES = {
-    "open": Case("open, one call, close", with_pools(our_call, pool_call), lambda _: 7, anew=True),
-    "call": Case("one call, open pool", with_pools(our_call, pool_call), lambda _: 7, loops=50),
+    "open": Case("open, one call, close", CALL, lambda _: 7, anew=True),
+    "call": Case("one call, open pool", CALL, lambda _: 7, loops=50),
     "gather": Case(
         "run with one gather(0) / apply",
         {"parallelizer": lambda p, _: p.run(gather_zero),
@@ -351,7 +324,10 @@ CASES = {
     "MPI broadcast": Case("array: broadcast", with_mpi(mpi_broadcast, raw_broadcast), samples),
     "MPI 1 MiB": Case(
         "1 MiB: broadcast", with_mpi(mpi_broadcast, raw_broadcast), samples, loops=20, size=MIB),
-    "MPI round trip": Case("array: scatter, gather", with_mpi(mpi_round_trip, raw_round_trip), big),
+    "MPI round trip": Case(
+        "array: scatter, gather",
+        with_mpi(lambda p, s: p.gather(p.scatter(big(s) if p.on_main else None)), raw_round_trip),
+        big),
     "MPI object": Case("array in a dict: broadcast", with_mpi(mpi_object, raw_object), samples),
     "MPI small broadcast": Case(
         "small object: broadcast",
@@ -365,13 +341,6 @@ CASES = {
 
 
 # Measuring one cell: in a process of its own, or on the ranks that a launcher has started.
-
-
-def check(found: Any, expected: Any) -> None:
-    """Stop where a result is wrong."""
-    is_array = isinstance(expected, np.ndarray)
-    if not (np.array_equal(found, expected) if is_array else found == expected):
-        raise SystemExit(f"expected {str(expected)[:200]}, but got {str(found)[:200]}")
 
 
 def import_seconds(module: str) -> float:
@@ -392,12 +361,12 @@ def measure(row: str, peer: str, s: Setting) -> float:
     on_main = peer not in OVER_MPI or mpi_world().rank == 0
 
     def work() -> Any:
-        with opener(s) if case.anew else nullcontext(opened) as handle:
+        with opener(s) if case.anew else nullcontext(held) as handle:
             return case.works[peer](handle, s)
 
-    with nullcontext() if case.anew else opener(s) as opened:
-        if peer in CASES["call"].works and not case.anew:
-            CASES["call"].works[peer](opened, s)  # lazy pools start their workers now
+    with nullcontext() if case.anew else opener(s) as held:
+        if peer in CALL and not case.anew:
+            CALL[peer](held, s)  # lazy pools start their workers now
         # Made after the workers, so that these do not inherit it.
         expected = case.expected(s) if on_main else None
         seconds: list[float] = []
@@ -419,8 +388,10 @@ def timed(work: Callable[[], Any], loops: int, peer: str, expected: Any) -> floa
     result = work()
     meet()
     seconds = (time.perf_counter() - begun) / loops
-    if expected is not None:
-        check(result, expected)
+    is_array = isinstance(expected, np.ndarray)
+    right = np.array_equal(result, expected) if is_array else result == expected
+    if expected is not None and not right:
+        raise SystemExit(f"expected {str(expected)[:200]}, but got {str(result)[:200]}")
     return seconds
 
 
@@ -465,40 +436,31 @@ def measure_apart(peer: str, s: Setting, rows: list[str]) -> dict[str, float]:
     return seconds
 
 
-def plan(s: Setting, quick: bool) -> list[tuple[str, Setting, list[str]]]:
-    """What the processes of a round measure: a cell each; if `quick`, a column each."""
-    columns: dict[Any, tuple[str, Setting, list[str]]] = {}
+def plan(s: Setting, quick: bool, launched: bool) -> list[tuple[str, Setting, list[str]]]:
+    """What the steps of a round measure: a cell each; if `quick`, a column each."""
+    steps: dict[Any, tuple[str, Setting, list[str]]] = {}
     for row, case in CASES.items():
+        if (launched and not row.startswith("MPI")) or (quick and (case.nprocs or 0) > 2):
+            continue
         for peer in filter(available, case.works):
-            if quick and (case.nprocs or 0) > 2:
-                continue
             its = s._replace(nprocs=case.nprocs or s.nprocs)
-            column = columns.setdefault((peer, its if quick else row), (peer, its, []))
-            column[2].append(row)
-    return list(columns.values())
+            step = steps.setdefault((peer, its if quick else row), (peer, its, []))
+            step[2].append(row)
+    return list(steps.values())
 
 
-def measure_all(s: Setting, rounds: int, quick: bool) -> tuple[Results, bool]:
-    """Start the processes of every round, one at a time; tell also whether all went well."""
+def measure_all(s: Setting, rounds: int, quick: bool, launched: bool) -> Results:
+    """Go round by round through fresh processes, or stay on the ranks that were launched."""
     results: Results = {row: {} for row in CASES}
-    complete = True
     for number in range(1, rounds + 1):
-        for peer, setting, rows in plan(s, quick):
-            print(f"round {number} of {rounds}: {peer}: {', '.join(rows)}", file=sys.stderr)
-            seconds = measure_apart(peer, setting, rows)
-            complete = complete and bool(seconds)
+        for peer, its, rows in plan(s, quick, launched):
+            if not launched:
+                print(f"round {number} of {rounds}: {peer}: {', '.join(rows)}", file=sys.stderr)
+                seconds = measure_apart(peer, its, rows)
+            else:
+                seconds = {row: measure(row, peer, its) for row in rows}
             for row in seconds:
                 results[row].setdefault(peer, []).append(seconds[row])
-    return results, complete
-
-
-def measure_here(s: Setting, rounds: int) -> Results:
-    """Measure the rows of MPI on the ranks that a launcher has started."""
-    rows = [row for row, case in CASES.items() if "MPIParallelizer" in case.works]
-    results: Results = {row: {peer: [] for peer in OVER_MPI} for row in rows}
-    for _, row, peer in np.ndindex(rounds, len(rows), len(OVER_MPI)):
-        seconds = measure(rows[row], OVER_MPI[peer], s)
-        results[rows[row]][OVER_MPI[peer]].append(seconds)
     return results
 
 
@@ -506,16 +468,16 @@ def measure_here(s: Setting, rounds: int) -> Results:
 
 
 def medians(results: Results, row: str) -> dict[str, float]:
-    """Milliseconds of a row, by peer."""
-    measured = results.get(row, {})
-    return {peer: 1e3 * statistics.median(values) for peer, values in measured.items()}
+    """Milliseconds of a row, by peer, in the order of the columns."""
+    rounds = results.get(row, {})
+    return {peer: 1e3 * statistics.median(rounds[peer]) for peer in PEERS if peer in rounds}
 
 
 def sections(results: Results) -> list[list[str]]:
     """Rows that were measured, those of multiprocessing and those of MPI apart."""
     measured = [row for row in CASES if results.get(row)]
-    over_mpi = [row for row in measured if "MPIParallelizer" in CASES[row].works]
-    return [part for part in ([row for row in measured if row not in over_mpi], over_mpi) if part]
+    groups = itertools.groupby(measured, lambda row: row.startswith("MPI"))
+    return [list(rows) for _, rows in groups]
 
 
 def entry(milliseconds: float | None, ours: float | None) -> str:
@@ -562,13 +524,13 @@ def report(results: Results, s: Setting, rounds: int) -> None:
 def draw(results: Results, filename: str) -> None:
     """Draw a group of bars for each row, a bar for each peer, on a logarithmic scale."""
     try:
-        pyplot: Any = importlib.import_module("matplotlib.pyplot")
+        pyplot = load("matplotlib.pyplot")
     except ModuleNotFoundError as why:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib") from why
     parts = sections(results)
     heights = [1 + 0.6 * len(rows) for rows in parts]
     options = {"squeeze": False, "layout": "constrained", "height_ratios": heights}
-    figure, axes = pyplot.subplots(len(parts), figsize=(9, sum(heights)), **options)
+    figure, axes = pyplot.subplots(len(parts), figsize=(10, sum(heights)), **options)
     for axis, rows in zip(axes[:, 0], parts, strict=True):
         for number, peer in enumerate(PEERS):
             bars = []  # of a row, the bars stand close, whichever peers it has
@@ -582,7 +544,7 @@ def draw(results: Results, filename: str) -> None:
         axis.set(xscale="log", xlabel="milliseconds")
         axis.set_yticks(range(len(rows)), [CASES[row].title for row in rows])
         axis.invert_yaxis()
-        axis.legend(fontsize="small")
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(filename, dpi=150)
 
 
@@ -592,7 +554,7 @@ def command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = functools.partial(parser.add_argument)
+    add = parser.add_argument
     add("--rounds", type=int, default=3, metavar="N", help="default: 3")
     add("--size", type=float, default=256, metavar="MiB", help="of the big array; default: 256")
     add("--nprocs", type=int, default=2, metavar="N", help="default: 2; a launcher's count instead")
@@ -609,20 +571,18 @@ def main() -> int:
     s = Setting(options.nprocs, int(options.size * MIB), 100_000, 5, options.start_method)
     if options.quick:
         s = s._replace(size=MIB, items=2000, repeats=1)
-    launched, complete = Parallelizer.lookup("auto"), True
-    if isinstance(launched, MPIParallelizer):
-        s = s._replace(nprocs=launched.nprocs)
-        results = measure_here(s, rounds)
-        if not launched.on_main:
-            return 0
-    else:
-        results, complete = measure_all(s, rounds, options.quick)
+    ours = Parallelizer.lookup("auto")  # over MPI where a launcher has started this
+    launched = isinstance(ours, MPIParallelizer)
+    s = s._replace(nprocs=ours.nprocs if launched else s.nprocs)
+    results = measure_all(s, rounds, options.quick, launched)
+    if launched and not ours.on_main:
+        return 0
     report(results, s, rounds)
     if not available("mpi4py"):
         print("MPI was not measured: it needs mpi4py and mpiexec (pip install mpi4py mpich)")
     if options.plot:
         draw(results, options.plot)
-    return 0 if complete else 1
+    return 0 if all(len(values) == rounds for row in results.values() for values in row.values()) else 1
 
 
 if __name__ == "__main__":
