@@ -62,7 +62,6 @@ import copyreg
 import enum
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -250,6 +249,8 @@ class _Elsewhere(enum.Enum):
 
     def __repr__(self) -> str:
         return f"<{self.name}: {self.value}>"
+
+    __str__ = __repr__
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2172,10 +2173,18 @@ class MPICommunicator(Communicator):
         self._spins = 0
 
     def _progress(self, seconds: float) -> None:
+        if not self._take_message():
+            self._rest(seconds)
+
+    def _handle_all(self) -> None:
+        while self._take_message():
+            pass
+
+    def _take_message(self) -> bool:
+        """Receive and handle one message; False where none is there."""
         status = self._mpi.Status()
         if not self._notes.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, status):
-            self._rest(seconds)
-            return
+            return False
         self._spins = 0
         content = bytearray(status.Get_count(self._mpi.BYTE))
         source, tag = status.Get_source(), status.Get_tag()
@@ -2184,6 +2193,7 @@ class MPICommunicator(Communicator):
             self._on_control(pickle.loads(content))
         else:
             self._on_message(source, *pickle.loads(content))
+        return True
 
     def _rest(self, seconds: float) -> None:
         """MPI has no handle to wait for: try often at first, then ever less so."""
@@ -2231,7 +2241,7 @@ class MPICommunicator(Communicator):
     def _check(self, hint: int = _HIGHEST_CODE, idle: bool = False) -> int:
         """Return when all ranks make the present call; the smallest of their hints."""
         self._settle()
-        self._progress(0)
+        self._handle_all()  # a note among it decides what this rank says
         check = self._begin_check(hint)
         self._checking = True
         try:
@@ -2342,7 +2352,12 @@ class MPICommunicator(Communicator):
     def _leave_failed_run(self, group: Any) -> None:
         """Complete what is half sent: every rank takes in what comes until all have done so."""
         self._wait_idly(lambda: all(self._sent(requests) for requests, _ in self._sending))
-        self._wait_idly(group.Ibarrier().Test)
+        # Every rank gets here, and counts on from the same number: not all may have begun the run.
+        members = next(members for members, known in self._groups.items() if known is group)
+        count = np.array([self._run_counts[members]], np.int64)
+        highest = np.empty_like(count)
+        self._wait_idly(group.Iallreduce(count, highest, self._mpi.MAX).Test)
+        self._run_counts[members] = int(highest[0])
         self._noted.discard(self.stamp)
         self._own_failure = self._verdict = None
 
@@ -2361,20 +2376,43 @@ class MPICommunicator(Communicator):
 
     @contextlib.contextmanager
     def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
-        outer, stamp = self._group, self.stamp
+        outer, stamp, nested, number = (
+            self._group,
+            self.stamp,
+            self.call.depth > 0,
+            self.call.number,
+        )
         with super().restricted_to(ranks):
+            if nested or self.members not in self._groups:
+                self._meet()
             if self.members not in self._groups:
                 group = self._world.Get_group().Incl(list(self.members))
                 self._groups[self.members] = self._world.Create_group(group)
             self._group = self._groups[self.members]
-            self._run_counts[self.members] += 1
-            self.stamp = hash((self.members, self._run_counts[self.members]))
+            if nested:
+                self.stamp = hash((stamp, self.members, number))
+            else:
+                self._run_counts[self.members] += 1
+                self.stamp = hash((self.members, self._run_counts[self.members]))
             try:
                 yield
             finally:
                 for key in [key for key in self._mail if key[2] == self.stamp]:
                     del self._mail[key]
                 self._group, self.stamp = outer, stamp
+
+    def _meet(self) -> None:
+        """Return when all members are here: no check of theirs would be joined by who is not."""
+        here, tag = Message(b"-", []), -1  # a tag that no user may choose
+        others = range(1, self.size)
+        if self.rank > 0:
+            self.send(here, 0, tag)
+            self.receive(0, tag)
+            return
+        for rank in others:
+            self.receive(rank, tag)
+        for rank in others:
+            self.send(here, rank, tag)
 
     def command(self, message: Message | None) -> None:
         self.call = _Call(0, 0, "command")
@@ -2861,6 +2899,7 @@ class Parallelizer:
 
     def _execute(self, communicator: Communicator, ranks: Sequence[int], work: _Work) -> Any:
         """Take this process's part in a run, and in its end on all of them."""
+        communicator.timeout = self.timeout  # of one that several parallelizers may share
         with communicator.restricted_to(ranks), _interrupts(communicator):
             try:
                 communicator.begin_run()
@@ -4019,7 +4058,8 @@ def _test_backend(name: str, make: Callable[[], Parallelizer]) -> bool:
 def _versions() -> str:
     # Not by importing mpi4py, which would bring MPI up and so rule fork out.
     with_mpi = importlib.util.find_spec("mpi4py") is not None
-    mpi4py = importlib.metadata.version("mpi4py") if with_mpi else "not installed"
+    metadata = importlib.import_module("importlib.metadata")  # slow to import
+    mpi4py = metadata.version("mpi4py") if with_mpi else "not installed"
     python = sys.version.split()[0]
     return f"parallelizer {__version__}, Python {python}, numpy {np.__version__}, mpi4py {mpi4py}"
 

@@ -235,13 +235,13 @@ def raw_round_trip(world: Any, s: Setting) -> Any:
 
 
 def mpi_object(p: Parallelizer, s: Setting) -> Any:
-    """Do the same, where workers pass nothing."""
+    """Bring the big array to every rank in a dict."""
     data: Any = p.broadcast({"data": big(s)} if p.on_main else None)
     return p.gather(sample(data["data"]))
 
 
 def raw_object(world: Any, s: Setting) -> Any:
-    """Bring the big array to every rank in a dict."""
+    """Do the same by mpi4py, which pickles it."""
     data = world.bcast({"data": big(s)} if world.rank == 0 else None)
     return world.gather(sample(data["data"]))
 
@@ -278,7 +278,11 @@ def samples(s: Setting) -> list[float]:
 
 
 CALL = with_pools(lambda p, _: p.run(absolute, 7), lambda pool, _: pool.call(abs, 7))
-BROADCASTS = {"parallelizer": our_broadcast, "mpi4py": raw_broadcast}
+BROADCASTS: dict[str, Any] = {
+    "parallelizer": our_broadcast,
+    "local copy": lambda _, s: [sample(big(s).copy())] * s.nprocs,
+    "mpi4py": raw_broadcast,
+}
 GROWTH = {
     f"growth {n}": Case(f"64 MiB to {n} processes", BROADCASTS, samples, nprocs=n, size=64 * MIB)
     for n in (2, 4, 8, 16)
@@ -312,9 +316,10 @@ CASES = {
                    mpi4py=raw_round_trip), big),
     "broadcast": Case(
         "the array to every process",
-        with_pools(our_broadcast, lambda pool, s: pool.map(sample, [big(s)] * s.nprocs, 1),
-                   mpi4py=raw_broadcast,
-                   **{"local copy": lambda _, s: [sample(big(s).copy())] * s.nprocs}), samples),
+        {**BROADCASTS,
+         **dict.fromkeys(POOLS, lambda pool, s: pool.map(sample, [big(s)] * s.nprocs, 1))},
+        samples),
+    # Of a local copy too, as memory that no process has used yet can be slow to come by.
     "first": Case("the same, first transfer", BROADCASTS, samples, warm=False),
     "argument": Case(
         "the array as an argument of run",
@@ -391,7 +396,11 @@ def timed(work: Callable[[], Any], loops: int, peer: str, expected: Any) -> floa
     is_array = isinstance(expected, np.ndarray)
     right = np.array_equal(result, expected) if is_array else result == expected
     if expected is not None and not right:
-        raise SystemExit(f"expected {str(expected)[:200]}, but got {str(result)[:200]}")
+        wrong = f"{peer}: expected {str(expected)[:200]}, but got {str(result)[:200]}"
+        print(wrong, file=sys.stderr, flush=True)
+        if peer in OVER_MPI:
+            mpi_world().Abort(1)  # or the other ranks would wait
+        raise SystemExit(1)
     return seconds
 
 
@@ -550,7 +559,7 @@ def draw(results: Results, filename: str) -> None:
 
 def command_line() -> argparse.Namespace:
     """Read the options."""
-    methods = multiprocessing.get_all_start_methods()
+    methods = sorted(multiprocessing.get_all_start_methods())
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -558,7 +567,7 @@ def command_line() -> argparse.Namespace:
     add("--rounds", type=int, default=3, metavar="N", help="default: 3")
     add("--size", type=float, default=256, metavar="MiB", help="of the big array; default: 256")
     add("--nprocs", type=int, default=2, metavar="N", help="default: 2; a launcher's count instead")
-    add("--start-method", choices=methods, default=min(methods), help="default: fork if there is")
+    add("--start-method", choices=methods, default=methods[0], help="default: fork if there is")
     add("--plot", metavar="FILE.png", help="draw the table, with matplotlib")
     add("--quick", action="store_true", help="small sizes, one round")
     return parser.parse_args()
@@ -573,7 +582,8 @@ def main() -> int:
         s = s._replace(size=MIB, items=2000, repeats=1)
     ours = Parallelizer.lookup("auto")  # over MPI where a launcher has started this
     launched = isinstance(ours, MPIParallelizer)
-    s = s._replace(nprocs=ours.nprocs if launched else s.nprocs)
+    if launched:
+        s = s._replace(nprocs=ours.nprocs, start_method="MPI")
     results = measure_all(s, rounds, options.quick, launched)
     if launched and not ours.on_main:
         return 0
