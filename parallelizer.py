@@ -2241,7 +2241,9 @@ class MPICommunicator(Communicator):
     def _check(self, hint: int = _HIGHEST_CODE, idle: bool = False) -> int:
         """Return when all ranks make the present call; the smallest of their hints."""
         self._settle()
-        self._handle_all()  # a note among it decides what this rank says
+        # A note decides what this rank says, and MPI may need several calls to bring it in.
+        for _ in range(1 if self.timeout is None else 50):
+            self._handle_all()
         check = self._begin_check(hint)
         self._checking = True
         try:
@@ -2259,17 +2261,18 @@ class MPICommunicator(Communicator):
         return self._conclude(check)
 
     def _begin_check(self, hint: int = _HIGHEST_CODE) -> _Check:
-        code = _code(self.call)
+        told = self.stamp in self._noted
+        return self._offer(self._group, _TOLD if told else _code(self.call), hint)
+
+    def _offer(self, group: Any, code: int, hint: int = _HIGHEST_CODE) -> _Check:
+        """Take part in a check with this code, or with a failure of this rank's own."""
         if self._own_failure is not None:
             code = _FAILED
-        elif self.stamp in self._noted:
-            code = _TOLD
-        low = code << _RANK_BITS | self.rank
-        high = (_HIGHEST_CODE - code) << _RANK_BITS | self.rank
+        rank = group.Get_rank()
+        low, high = code << _RANK_BITS | rank, (_HIGHEST_CODE - code) << _RANK_BITS | rank
         sent = np.array([low, high, hint], np.int64)
         result = np.empty_like(sent)
-        request = self._group.Iallreduce(sent, result, self._mpi.MIN)
-        return _Check(self._group, sent, result, request)
+        return _Check(group, sent, result, group.Iallreduce(sent, result, self._mpi.MIN))
 
     def _give_up(self, check: _Check, late: WaitTimeout) -> None:
         """Tell the missing of the timeout; return if they came after all, to fail together."""
@@ -2294,8 +2297,12 @@ class MPICommunicator(Communicator):
         mask = (1 << _RANK_BITS) - 1
         low, high, hint = (int(value) for value in check.result)
         first, last = low >> _RANK_BITS, _HIGHEST_CODE - (high >> _RANK_BITS)
-        if first < _CALLED:
-            self._learn(check.group, first, low & mask)
+        if first == _TOLD:  # who told had already made its call, and timed out in it
+            again = self._offer(check.group, _TOLD)
+            self._wait_idly(again.request.Test)
+            return self._conclude(again)
+        if first == _FAILED:
+            self._learn(check.group, low & mask)
             raise _RunEnded
         if first != last:
             self._verdict = self._mismatch(first, low & mask, last, high & mask)
@@ -2316,9 +2323,8 @@ class MPICommunicator(Communicator):
             return ContractError(f"rank {teller} ended its program while rank {other} {call}")
         return ContractError(f"rank {other} {call} where rank {teller} {told}")
 
-    def _learn(self, group: Any, code: int, rank: int) -> None:
+    def _learn(self, group: Any, rank: int) -> None:
         """Hear the exception of the lowest failed rank."""
-        assert code == _FAILED, "somebody was told of a failure, so somebody has failed"
         data = b""
         if group.Get_rank() == rank:
             assert self._own_failure is not None
@@ -2376,6 +2382,7 @@ class MPICommunicator(Communicator):
 
     @contextlib.contextmanager
     def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
+        self._settle()
         outer, stamp, nested, number = (
             self._group,
             self.stamp,

@@ -2703,6 +2703,41 @@ def test_a_handled_fault_does_not_end_the_mpi_job() -> None:
     assert (code, out) == (0, "all handled\n"), err
 
 
+def late(parallelizer: Par) -> Any:
+    if parallelizer.id == 2:
+        time.sleep(4)
+    return parallelizer.gather(parallelizer.id)
+
+
+def in_a_subset(mode: str, parallelizer: Par) -> Any:
+    """Of the members of a nested run, rank 2 comes, does not come, or raises."""
+    if parallelizer.id == 2 and mode == "elsewhere":
+        return parallelizer.gather(0)
+    if parallelizer.id == 2 and mode == "raises":
+        raise Odd(1, detail="")
+    return parallelizer.gather(parallelizer.run(ranks, comm=[0, 2]))
+
+
+def mpi_late_and_absent() -> None:
+    par = MPIParallelizer(timeout=1)
+    with pytest.raises(WaitTimeout, match=r"rank\(s\) .*2"):
+        par.run(late)
+    par = MPIParallelizer()
+    for mode, kind in (("elsewhere", ContractError), ("raises", Odd), ("elsewhere", ContractError)):
+        with pytest.raises(kind):
+            par.run(in_a_subset, mode)
+        par.run(in_a_subset, "comes")
+        assert par.run(ranks) == ([0, 1, 2] if par.on_main else Parallelizer.InWorkerProcess)
+    par.print("all told", where="main")
+
+
+@pytest.mark.timeout(100)
+def test_ranks_that_are_late_or_absent_under_mpi() -> None:
+    call = "import test_parallelizer as t; t.mpi_late_and_absent()"
+    code, out, err = finish("-c", call, ranks=3, limit=60)
+    assert (code, out) == (0, "all told\n"), err
+
+
 def mpi_early_end(verb: str) -> None:
     par = MPIParallelizer()
     if par.id != 1:
