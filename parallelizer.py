@@ -2149,6 +2149,7 @@ class MPICommunicator(Communicator):
         self._groups = {self.members: self._world}
         self._counters: dict[tuple[int, ...], Any] = {}
         self._run_counts: collections.Counter[tuple[int, ...]] = collections.Counter()
+        self._status = mpi.Status()
         self._spins = 0
         self._checking = False
         self._noted: set[int] = set()  # stamps of runs that are known to have failed
@@ -2182,7 +2183,7 @@ class MPICommunicator(Communicator):
 
     def _take_message(self) -> bool:
         """Receive and handle one message; False where none is there."""
-        status = self._mpi.Status()
+        status = self._status
         if not self._notes.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, status):
             return False
         self._spins = 0
@@ -2245,6 +2246,9 @@ class MPICommunicator(Communicator):
         for _ in range(1 if self.timeout is None else 50):
             self._handle_all()
         check = self._begin_check(hint)
+        # Mostly the others are about to come, and to look around costs more than to try again.
+        if any(check.request.Test() for _ in range(100)):
+            return self._conclude(check)
         self._checking = True
         try:
             others = [process for process in self.members if process != self.process]
