@@ -1023,6 +1023,9 @@ class SerialCommunicator(Communicator):
         super().__init__(0, 1)
         self._tickets: Iterator[int] = iter(())
 
+    def _progress(self, seconds: float) -> None:
+        """Nothing can arrive; but a signal meant for another parallelizer may ask."""
+
     def broadcast(self, message: Message | None) -> Message:
         assert message is not None
         return message

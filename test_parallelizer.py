@@ -2414,6 +2414,15 @@ def test_what_cannot_be_pickled_or_unpickled(pool: MultiprocessingParallelizer) 
     assert pool.run(ranks) == [0, 1, 2, 3]
 
 
+def hear_a_signal(parallelizer: Par) -> Any:
+    os.kill(os.getpid(), signal.SIGURG)  # as one that comes late from another parallelizer's worker
+    return parallelizer.gather(parallelizer.id)
+
+
+def test_a_stray_signal_disturbs_nobody(p: Par) -> None:
+    expect(p, p.run(hear_a_signal), list(range(p.nprocs)))
+
+
 def stuck(parallelizer: Par) -> None:
     if parallelizer.id == 2:
         signal.signal(signal.SIGURG, signal.SIG_IGN)  # as in compiled code: nothing gets through
