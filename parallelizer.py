@@ -28,8 +28,10 @@ How it is built: one contract, one transport per backend, every verb written onc
                         |              |
               pipes + shared slots     mpi4py buffers
 
-The file reads top to bottom: errors; splitting and combining; packing; communicators; the
-`Parallelizer`; the three backends; `ClientServerRunner`; the self-test and the command line.
+The file reads top to bottom: errors; splitting and combining; packing; shared arrays;
+communicators; the `Parallelizer`; the three backends; `ClientServerRunner`; the self-test and the
+command line. How a run ends, and what happens when a process fails, is drawn where the two
+communicators begin.
 
 MIT License
 
