@@ -405,6 +405,10 @@ class Message(NamedTuple):
     pickled: bytes
     buffers: Sequence[_Bytes]
 
+    def parts(self) -> list[_Bytes]:
+        """The pickle and the buffers, all as bytes."""
+        return [_as_bytes(self.pickled), *self.buffers]
+
     def head(self) -> bytes:
         """Number and sizes of the buffers, then the pickle: what must arrive first."""
         sizes = [buffer.nbytes for buffer in self.buffers]
@@ -840,7 +844,6 @@ class Communicator(abc.ABC):
 
     def begin_run(self) -> None:
         """Before the function: forget what the run before has left."""
-        self.call = _Call(0, 0, "run")
         self._history.clear()
         self._broken = False
 
@@ -1353,8 +1356,6 @@ class PipeCommunicator(Communicator):
     def _next_run(self, run: int) -> None:
         """Forget the run before; what a quick sibling has already sent for this one stays."""
         self._run = run
-        self._broken = False
-        self._history.clear()
         self._readers = [set() for _ in self._readers]
         self.stamp = run
         for key in [key for key in self._mail if key[2] < run]:
@@ -1673,6 +1674,7 @@ class _WorkerEnd(PipeCommunicator):
                 self.fail_run(ended)
 
     def begin_run(self) -> None:
+        super().begin_run()
         self._raise_failure()
 
     def finish_run(self) -> None:
@@ -1739,6 +1741,7 @@ class _MainEnd(PipeCommunicator):
         raise AssertionError("main gives the commands")
 
     def begin_run(self) -> None:
+        super().begin_run()
         command, self._command = self._command, None
         assert command is not None
         self._failures, self._begun, self._ended = {}, set(), set()
@@ -2439,11 +2442,6 @@ class MPICommunicator(Communicator):
         message = self._broadcast(None, idle=True)
         return message if message.pickled else None
 
-    def begin_run(self) -> None:
-        self._settle()
-        self._broken = False
-        self._history.clear()
-
     def finish_run(self) -> None:
         self.enter("return")
         self._check()
@@ -2491,7 +2489,7 @@ class MPICommunicator(Communicator):
         ]
 
     def _send(self, message: Message, process: int, tag: int) -> None:
-        parts = [_as_bytes(message.pickled), *message.buffers]
+        parts = message.parts()
         sizes, inline = _envelope(parts)
         head = pickle.dumps((self.stamp, tag, sizes, inline))
         requests = [self._notes.Isend([head, self._mpi.BYTE], process, _MESSAGE_TAG)]
@@ -2504,7 +2502,7 @@ class MPICommunicator(Communicator):
 
     def _broadcast(self, message: Message | None, idle: bool) -> Message:
         if message is not None:
-            parts = [_as_bytes(message.pickled), *message.buffers]
+            parts = message.parts()
             sizes, inline = _envelope(parts)
             head = pickle.dumps((sizes, inline))
             self._check(len(head), idle)
@@ -2531,7 +2529,7 @@ class MPICommunicator(Communicator):
             if not inline:
                 self._finish(self._receive_bulk(parts, self.members[0], _COLLECTIVE_TAG))
             return Message(parts[0].tobytes(), parts[1:])
-        all_parts = [[_as_bytes(message.pickled), *message.buffers] for message in messages]
+        all_parts = [message.parts() for message in messages]
         envelopes = [_envelope(parts) for parts in all_parts]
         self._scatter_heads([pickle.dumps(envelope) for envelope in envelopes])
         requests = []
