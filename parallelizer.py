@@ -262,6 +262,8 @@ class _Elsewhere(enum.Enum):
 
 def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
     """Start and stop of `parts` blocks, as even as can be, the first ``length % parts`` longer."""
+    if parts == 1:
+        return [(0, length)]
     short, longer = divmod(length, parts)
     starts = [part * short + min(part, longer) for part in range(parts + 1)]
     return list(itertools.pairwise(starts))
@@ -404,10 +406,6 @@ class Message(NamedTuple):
 
     pickled: bytes
     buffers: Sequence[_Bytes]
-
-    def parts(self) -> list[_Bytes]:
-        """The pickle and the buffers, all as bytes."""
-        return [_as_bytes(self.pickled), *self.buffers]
 
     def head(self) -> bytes:
         """Number and sizes of the buffers, then the pickle: what must arrive first."""
@@ -730,7 +728,7 @@ class Communicator(abc.ABC):
 
     def __init__(self, process: int, size: int, timeout: float | None = None) -> None:
         self.process = process
-        self.members: tuple[int, ...] = tuple(range(size))
+        self._set_members(tuple(range(size)))
         self.timeout = timeout
         self.call = _Call(0, 0, "run")
         self._history: collections.deque[_Call] = collections.deque(maxlen=100)
@@ -749,15 +747,10 @@ class Communicator(abc.ABC):
         self._new_circles: set[tuple[_Wait, ...]] = set()
         self._deadlock: tuple[_Wait, ...] | None = None
 
-    @property
-    def rank(self) -> int:
-        """Place of this process among the members."""
-        return self.members.index(self.process)
-
-    @property
-    def size(self) -> int:
-        """Number of members."""
-        return len(self.members)
+    def _set_members(self, members: tuple[int, ...]) -> None:
+        self.members = members
+        self.size = len(members)
+        self.rank = members.index(self.process)
 
     # -- what a transport provides ------------------------------------------------------------
 
@@ -851,17 +844,18 @@ class Communicator(abc.ABC):
     def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
         """Within, only these of the present ranks take part, counted anew from 0."""
         members, call = self.members, self.call
-        self.members = tuple(members[rank] for rank in ranks)
+        self._set_members(tuple(members[rank] for rank in ranks))
         self.call = _Call(call.depth + 1, 0, "run")
         try:
             yield
         finally:
-            self.members, self.call = members, call
+            self._set_members(members)
+            self.call = call
 
     def mark_function(self, *, executing: bool) -> None:
         """Say that the user's function begins or ends on this process."""
         # Not restored to what they were: a signal may come between the two assignments.
-        self.interruptible = self._in_function = executing
+        self.interruptible = self._in_function = executing and _on_main_thread()
         if self.news and executing:
             self.heed_news()
 
@@ -1277,9 +1271,11 @@ class _Incoming(_Parcel):
         self.run = run
         self.call = call
         self._held = held
-        self._head = _allocate(head_bytes)
-        self._unfilled = collections.deque([self._head])
-        self._backlog: collections.deque[tuple[_Bytes, Callable[[], None]]] = collections.deque()
+        self._head_bytes = head_bytes
+        self._head = bytearray()
+        self._unfilled: collections.deque[_Bytes] = collections.deque()
+        self._backlog: collections.deque[tuple[_Bytes, Callable[[], None] | None]]
+        self._backlog = collections.deque()
         self.pickled = b""  # known when the head is complete
         self.sizes: list[int] = []
 
@@ -1289,18 +1285,24 @@ class _Incoming(_Parcel):
     def has_head(self) -> bool:
         return bool(self.pickled)
 
-    def feed(self, data: _Bytes, release: Callable[[], None]) -> None:
+    def feed(self, data: bytes | _Bytes, release: Callable[[], None] | None = None) -> None:
         """Take the next piece; `release` is called when it has been copied."""
-        data = self._fill(data)
-        if not self._unfilled and not self.pickled:
-            self.sizes, self.pickled = _parse_head(self._head.tobytes())
+        if not self.pickled:
+            data = self._feed_head(data)
+        rest = self._fill(_as_bytes(data)) if len(data) else data
+        if len(rest):
+            self._backlog.append((_as_bytes(rest), release))
+        elif release is not None:
+            release()
+
+    def _feed_head(self, data: bytes | _Bytes) -> bytes | _Bytes:
+        missing = self._head_bytes - len(self._head)
+        self._head.extend(data[:missing])
+        if len(self._head) == self._head_bytes:
+            self.sizes, self.pickled = _parse_head(bytes(self._head))
             if not self._held:
                 self.place(None)
-            data = self._fill(data)
-        if data.nbytes:
-            self._backlog.append((data, release))
-        else:
-            release()
+        return data[missing:]
 
     def _fill(self, data: _Bytes) -> _Bytes:
         while data.nbytes and self._unfilled:
@@ -1323,7 +1325,8 @@ class _Incoming(_Parcel):
         while self._backlog:
             data, release = self._backlog.popleft()
             self._fill(data)
-            release()
+            if release is not None:
+                release()
 
 
 class PipeCommunicator(Communicator):
@@ -1371,9 +1374,10 @@ class PipeCommunicator(Communicator):
     def _post(self, process: int, kind: int, body: bytes, run: int | None = None) -> None:
         """Write a packet, or keep it for when the inbox has room; never blocks."""
         size = _PACKET_HEAD.size + len(body)
-        run = self._run if run is None else run
-        self._outbox[process].append(_PACKET_HEAD.pack(size, kind, self.process, run) + body)
-        self._flush(process)
+        head = _PACKET_HEAD.pack(size, kind, self.process, self._run if run is None else run)
+        queue = self._outbox[process]
+        if queue or not self._port.write(process, head + body):
+            queue.append(head + body)
 
     def _flush(self, process: int) -> None:
         packets = self._outbox[process]
@@ -1384,22 +1388,13 @@ class PipeCommunicator(Communicator):
         self._post(process, _CONTROL, pickle.dumps(content))
 
     def _progress(self, seconds: float) -> None:
-        packets = self._port.read()
-        if not packets:
-            writers = [process for process, queue in self._outbox.items() if queue]
-            for handle in self._port.wait(self._handles(), writers, seconds):
-                self._on_handle(handle)
-            for process in writers:
-                self._flush(process)
-            packets = self._port.read()
-        for packet in packets:
-            self._on_packet(packet)
-
-    def _handle_all(self) -> None:
+        writers = [process for process, queue in self._outbox.items() if queue]
+        for handle in self._port.wait(self._handles(), writers, seconds):
+            self._on_handle(handle)
+        for process in writers:
+            self._flush(process)
         for packet in self._port.read():
             self._on_packet(packet)
-        for handle in self._port.wait(self._handles(), (), 0):
-            self._on_handle(handle)
 
     def _handles(self) -> Iterable[int]:
         """What to wait for beside the inbox."""
@@ -1433,8 +1428,7 @@ class PipeCommunicator(Communicator):
             self._mail[source, tag, run].append(incoming)
         elif call.verb not in ("failed", "abort"):
             self._arrived[source].append(incoming)
-        data = _as_bytes(body[_START_HEAD.size :])
-        self._feed(source, stream, incoming, data, lambda: None)
+        self._feed(source, stream, incoming, body[_START_HEAD.size :])
 
     def _on_data(self, source: int, run: int, body: bytes) -> None:
         stream, slot, size = _DATA_HEAD.unpack_from(body)
@@ -1442,8 +1436,7 @@ class PipeCommunicator(Communicator):
         if incoming is None:
             return
         if slot == _INLINE:
-            data = _as_bytes(body[_DATA_HEAD.size :])
-            self._feed(source, stream, incoming, data, lambda: None)
+            self._feed(source, stream, incoming, body[_DATA_HEAD.size :])
             return
         assert self._slots is not None
         data = self._slots.slot(source, slot)[:size]
@@ -1456,8 +1449,8 @@ class PipeCommunicator(Communicator):
         source: int,
         stream: int,
         incoming: _Incoming,
-        data: _Bytes,
-        release: Callable[[], None],
+        data: bytes | _Bytes,
+        release: Callable[[], None] | None = None,
     ) -> None:
         incoming.feed(data, release)
         if incoming.done():
@@ -1477,12 +1470,15 @@ class PipeCommunicator(Communicator):
         start = _START_HEAD.pack(
             self._stream, call.depth, call.number, _VERBS.index(call.verb), tag, len(head)
         )
-        parts = [_as_bytes(head), *(buffer for buffer in message.buffers if buffer.nbytes)]
-        if sum(part.nbytes for part in parts) <= _INLINE_BYTES:
-            self._post_all(processes, _START, start + b"".join(part.tobytes() for part in parts))
+        parts = [buffer for buffer in message.buffers if buffer.nbytes]
+        if len(head) + sum(part.nbytes for part in parts) <= _INLINE_BYTES:
+            whole = b"".join([start, head, *(part.tobytes() for part in parts)])
+            self._post_all(processes, _START, whole)
             return
         self._post_all(processes, _START, start)
-        for chunk in _chunks(parts, _SLOT_BYTES if self._readers else _INLINE_BYTES):
+        for chunk in _chunks(
+            [_as_bytes(head), *parts], _SLOT_BYTES if self._readers else _INLINE_BYTES
+        ):
             self._transmit_chunk(processes, chunk)
 
     def _transmit_chunk(self, processes: Sequence[int], chunk: list[_Bytes]) -> None:
@@ -1511,10 +1507,14 @@ class PipeCommunicator(Communicator):
 
     def _post_all(self, processes: Sequence[int], kind: int, body: bytes) -> None:
         for process in processes:
-            # Not to pile up packets here while the reader is busy.
-            queue = self._outbox[process]
-            self._wait_until(lambda q=queue: not q, lambda p=process: [p], "send")  # type: ignore[misc]
+            self._await_room(process)
             self._post(process, kind, body)
+
+    def _await_room(self, process: int) -> None:
+        """Not to pile up packets here while their reader is busy."""
+        queue = self._outbox[process]
+        if queue:
+            self._wait_until(lambda: not queue, lambda: [process], "send")
 
     def _next_from(self, process: int) -> _Incoming:
         """The next collective message from `process`, which must belong to the present call."""
@@ -1709,6 +1709,7 @@ class _MainEnd(PipeCommunicator):
         self._failures: dict[int, BaseException] = {}
         self._begun: set[int] = set()  # workers that were told of the run
         self._ended: set[int] = set()  # and those that have left it, or are gone
+        _listen(self)
 
     def _handles(self) -> Iterable[int]:
         return self._workers.sentinels
@@ -1753,6 +1754,7 @@ class _MainEnd(PipeCommunicator):
         self._transmit(self.members[1:], _Call(self.call.depth, 0, "run"), 0, command)
 
     def close(self) -> None:
+        _stop_listening(self)
         if self._workers.owned:
             for process in self._workers.processes:
                 self._post_verdict(process, "stop")
@@ -1763,7 +1765,7 @@ class _MainEnd(PipeCommunicator):
         self._collect(self.members[1:])
 
     def fail_run(self, error: BaseException) -> BaseException:
-        if not isinstance(error, _RunEnded):
+        if not isinstance(error, _RunEnded) or not self._failures:  # it may be an outer run's
             self._failures[0] = error
         try:
             if self._broken or isinstance(error, KeyboardInterrupt):
@@ -1814,27 +1816,38 @@ def _interrupt(pid: int | None) -> None:
             os.kill(pid, _URGENT)
 
 
-@contextlib.contextmanager
-def _interrupts(communicator: Communicator) -> Iterator[None]:
-    """Let `_interrupt` end the user's function on this process when its run has failed.
+# The communicators of this process that such a signal may concern, and whose handler it was.
+_LISTENING: list[Communicator] = []
+_HANDLER_BEFORE: list[Any] = []
 
-    Python delivers signals to the main thread only, so a run in another thread learns of a
-    failure at its next verb.
-    """
 
-    def interrupt(*_: object) -> None:
+def _on_interrupt(*_: object) -> None:
+    for communicator in _LISTENING:
         communicator.news = True
+    for communicator in _LISTENING:
         if communicator.interruptible:
             communicator.heed_news()
 
-    if _URGENT is None or threading.current_thread() is not threading.main_thread():
-        yield
+
+def _on_main_thread() -> bool:
+    """Where Python handles signals; a run in another thread learns of news at its next verb."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def _listen(communicator: Communicator) -> None:
+    """Let `_interrupt` end the user's function on this process when its run has failed."""
+    if _URGENT is None or not _on_main_thread():
         return
-    before = signal.signal(_URGENT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(_URGENT, before)
+    if not _LISTENING:
+        _HANDLER_BEFORE[:] = [signal.signal(_URGENT, _on_interrupt) or signal.SIG_DFL]
+    _LISTENING.append(communicator)
+
+
+def _stop_listening(communicator: Communicator) -> None:
+    if communicator in _LISTENING:
+        _LISTENING.remove(communicator)
+        if not _LISTENING and _URGENT is not None and _on_main_thread():
+            signal.signal(_URGENT, _HANDLER_BEFORE.pop())
 
 
 def _signal_at_eof(file: int, signum: int) -> None:
@@ -1870,6 +1883,7 @@ def _forget_pools_after_fork() -> None:
         for workers in list(_POOLS):
             workers.disown()
         _POOLS.clear()
+        _LISTENING.clear()
 
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=forget)
@@ -2052,8 +2066,9 @@ def _worker_main(setup: _WorkerSetup) -> None:
     parallelizer._become_worker(communicator)
     Parallelizer._open[:] = [weakref.ref(parallelizer)]
     Parallelizer._registry.update(dict.fromkeys(setup.names, parallelizer))
-    with _interrupts(communicator):
-        parallelizer.serve()
+    _LISTENING.clear()  # a fork has inherited main's
+    _listen(communicator)
+    parallelizer.serve()
 
 
 def _die_with_main(life: Any) -> Any:
@@ -2087,8 +2102,14 @@ def _die_with_main(life: Any) -> Any:
 # log2(1000) = 10 steps per collective, and a failure 1,000 notes of a few bytes.
 
 _FAILED, _TOLD, _CALLED = 0, 1, 16  # codes in a check; calls count from _CALLED
-_EAGER_BYTES = 1 << 16  # up to here a message travels in one piece
+_CHECK_HEAD = struct.Struct("=qqq")  # smallest code, largest code, bytes needed
+_CHECK_BYTES = 512
+_HOLD_BYTES = _CHECK_BYTES - _CHECK_HEAD.size
+_FOLD_HEAD = struct.Struct("<BIQ")  # what comes ahead, number of buffers, bytes of the pickle
+_ALL_AHEAD, _PICKLE_AHEAD, _SIZES_AHEAD = range(3)
+_EAGER_BYTES = 1 << 13  # up to here a message goes ahead as a whole
 _PIECE_BYTES = 1 << 30  # of a large buffer, as counts end at 2**31 - 1 before MPI 4
+_ADDRESS = struct.Struct("<qq")  # of a message from rank to rank: stamp of its run, tag
 _RANK_BITS = 20
 _HIGHEST_CODE = (1 << (62 - _RANK_BITS)) - 1
 _CONTROL_TAG, _MESSAGE_TAG, _SEND_TAG, _COLLECTIVE_TAG = range(1, 5)
@@ -2105,19 +2126,68 @@ def _import_mpi() -> Any:
         ) from why
 
 
-class _MPIParcel(_Parcel):
-    """A message whose parts are being received."""
+class _Folded(NamedTuple):
+    """A message as MPI sends it: what goes ahead, and the parts that follow as they are."""
 
-    def __init__(self, mpi: Any, parts: list[_Bytes], requests: list[Any]) -> None:
+    ahead: bytes
+    parts: list[_Bytes]
+
+    @classmethod
+    def of(cls, message: Message) -> _Folded:
+        pickled, buffers = message
+        if not buffers and len(pickled) <= _EAGER_BYTES:
+            return cls(_FOLD_HEAD.pack(_ALL_AHEAD, 0, len(pickled)) + pickled, [])
+        sizes = [buffer.nbytes for buffer in buffers]
+        parts: list[_Bytes] = []
+        if len(pickled) + sum(sizes) <= _EAGER_BYTES:
+            ahead, what = b"".join([pickled, *map(bytes, buffers)]), _ALL_AHEAD
+        elif len(pickled) <= _EAGER_BYTES:
+            ahead, what, parts = pickled, _PICKLE_AHEAD, list(buffers)
+        else:
+            ahead, what, parts = b"", _SIZES_AHEAD, [_as_bytes(pickled), *buffers]
+        head = _FOLD_HEAD.pack(what, len(sizes), len(pickled))
+        return cls(head + struct.pack(f"<{len(sizes)}Q", *sizes) + ahead, parts)
+
+
+class _MPIParcel(_Parcel):
+    """The other end of a `_Folded`, from the bytes that came ahead, which may be padded."""
+
+    def __init__(self, ahead: bytes) -> None:
         super().__init__()
-        self._mpi = mpi
-        self._parts = parts
-        self._requests = requests
+        self._what, count, length = _FOLD_HEAD.unpack_from(ahead)
+        self._sizes = struct.unpack_from(f"<{count}Q", ahead, _FOLD_HEAD.size)
+        start = _FOLD_HEAD.size + 8 * count
+        if self._what == _SIZES_AHEAD:
+            self._sizes, length = (length, *self._sizes), 0
+        self.pickled = ahead[start : start + length]  # empty where it follows
+        self._buffers = ahead[start + length :]
+        self._parts: list[_Bytes] = []
+        self._requests: list[Any] = []
+
+    def accept(
+        self, place: _Bytes | None, receive: Callable[[list[_Bytes]], list[Any]]
+    ) -> list[Any]:
+        """Receive the parts, into `place` where that is given; what is to be waited for."""
+        self._parts = [_allocate(size) for size in self._sizes] if place is None else [place]
+        if self._what != _ALL_AHEAD:
+            self._requests = receive(self._parts)
+            return self._requests
+        start = 0
+        for part in self._parts:
+            part[:] = np.frombuffer(self._buffers, np.uint8, part.nbytes, start)
+            start += part.nbytes
+        return []
+
+    def complete(self) -> Message:
+        """Once the parts are there."""
+        if self._what == _SIZES_AHEAD:
+            self.pickled = self._parts.pop(0).tobytes()
+        self.message = Message(self.pickled, self._parts)
+        return self.message
 
     def done(self) -> bool:
-        if self.message is None and self._mpi.Request.Testall(self._requests):
-            pickled, *buffers = self._parts
-            self.message = Message(pickled.tobytes(), buffers)
+        if self.message is None and all(request.Test() for request in self._requests):
+            self.complete()
         return self.message is not None
 
 
@@ -2139,8 +2209,8 @@ class _Check(NamedTuple):
     """A check under way, or left behind by a rank that did not wait for its end."""
 
     group: Any
-    sent: np.ndarray[Any, Any]
-    result: np.ndarray[Any, Any]
+    sent: bytearray
+    result: bytearray
     request: Any
 
 
@@ -2158,6 +2228,7 @@ class MPICommunicator(Communicator):
         self._counters: dict[tuple[int, ...], Any] = {}
         self._run_counts: collections.Counter[tuple[int, ...]] = collections.Counter()
         self._status = mpi.Status()
+        self._empty_check = np.full(_CHECK_BYTES // 8, np.iinfo(np.int64).max).tobytes()
         self._spins = 0
         self._checking = False
         self._noted: set[int] = set()  # stamps of runs that are known to have failed
@@ -2201,7 +2272,7 @@ class MPICommunicator(Communicator):
         if tag == _CONTROL_TAG:
             self._on_control(pickle.loads(content))
         else:
-            self._on_message(source, *pickle.loads(content))
+            self._on_message(source, bytes(content))
         return True
 
     def _rest(self, seconds: float) -> None:
@@ -2220,12 +2291,11 @@ class MPICommunicator(Communicator):
         else:
             super()._on_control(content)
 
-    def _on_message(
-        self, source: int, stamp: int, tag: int, sizes: list[int], inline: bytes
-    ) -> None:
-        parts = _unfold(sizes, inline)
-        requests = [] if inline else self._receive_bulk(parts, source, _SEND_TAG)
-        self._mail[source, tag, stamp].append(_MPIParcel(self._mpi, parts, requests))
+    def _on_message(self, source: int, content: bytes) -> None:
+        stamp, tag = _ADDRESS.unpack_from(content)
+        parcel = _MPIParcel(content[_ADDRESS.size :])
+        parcel.accept(None, lambda parts: self._receive_bulk(parts, source, _SEND_TAG))
+        self._mail[source, tag, stamp].append(parcel)
 
     def _post_control(self, process: int, content: object) -> None:
         data = pickle.dumps(content)
@@ -2247,16 +2317,24 @@ class MPICommunicator(Communicator):
 
     # -- checks -------------------------------------------------------------------------------
 
-    def _check(self, hint: int = _HIGHEST_CODE, idle: bool = False) -> int:
-        """Return when all ranks make the present call; the smallest of their hints."""
+    def _check(
+        self, needed: int = 0, cargo: bytes = b"", at: int = 0, *, idle: bool = False
+    ) -> tuple[int, bytes]:
+        """Return when all ranks make the present call: the most that any needed, and the hold.
+
+        The hold has `_HOLD_BYTES`, into which each rank puts its `cargo` at its own place; what
+        needs more room than there is, travels after the check.
+        """
         self._settle()
         # A note decides what this rank says, and MPI may need several calls to bring it in.
         for _ in range(1 if self.timeout is None else 50):
-            self._handle_all()
-        check = self._begin_check(hint)
+            while self._take_message():
+                pass
+        check = self._begin_check(needed, cargo, at)
         # Mostly the others are about to come, and to look around costs more than to try again.
-        if any(check.request.Test() for _ in range(100)):
-            return self._conclude(check)
+        for _ in range(100):
+            if check.request.Test():
+                return self._conclude(check)
         self._checking = True
         try:
             others = [process for process in self.members if process != self.process]
@@ -2272,19 +2350,27 @@ class MPICommunicator(Communicator):
             self._checking = False
         return self._conclude(check)
 
-    def _begin_check(self, hint: int = _HIGHEST_CODE) -> _Check:
+    def _begin_check(self, needed: int = 0, cargo: bytes = b"", at: int = 0) -> _Check:
         told = self.stamp in self._noted
-        return self._offer(self._group, _TOLD if told else _code(self.call), hint)
+        return self._offer(self._group, _TOLD if told else _code(self.call), needed, cargo, at)
 
-    def _offer(self, group: Any, code: int, hint: int = _HIGHEST_CODE) -> _Check:
+    def _offer(
+        self, group: Any, code: int, needed: int = 0, cargo: bytes = b"", at: int = 0
+    ) -> _Check:
         """Take part in a check with this code, or with a failure of this rank's own."""
         if self._own_failure is not None:
             code = _FAILED
         rank = group.Get_rank()
         low, high = code << _RANK_BITS | rank, (_HIGHEST_CODE - code) << _RANK_BITS | rank
-        sent = np.array([low, high, hint], np.int64)
-        result = np.empty_like(sent)
-        return _Check(group, sent, result, group.Iallreduce(sent, result, self._mpi.MIN))
+        # Of all that the ranks put into a place, the smallest number comes out: the cargo's.
+        sent = bytearray(self._empty_check)
+        _CHECK_HEAD.pack_into(sent, 0, low, high, -needed)
+        start = _CHECK_HEAD.size + at
+        sent[start : start + len(cargo)] = cargo
+        result = bytearray(_CHECK_BYTES)
+        kind = self._mpi.INT64_T
+        request = group.Iallreduce([sent, kind], [result, kind], self._mpi.MIN)
+        return _Check(group, sent, result, request)
 
     def _give_up(self, check: _Check, late: WaitTimeout) -> None:
         """Tell the missing of the timeout; return if they came after all, to fail together."""
@@ -2304,10 +2390,10 @@ class MPICommunicator(Communicator):
             self._progress(deadline - time.monotonic())
         return True
 
-    def _conclude(self, check: _Check) -> int:
-        """Act on a completed check: return its hint, or raise what it says."""
+    def _conclude(self, check: _Check) -> tuple[int, bytes]:
+        """Act on a completed check: return what it carries, or raise what it says."""
         mask = (1 << _RANK_BITS) - 1
-        low, high, hint = (int(value) for value in check.result)
+        low, high, needed = _CHECK_HEAD.unpack_from(check.result)
         first, last = low >> _RANK_BITS, _HIGHEST_CODE - (high >> _RANK_BITS)
         if first == _TOLD:  # who told had already made its call, and timed out in it
             again = self._offer(check.group, _TOLD)
@@ -2319,7 +2405,7 @@ class MPICommunicator(Communicator):
         if first != last:
             self._verdict = self._mismatch(first, low & mask, last, high & mask)
             raise self._verdict
-        return hint
+        return -needed, bytes(check.result[_CHECK_HEAD.size :])
 
     def _mismatch(self, first: int, low: int, last: int, high: int) -> ContractError:
         """All ranks word it alike, so it does not matter who tells."""
@@ -2489,12 +2575,10 @@ class MPICommunicator(Communicator):
         ]
 
     def _send(self, message: Message, process: int, tag: int) -> None:
-        parts = message.parts()
-        sizes, inline = _envelope(parts)
-        head = pickle.dumps((self.stamp, tag, sizes, inline))
+        ahead, parts = _Folded.of(message)
+        head = _ADDRESS.pack(self.stamp, tag) + ahead
         requests = [self._notes.Isend([head, self._mpi.BYTE], process, _MESSAGE_TAG)]
-        if not inline:
-            requests += self._send_bulk(parts, process, _SEND_TAG)
+        requests += self._send_bulk(parts, process, _SEND_TAG)
         self._remember(requests, (head, parts))
         self._wait_until(
             lambda: self._sent(requests), lambda: [process], f"send({process}, tag={tag})"
@@ -2502,101 +2586,99 @@ class MPICommunicator(Communicator):
 
     def _broadcast(self, message: Message | None, idle: bool) -> Message:
         if message is not None:
-            parts = message.parts()
-            sizes, inline = _envelope(parts)
-            head = pickle.dumps((sizes, inline))
-            self._check(len(head), idle)
-            self._group.Bcast([head, self._mpi.BYTE])
-        else:
-            buffer = bytearray(self._check(idle=idle))
-            self._group.Bcast([buffer, self._mpi.BYTE])
-            sizes, inline = pickle.loads(buffer)
-            parts = _unfold(sizes, inline)
-        if not inline:
-            for part in parts:
-                for piece in _pieces(part):
-                    self._group.Bcast([piece, self._mpi.BYTE])
-        return message or Message(parts[0].tobytes(), parts[1:])
+            ahead, parts = _Folded.of(message)
+            needed = len(ahead)
+            self._check(needed, ahead if needed <= _HOLD_BYTES else b"", idle=idle)
+            self._broadcast_parts([_as_bytes(ahead)] if needed > _HOLD_BYTES else [])
+            self._broadcast_parts(parts)
+            return message
+        needed, hold = self._check(idle=idle)
+        if needed > _HOLD_BYTES:
+            long = _allocate(needed)
+            self._broadcast_parts([long])
+            hold = long.tobytes()
+        parcel = _MPIParcel(hold)
+        parcel.accept(None, self._broadcast_parts)
+        return parcel.complete()
+
+    def _broadcast_parts(self, parts: Iterable[_Bytes]) -> list[Any]:
+        for part in parts:
+            for piece in _pieces(part):
+                self._group.Bcast([piece, self._mpi.BYTE])
+        return []  # there is nothing to be waited for
 
     def broadcast(self, message: Message | None) -> Message:
         return self._broadcast(message, idle=False)
 
     def scatter(self, messages: Sequence[Message] | None) -> Message:
-        self._check()
+        room = self._room()
         if messages is None:
-            sizes, inline = self._scatter_heads([])
-            parts = _unfold(sizes, inline)
-            if not inline:
-                self._finish(self._receive_bulk(parts, self.members[0], _COLLECTIVE_TAG))
-            return Message(parts[0].tobytes(), parts[1:])
-        all_parts = [message.parts() for message in messages]
-        envelopes = [_envelope(parts) for parts in all_parts]
-        self._scatter_heads([pickle.dumps(envelope) for envelope in envelopes])
+            needed, hold = self._check()
+            start = self.rank * room
+            parcel = _MPIParcel(
+                hold[start : start + room] if needed <= room else self._scatter_ahead(needed)
+            )
+            source = self.members[0]
+            self._finish(
+                parcel.accept(
+                    None, lambda parts: self._receive_bulk(parts, source, _COLLECTIVE_TAG)
+                )
+            )
+            return parcel.complete()
+        folded = [_Folded.of(message) for message in messages]
+        needed = max(len(one.ahead) for one in folded)
+        cells = b"".join(one.ahead.ljust(max(needed, room), b"-") for one in folded)
+        self._check(needed, cells if needed <= room else b"")
+        if needed > room:
+            self._scatter_ahead(needed, cells)
         requests = []
-        for process, parts, (_, inline) in zip(self.members, all_parts, envelopes, strict=True):
-            if not inline and process != self.process:
-                requests += self._send_bulk(parts, process, _COLLECTIVE_TAG)
+        for process, one in zip(self.members[1:], folded[1:], strict=True):
+            requests += self._send_bulk(one.parts, process, _COLLECTIVE_TAG)
         self._finish(requests)
         return messages[0]
 
-    def _scatter_heads(self, heads: list[bytes]) -> Any:
-        size = np.empty(1, np.int64)
-        sizes = np.array([len(head) for head in heads], np.int64) if heads else None
-        self._group.Scatter(sizes, size)
-        head = bytearray(int(size[0]))
-        whole = [b"".join(heads), sizes, self._mpi.BYTE] if heads else None
-        self._group.Scatterv(whole, [head, self._mpi.BYTE])
-        return pickle.loads(head)
+    def _room(self) -> int:
+        """Bytes of each rank's own place in a check's hold: whole words, as these are compared."""
+        return _HOLD_BYTES // self.size // 8 * 8
+
+    def _scatter_ahead(self, size: int, cells: bytes | None = None) -> bytes:
+        own = bytearray(size)
+        self._group.Scatter(cells and [cells, size, self._mpi.BYTE], [own, self._mpi.BYTE])
+        return bytes(own)
 
     def gather(self, message: Message, plan: _GatherPlan) -> list[Message] | None:
-        # A large pickle is a part like the buffers; a small one goes ahead, for the plan.
-        first, parts = message.pickled, list(message.buffers)
-        if len(first) > _EAGER_BYTES:
-            first, parts = b"", [_as_bytes(first), *parts]
-        sizes, inline = _envelope(parts)
-        self._check()
-        heads = self._gather_heads(pickle.dumps((first, sizes, inline)))
-        if heads is not None:
-            return self._gather_bodies(message, heads, plan)
-        if not inline:
+        ahead, parts = _Folded.of(message)
+        room = self._room()
+        fits = len(ahead) <= room
+        needed, hold = self._check(len(ahead), ahead if fits else b"", self.rank * room)
+        if needed > room:
+            room, hold = needed, self._gather_ahead(needed, ahead)
+        if self.rank > 0:
             self._finish(self._send_bulk(parts, self.members[0], _COLLECTIVE_TAG))
-        return None
-
-    def _gather_heads(self, head: bytes) -> list[Any] | None:
-        root = self.rank == 0
-        sizes = np.empty(self.size, np.int64) if root else None
-        self._group.Gather(np.array([len(head)], np.int64), sizes)
-        if sizes is None:
-            self._group.Gatherv([head, self._mpi.BYTE], None)
             return None
-        whole = bytearray(int(sizes.sum()))
-        self._group.Gatherv([head, self._mpi.BYTE], [whole, sizes, self._mpi.BYTE])
-        ends = np.cumsum(sizes)
-        view = memoryview(whole)
-        return [pickle.loads(view[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
-
-    def _gather_bodies(
-        self, message: Message, heads: list[Any], plan: _GatherPlan
-    ) -> list[Message]:
-        places = plan.place([first for first, _, _ in heads])
+        parcels = [_MPIParcel(hold[rank * room : (rank + 1) * room]) for rank in range(self.size)]
+        places = plan.place([message.pickled, *(parcel.pickled for parcel in parcels[1:])])
         if places is not None:
             places[0][:] = message.buffers[0]
-        arriving, requests = [], []
-        for rank, (first, sizes, inline) in enumerate(heads[1:], 1):
-            parts = _unfold(sizes, inline, None if places is None else [places[rank]])
-            arriving.append((first, parts))
-            if not inline:
-                requests += self._receive_bulk(parts, self.members[rank], _COLLECTIVE_TAG)
+        requests = []
+        for rank, parcel in enumerate(parcels[1:], 1):
+            receive = functools.partial(
+                self._receive_bulk, source=self.members[rank], tag=_COLLECTIVE_TAG
+            )
+            requests += parcel.accept(None if places is None else places[rank], receive)
         self._finish(requests)
-        others = [
-            Message(first, parts) if first else Message(parts[0].tobytes(), parts[1:])
-            for first, parts in arriving
-        ]
-        return [message, *others]
+        return [message, *(parcel.complete() for parcel in parcels[1:])]
+
+    def _gather_ahead(self, size: int, ahead: bytes) -> bytes:
+        whole = bytearray(size * self.size) if self.rank == 0 else None
+        target = None if whole is None else [whole, size, self._mpi.BYTE]
+        self._group.Gather([ahead.ljust(size, b"-"), self._mpi.BYTE], target)
+        return bytes(whole or b"")
 
     def _finish(self, requests: list[Any]) -> None:
         """Wait for transfers between ranks that are all known to take part."""
-        self._mpi.Request.Waitall(requests)
+        if requests:
+            self._mpi.Request.Waitall(requests)
 
     def barrier(self) -> None:
         self._check()
@@ -2649,23 +2731,6 @@ class MPICommunicator(Communicator):
             window.Unlock_all()
             window.Free()
         return True
-
-
-def _envelope(parts: Sequence[_Bytes]) -> tuple[list[int], bytes]:
-    """Sizes of the parts, and all their bytes if they may travel along in one piece."""
-    sizes = [part.nbytes for part in parts]
-    return sizes, b"".join(part.tobytes() for part in parts) if sum(sizes) <= _EAGER_BYTES else b""
-
-
-def _unfold(sizes: Sequence[int], inline: bytes, parts: list[_Bytes] | None = None) -> list[_Bytes]:
-    """Memory for the parts (fresh, unless given), filled where their bytes have come along."""
-    if parts is None:
-        parts = [_allocate(size) for size in sizes]
-    start = 0
-    for part in parts if inline else ():
-        part[:] = _as_bytes(inline[start : start + part.nbytes])
-        start += part.nbytes
-    return parts
 
 
 class _JobEnd:
@@ -2914,7 +2979,7 @@ class Parallelizer:
     def _execute(self, communicator: Communicator, ranks: Sequence[int], work: _Work) -> Any:
         """Take this process's part in a run, and in its end on all of them."""
         communicator.timeout = self.timeout  # of one that several parallelizers may share
-        with communicator.restricted_to(ranks), _interrupts(communicator):
+        with communicator.restricted_to(ranks):
             try:
                 communicator.begin_run()
                 communicator.mark_function(executing=True)
