@@ -56,7 +56,6 @@ OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWA
 from __future__ import annotations
 
 import abc
-import argparse
 import atexit
 import collections
 import contextlib
@@ -64,39 +63,33 @@ import copyreg
 import enum
 import functools
 import importlib
-import importlib.util
 import io
 import itertools
-import logging
 import math
 import mmap
-import multiprocessing
-import multiprocessing.connection
-import multiprocessing.process
-import multiprocessing.reduction
 import operator
 import os
 import pickle
 import select
-import shutil
 import signal
-import socket
 import struct
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import types
-import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
+
+# What is slow to import, or seldom needed, is imported where it is used.
+if TYPE_CHECKING:
+    import argparse
+    import logging
+    from multiprocessing.connection import Connection
 
 __version__ = "0.1.0"
 __all__ = [
@@ -116,7 +109,6 @@ __all__ = [
     "WorkerError",
 ]
 
-_log = logging.getLogger("parallelizer")
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -185,12 +177,12 @@ class _Failure(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException, rank: int, size: int) -> _Failure:
-        header = f"### rank {rank} of {size} on {socket.gethostname()} (pid {os.getpid()})"
+        header = f"### rank {rank} of {size} on {_hostname()} (pid {os.getpid()})"
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         try:
             pickled = pickle.dumps(_ExceptionParts.of(error))
         except Exception as why:  # any failure of a user's __reduce__ means: send the text alone
-            _log.debug("exception %r cannot be pickled: %s", error, why)
+            _logger().debug("exception %r cannot be pickled: %s", error, why)
             pickled = None
         return cls(rank, _summary(error), f"{header}\n{''.join(lines)}", pickled)
 
@@ -229,6 +221,18 @@ class _ExceptionParts(NamedTuple):
         error.args = self.arguments
         error.__dict__.update(self.attributes)
         return error
+
+
+def _logger() -> logging.Logger:
+    import logging
+
+    return logging.getLogger("parallelizer")
+
+
+def _hostname() -> str:
+    import socket
+
+    return socket.gethostname()
 
 
 def _summary(error: BaseException) -> str:
@@ -578,11 +582,13 @@ class _SharedMemory:
             file = os.memfd_create("parallelizer-share")
             path = f"/proc/{os.getpid()}/fd/{file}"
         else:
+            import tempfile
+
             file, path = tempfile.mkstemp(prefix="parallelizer-share-")
         with open(file, "wb", closefd=False) as stream:
             stream.write(content.data if content.nbytes else b"-")
         handle = _Handle(
-            uuid.uuid4().hex, socket.gethostname(), path, os.fstat(file).st_ino, content.nbytes
+            os.urandom(16).hex(), _hostname(), path, os.fstat(file).st_ino, content.nbytes
         )
         memory = cls(handle, file)
         weakref.finalize(memory, _release_file, file, path)
@@ -599,7 +605,7 @@ class _SharedMemory:
         except OSError as why:
             raise _lost_share(handle) from why
         try:
-            if os.fstat(file).st_ino != handle.inode or socket.gethostname() != handle.host:
+            if os.fstat(file).st_ino != handle.inode or _hostname() != handle.host:
                 raise _lost_share(handle)
             return cls(handle, file)
         finally:
@@ -609,7 +615,7 @@ class _SharedMemory:
 def _release_file(file: int, path: str) -> None:
     os.close(file)
     if not path.startswith("/proc/"):
-        Path(path).unlink()
+        os.unlink(path)  # noqa: PTH108 - pathlib is slow to import
 
 
 def _lost_share(handle: _Handle) -> ParallelizerError:
@@ -1109,7 +1115,7 @@ class _SharedSlots:
 
     def __init__(self, rows: int) -> None:
         self._size = rows * _SLOTS * _SLOT_BYTES
-        self._tag = f"parallelizer-{uuid.uuid4()}" if sys.platform == "win32" else ""
+        self._tag = f"parallelizer-{os.urandom(16).hex()}" if sys.platform == "win32" else ""
         self._file = -1 if self._tag else _anonymous_file(self._size)
         self._map()
 
@@ -1131,7 +1137,9 @@ class _SharedSlots:
             os.close(self._file)
 
     def __getstate__(self) -> tuple[int, str, Any]:
-        file = multiprocessing.reduction.DupFd(self._file) if self._file >= 0 else None
+        from multiprocessing.reduction import DupFd
+
+        file = DupFd(self._file) if self._file >= 0 else None
         return self._size, self._tag, file
 
     def __setstate__(self, state: tuple[int, str, Any]) -> None:
@@ -1145,6 +1153,8 @@ def _anonymous_file(size: int) -> int:
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("parallelizer")
     else:
+        import tempfile
+
         with tempfile.TemporaryFile() as named:
             file = os.dup(named.fileno())
     os.ftruncate(file, size)
@@ -1156,8 +1166,8 @@ class _Port:
 
     def __init__(
         self,
-        inbox: multiprocessing.connection.Connection,
-        outboxes: Sequence[multiprocessing.connection.Connection],
+        inbox: Connection,
+        outboxes: Sequence[Connection],
     ) -> None:
         self.inbox = inbox
         self.outboxes = outboxes
@@ -1224,7 +1234,9 @@ class _WindowsPort(_Port):
     def wait(self, others: Iterable[int], writers: Iterable[int], seconds: float) -> list[int]:
         others = list(others)
         timeout = None if seconds == math.inf else max(seconds, 0)
-        ready = multiprocessing.connection.wait([self.inbox, *others], timeout)
+        from multiprocessing.connection import wait
+
+        ready = wait([self.inbox, *others], timeout)
         return [handle for handle in others if handle in ready]
 
 
@@ -1234,8 +1246,8 @@ class _Tickets:
     _NUMBER = struct.Struct("<I")
     MOST = 8192  # that surely fit into a pipe
 
-    def __init__(self) -> None:
-        self._reader, self._writer = multiprocessing.Pipe(duplex=False)
+    def __init__(self, reader: Connection, writer: Connection) -> None:
+        self._reader, self._writer = reader, writer
 
     def make_nonblocking(self) -> None:
         os.set_blocking(self._reader.fileno(), False)
@@ -1798,7 +1810,7 @@ class _MainEnd(PipeCommunicator):
             _interrupt(self._workers.processes[process].pid)
         listen(_GRACE)
         if remaining():
-            _log.warning(
+            _logger().warning(
                 "worker(s) %s did not leave a failed run within %s s and are replaced",
                 remaining(), _GRACE,
             )  # fmt: skip
@@ -1867,7 +1879,7 @@ class _WorkerSetup(NamedTuple):
     port: _Port
     slots: _SharedSlots | None
     tickets: _Tickets
-    life: multiprocessing.connection.Connection
+    life: Connection
     main_pid: int
     names: list[str]
     timeout: float | None
@@ -1894,15 +1906,17 @@ class _Workers:
 
     def __init__(self, parallelizer: MultiprocessingParallelizer, nprocs: int, method: str) -> None:
         self._parallelizer = weakref.ref(parallelizer)
-        self._context = multiprocessing.get_context(method)
+        import multiprocessing
+
+        self._context = context = multiprocessing.get_context(method)
         self._timeout = parallelizer.timeout
         self.owned = True
         self.processes: dict[int, Any] = {}
         self.sentinels: dict[int, int] = {}
         try:
-            pipes = [multiprocessing.Pipe(duplex=False) for _ in range(nprocs)]
-            self._life, self._life_writer = multiprocessing.Pipe(duplex=False)
-            self.tickets = _Tickets()
+            pipes = [context.Pipe(duplex=False) for _ in range(nprocs)]
+            self._life, self._life_writer = context.Pipe(duplex=False)
+            self.tickets = _Tickets(*context.Pipe(duplex=False))
             self.slots = _shared_slots(nprocs)
         except OSError as why:
             raise _out_of_resources(nprocs, why) from why
@@ -1973,12 +1987,14 @@ class _Workers:
 
     def close(self) -> None:
         """Wait for workers that were told to stop, kill those that do not, and free all else."""
+        from multiprocessing.connection import wait
+
         self.owned = False
         try:
             deadline = time.monotonic() + _GRACE
             while self.sentinels and time.monotonic() < deadline:
                 left = max(deadline - time.monotonic(), 0)
-                for handle in multiprocessing.connection.wait(list(self.sentinels), left):
+                for handle in wait(list(self.sentinels), left):
                     self.bury(handle)  # type: ignore[arg-type]
         finally:
             self.kill(list(self.processes))
@@ -1993,8 +2009,8 @@ class _Workers:
 
 
 def _new_port(
-    inbox: multiprocessing.connection.Connection,
-    outboxes: Sequence[multiprocessing.connection.Connection],
+    inbox: Connection,
+    outboxes: Sequence[Connection],
 ) -> _Port:
     return _Port(inbox, outboxes) if _POSIX else _WindowsPort(inbox, outboxes)
 
@@ -2003,7 +2019,7 @@ def _shared_slots(nprocs: int) -> _SharedSlots | None:
     try:
         return _SharedSlots(nprocs)
     except (OSError, ValueError) as why:
-        _log.warning("no shared memory (%s): buffers go through pipes, which is slower", why)
+        _logger().warning("no shared memory (%s): buffers go through pipes, which is slower", why)
         return None
 
 
@@ -2078,7 +2094,7 @@ def _die_with_main(life: Any) -> Any:
         with contextlib.suppress(OSError):
             # A signal is asked for per opened file, and the siblings share the one inherited.
             file = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
-            own = multiprocessing.connection.Connection(file, writable=False)
+            own = type(life)(file, writable=False)
             _signal_at_eof(own.fileno(), signal.SIGKILL)
     return own
 
@@ -2768,7 +2784,7 @@ class _JobEnd:
         if not speaks:
             communicator.listen(3 * _GRACE, lambda: False)
         sys.stdout.flush()
-        header = f"### rank {rank} of {size} on {socket.gethostname()} (pid {os.getpid()})"
+        header = f"### rank {rank} of {size} on {_hostname()} (pid {os.getpid()})"
         print(header, file=sys.stderr, flush=True)
         self._excepthook(kind, error, trace)
         communicator.abort("", 1)
@@ -2887,7 +2903,7 @@ class Parallelizer:
         return {"timeout": self.timeout}
 
     def _new_key(self) -> str:
-        return uuid.uuid4().hex
+        return os.urandom(16).hex()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """On another process it is the parallelizer that runs there."""
@@ -3488,7 +3504,7 @@ def _share_in_run(array: Any = None, *, parallelizer: Parallelizer) -> Any:
         view = np.asarray(array).view()
         view.flags.writeable = False
         return view
-    hosts = parallelizer.allgather(socket.gethostname())
+    hosts = parallelizer.allgather(_hostname())
     leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
     copies = []
     if comm.rank in leaders:
@@ -3750,10 +3766,9 @@ class MultiprocessingParallelizer(Parallelizer):
             nprocs = operator.index(nprocs)
             if not 1 <= nprocs < _MOST_PROCESSES:
                 raise ValueError(f"nprocs must be a number of processes from 1, not {nprocs}")
-        if start_method not in (None, *multiprocessing.get_all_start_methods()):
+        if start_method not in (None, *_start_methods()):
             raise ValueError(
-                f"start_method must be one of {multiprocessing.get_all_start_methods()} here, "
-                f"not {start_method!r}"
+                f"start_method must be one of {_start_methods()} here, not {start_method!r}"
             )
         self._nprocs = nprocs
         self._start_method = start_method
@@ -3795,14 +3810,20 @@ class MultiprocessingParallelizer(Parallelizer):
 _MOST_PROCESSES = 1 << 15
 
 
+def _start_methods() -> list[str]:
+    """Those of this platform, its default first."""
+    import multiprocessing
+
+    return multiprocessing.get_all_start_methods()
+
+
 def _safe_start_method(asked: str | None, nprocs: int) -> str:
-    methods = multiprocessing.get_all_start_methods()
-    method = asked or multiprocessing.get_start_method(allow_none=True) or methods[0]
+    import multiprocessing
+
+    method = asked or multiprocessing.get_start_method(allow_none=True) or _start_methods()[0]
     if method == "fork" and (threading.active_count() > 1 or _mpi_is_up()):
-        _log.log(
-            logging.WARNING if asked else logging.INFO,
-            "other threads run, or MPI is up, so that fork is not safe: forkserver is used",
-        )
+        tell = _logger().warning if asked else _logger().info
+        tell("other threads run, or MPI is up, so that fork is not safe: forkserver is used")
         method = "forkserver"
     # A fork server takes at most 256 descriptors for a child.
     if method == "forkserver" and nprocs > 240:
@@ -3832,6 +3853,8 @@ def _available_cpus() -> int:
 
 def _cgroup_cpus() -> list[int]:
     """Quota over period, rounded up (Linux, docs.kernel.org: cgroup-v2 and sched-bwc)."""
+    from pathlib import Path
+
     with contextlib.suppress(OSError, ValueError):  # v2
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return [math.ceil(int(quota) / int(period))]
@@ -4105,7 +4128,7 @@ def _run_check(
 
 
 def _host(*, parallelizer: Parallelizer) -> Any:
-    return parallelizer.gather(socket.gethostname())
+    return parallelizer.gather(_hostname())
 
 
 def _test_backend(name: str, make: Callable[[], Parallelizer]) -> bool:
@@ -4135,21 +4158,29 @@ def _test_backend(name: str, make: Callable[[], Parallelizer]) -> bool:
 
 
 def _versions() -> str:
+    import importlib.metadata
+
     # Not by importing mpi4py, which would bring MPI up and so rule fork out.
-    with_mpi = importlib.util.find_spec("mpi4py") is not None
-    metadata = importlib.import_module("importlib.metadata")  # slow to import
-    mpi4py = metadata.version("mpi4py") if with_mpi else "not installed"
+    try:
+        mpi4py = importlib.metadata.version("mpi4py")
+    except importlib.metadata.PackageNotFoundError:
+        mpi4py = "not installed"
     python = sys.version.split()[0]
     return f"parallelizer {__version__}, Python {python}, numpy {np.__version__}, mpi4py {mpi4py}"
 
 
 def _find_launcher() -> str | None:
     """The launcher, which may stand beside a Python that is not on the PATH."""
-    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    import shutil
+
+    beside = os.pathsep.join([os.path.split(sys.executable)[0], os.environ.get("PATH", "")])
     return shutil.which("mpiexec", path=beside)
 
 
 def _test_mpi_by_launcher(nprocs: int) -> bool:
+    import importlib.util
+    import subprocess
+
     launcher, mpi4py = _find_launcher(), importlib.util.find_spec("mpi4py")
     if launcher is None or mpi4py is None:
         missing = "mpi4py is not installed" if mpi4py is None else "no mpiexec was found"
@@ -4177,7 +4208,7 @@ def _self_test(backend: str | None, nprocs: int, only_mpi: bool) -> bool:
     if world is None or (world.on_main and not only_mpi):
         print(_versions(), flush=True)
         passed = _test_backend("serial", SerialNonParallelizer)
-        for method in multiprocessing.get_all_start_methods():
+        for method in _start_methods():
             if method == "fork" and world is not None:
                 continue  # never where MPI is up
             make = functools.partial(MultiprocessingParallelizer, nprocs, start_method=method)
@@ -4190,6 +4221,8 @@ def _self_test(backend: str | None, nprocs: int, only_mpi: bool) -> bool:
 
 
 def _command_line() -> int:
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog=f"python -m {__name__}",
         description="Check that this copy of parallelizer works on this machine or cluster: on "
@@ -4206,5 +4239,5 @@ def _command_line() -> int:
 if __name__ == "__main__":
     # The importable module, not a second one of the name __main__, so that all processes agree.
     _spec = globals()["__spec__"]
-    _name = _spec.name if _spec else Path(__file__).stem
+    _name = _spec.name if _spec else os.path.split(__file__)[1].removesuffix(".py")
     sys.exit(importlib.import_module(_name)._command_line())
