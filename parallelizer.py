@@ -3680,7 +3680,7 @@ def _map_items(
     if not main:
         return gathered
     in_order = sorted(itertools.chain.from_iterable(gathered), key=operator.itemgetter(0))
-    return [result for _, results in in_order for result in results]
+    return list(itertools.chain.from_iterable(results for _, results in in_order))
 
 
 def _guided_bounds(length: int, nprocs: int, chunksize: int | None) -> list[tuple[int, int]]:
