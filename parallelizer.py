@@ -102,7 +102,9 @@ __all__ = [
     "PackingError",
     "Parallelizer",
     "ParallelizerError",
+    "RankStats",
     "RemoteTraceback",
+    "RunStats",
     "SerialNonParallelizer",
     "WaitTimeout",
     "WorkerDied",
@@ -180,7 +182,7 @@ class _Failure(NamedTuple):
         header = f"### rank {rank} of {size} on {_hostname()} (pid {os.getpid()})"
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         try:
-            pickled = pickle.dumps(_ExceptionParts.of(error))
+            pickled = _dumps(_ExceptionParts.of(error))
         except Exception as why:  # any failure of a user's __reduce__ means: send the text alone
             _logger().debug("exception %r cannot be pickled: %s", error, why)
             pickled = None
@@ -191,7 +193,7 @@ class _Failure(NamedTuple):
         error: BaseException | None = None
         if self.pickled is not None:
             with contextlib.suppress(Exception):  # a class that this process cannot import
-                error = pickle.loads(self.pickled).rebuild()
+                error = _loads(self.pickled).rebuild()
         if error is None:
             error = WorkerError(
                 f"rank {self.rank} raised an exception that cannot be pickled: {self.summary}\n"
@@ -211,11 +213,11 @@ class _ExceptionParts(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException) -> _ExceptionParts:
-        return cls(type(error), error.args, dict(error.__dict__), pickle.dumps(error))
+        return cls(type(error), error.args, dict(error.__dict__), _dumps(error))
 
     def rebuild(self) -> BaseException:
         try:
-            error: BaseException = pickle.loads(self.pickled)
+            error: BaseException = _loads(self.pickled)
         except Exception:  # the constructor refused; what it would have set follows anyway
             error = self.kind.__new__(self.kind, *self.arguments)
         error.args = self.arguments
@@ -411,6 +413,11 @@ class Message(NamedTuple):
     pickled: bytes
     buffers: Sequence[_Bytes]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pickle and the buffers."""
+        return len(self.pickled) + sum(buffer.nbytes for buffer in self.buffers)
+
     def head(self) -> bytes:
         """Number and sizes of the buffers, then the pickle: what must arrive first."""
         sizes = [buffer.nbytes for buffer in self.buffers]
@@ -470,13 +477,19 @@ def _dump_by_value(obj: Any, stream: io.BytesIO, buffers: list[pickle.PickleBuff
     pickler.dump(obj)
 
 
+def _main_is_a_file() -> bool:
+    """Not so in a notebook, whose functions other processes cannot find by their names."""
+    main = sys.modules["__main__"]
+    return hasattr(main, "__file__") or getattr(main, "__spec__", None) is not None
+
+
 def _pack(obj: Any, what: str) -> Message:
     """Pack `obj`; `what` names it in the `PackingError`."""
     if type(obj) is np.ndarray and _is_raw(obj):
         spec, data = _raw(obj)
         return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data])
     failure: Exception | None = None
-    for attempt in (_dump, _dump_by_value):
+    for attempt in (_dump, _dump_by_value) if _main_is_a_file() else (_dump_by_value, _dump):
         stream = io.BytesIO()
         buffers: list[pickle.PickleBuffer] = []
         try:
@@ -514,6 +527,17 @@ def _unpack(message: Message, what: str) -> Any:
             f"{what} arrived but cannot be unpickled: {_summary(why)}. A module may be missing "
             f"on this process, or a function be defined after this process was started"
         ) from why
+
+
+def _dumps(obj: Any) -> bytes:
+    """Pack in one piece: for what is small and seldom."""
+    pickled, buffers = _pack(obj, "an exception")
+    return pickle.dumps((pickled, [bytearray(buffer) for buffer in buffers]))
+
+
+def _loads(data: bytes) -> Any:
+    pickled, buffers = pickle.loads(data)
+    return pickle.loads(pickled, buffers=buffers)
 
 
 class _GatherPlan:
@@ -680,9 +704,41 @@ _SETTLING = 0.05
 
 _VERBS = (
     "run", "stop", "return", "failed", "abort", "command", "exit",  # between runs
-    "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "share",
-    "send",
+    "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "imap",
+    "share", "send",
 )  # fmt: skip
+
+
+class RankStats(NamedTuple):
+    """What one process did in a run; times in seconds."""
+
+    seconds: float  # in the function, all of the following included
+    collectives: float  # in verbs, waiting included
+    waiting: float  # for other processes
+    bytes_sent: int  # what goes to several at once counts once, as it is copied once
+    tasks: int  # items of `map`, `starmap` and `imap`
+
+
+class RunStats(tuple[RankStats, ...]):
+    """`RankStats` by rank; as text, a line that shows an imbalance."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        longest = max(rank.seconds for rank in self)
+        busy = [rank.seconds - rank.waiting for rank in self]
+        least, most = min(busy), max(busy)
+        text = (
+            f"{len(self)} ranks, {longest:.3g} s: busy from {least:.3g} s (rank "
+            f"{busy.index(least)}) to {most:.3g} s (rank {busy.index(most)}), in collectives up to "
+            f"{max(rank.collectives for rank in self):.3g} s, "
+            f"{sum(rank.bytes_sent for rank in self) / 1e6:.3g} MB sent"
+        )
+        tasks = [rank.tasks for rank in self]
+        return f"{text}, tasks {' + '.join(map(str, tasks[:16]))}" if any(tasks) else text
+
+
+_REPORT = struct.Struct("<dddqq")  # the fields of `RankStats`
 
 
 class _Call(NamedTuple):
@@ -741,12 +797,15 @@ class Communicator(abc.ABC):
         # Whether the user's function is executing: only then may a signal end it.
         self.interruptible = False
         self.news = False  # a signal has come, and has not been heeded yet
-        self._in_function = False
+        self.in_function = False
         self._broken = False
         # By sender, tag and run: what comes late for a run that is over is never asked for.
         self._mail: collections.defaultdict[tuple[int, int, int], collections.deque[_Parcel]]
         self._mail = collections.defaultdict(collections.deque)
         self.stamp = 0  # of the current run
+        # For `RankStats`, of the current run.
+        self.bytes_sent = self.tasks = 0
+        self._collectives = self._waiting = self._entered_at = 0.0
         self._describe_wait: Callable[[], _Wait | None] = lambda: None
         self._wait_number = 0
         self._circles: set[tuple[_Wait, ...]] = set()
@@ -797,8 +856,8 @@ class Communicator(abc.ABC):
         """Elsewhere: idle until main's next command."""
 
     @abc.abstractmethod
-    def finish_run(self) -> None:
-        """Return when every member has returned from the function."""
+    def finish_run(self, report: bytes) -> list[bytes]:
+        """Return when every member has returned from the function; on rank 0 all their reports."""
 
     @abc.abstractmethod
     def fail_run(self, error: BaseException) -> BaseException:
@@ -829,15 +888,37 @@ class Communicator(abc.ABC):
 
     def receive(self, rank: int, tag: int) -> Message:
         """The oldest message from `rank` under `tag`; waits for it."""
-        process = self.members[rank]
-        queue = self._mail[process, tag, self.stamp]
         doing = f"receive({rank}, tag={tag})"
-        if process == self.process and not queue:
+        own = self.members[rank] == self.process
+        if own and not self._mail[self.process, tag, self.stamp]:
             raise ContractError(f"rank {rank} waits in {doing} for what it has not sent itself")
-        self._wait_until(lambda: queue and queue[0].done(), lambda: [process], doing)
-        message = queue.popleft().message
+        return self.receive_any([rank], tag, doing)[1]
+
+    def receive_any(
+        self, ranks: Sequence[int], tag: int, doing: str, *, idle: bool = False
+    ) -> tuple[int, Message]:
+        """A message from one of `ranks`, as soon as there is one, and that rank."""
+        queues = [self._mail[self.members[rank], tag, self.stamp] for rank in ranks]
+
+        def arrived() -> Iterator[int]:
+            return (rank for rank, q in zip(ranks, queues, strict=True) if q and q[0].done())
+
+        self._wait_until(
+            lambda: next(arrived(), None) is not None,
+            lambda: [self.members[rank] for rank in ranks],
+            doing,
+            idle=idle,
+        )
+        rank = next(arrived())
+        message = queues[ranks.index(rank)].popleft().message
         assert message is not None
-        return message
+        return rank, message
+
+    def has_arrived(self, ranks: Sequence[int], tag: int) -> bool:
+        """Whether `receive_any` would return at once."""
+        self._handle_all()
+        queues = [self._mail[self.members[rank], tag, self.stamp] for rank in ranks]
+        return any(queue and queue[0].done() for queue in queues)
 
     # -- the count of calls -------------------------------------------------------------------
 
@@ -845,6 +926,12 @@ class Communicator(abc.ABC):
         """Before the function: forget what the run before has left."""
         self._history.clear()
         self._broken = False
+        self.bytes_sent = self.tasks = 0
+        self._collectives = self._waiting = 0.0
+
+    def report(self, seconds: float) -> bytes:
+        """`RankStats` of this process, whose function has taken so long, for `finish_run`."""
+        return _REPORT.pack(seconds, self._collectives, self._waiting, self.bytes_sent, self.tasks)
 
     @contextlib.contextmanager
     def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
@@ -861,7 +948,7 @@ class Communicator(abc.ABC):
     def mark_function(self, *, executing: bool) -> None:
         """Say that the user's function begins or ends on this process."""
         # Not restored to what they were: a signal may come between the two assignments.
-        self.interruptible = self._in_function = executing and _on_main_thread()
+        self.interruptible = self.in_function = executing and _on_main_thread()
         if self.news and executing:
             self.heed_news()
 
@@ -870,7 +957,7 @@ class Communicator(abc.ABC):
         self.interruptible = self.news = False
         self._handle_all()
         self._raise_failure()
-        self.interruptible = self._in_function
+        self.interruptible = self.in_function
 
     def _handle_all(self) -> None:
         """Handle all that has arrived, without waiting."""
@@ -879,9 +966,10 @@ class Communicator(abc.ABC):
     def enter(self, verb: str) -> Communicator:
         """Begin a call of a verb; the result is the context that ends it."""
         self.interruptible = False
+        self._entered_at = time.perf_counter()
         self._raise_failure()
         if self._broken:
-            self.interruptible = self._in_function
+            self.interruptible = self.in_function
             raise ContractError(
                 f"{verb} was called after an earlier call had been interrupted, so what it would "
                 f"receive is unknown; let the exception end the run"
@@ -898,7 +986,8 @@ class Communicator(abc.ABC):
         # A KeyboardInterrupt may have come between two steps of the protocol.
         if kind is not None and not issubclass(kind, (Exception, _RunEnded)):
             self._broken = True
-        self.interruptible = self._in_function
+        self._collectives += time.perf_counter() - self._entered_at
+        self.interruptible = self.in_function
         if self.news and kind is None:
             self.heed_news()
 
@@ -931,14 +1020,14 @@ class Communicator(abc.ABC):
         """
         if ready():
             return
-        begun = time.monotonic()
-        look_around = _PATIENCE if watch and not idle else math.inf
+        begun = time.perf_counter()
+        look_around = _PATIENCE if watch else math.inf
         timeout = math.inf if idle or self.timeout is None else self.timeout
         self._begin_wait(ready, awaited, doing)
         try:
             while not ready():
                 self._raise_failure()
-                waited = time.monotonic() - begun
+                waited = time.perf_counter() - begun
                 if waited >= timeout:
                     self._raise_timeout(awaited(), doing)
                 if waited >= look_around:
@@ -947,6 +1036,7 @@ class Communicator(abc.ABC):
                 self._progress(min(look_around, timeout) - waited)
         finally:
             self._describe_wait = lambda: None
+            self._waiting += time.perf_counter() - begun
 
     def _doing(self, doing: str) -> str:
         if doing or self.call.verb == "return":
@@ -1057,8 +1147,9 @@ class SerialCommunicator(Communicator):
     def next_command(self) -> Message | None:
         return None
 
-    def finish_run(self) -> None:
+    def finish_run(self, report: bytes) -> list[bytes]:
         self._mail.clear()
+        return [report]
 
     def fail_run(self, error: BaseException) -> BaseException:
         self._mail.clear()
@@ -1479,6 +1570,7 @@ class PipeCommunicator(Communicator):
         """Send one message to all of `processes`, through the same slots."""
         self._stream += 1
         head = message.head()
+        self.bytes_sent += message.nbytes
         start = _START_HEAD.pack(
             self._stream, call.depth, call.number, _VERBS.index(call.verb), tag, len(head)
         )
@@ -1608,10 +1700,10 @@ class PipeCommunicator(Communicator):
         ticket, self._turn = self._turn, self._turn + self.size
         return ticket if ticket < count else None
 
-    def _post_verdict(self, process: int, verb: str) -> None:
+    def _post_verdict(self, process: int, verb: str, report: bytes = b"-") -> None:
         """Tell the end of the run without waiting, whatever state the sending is in."""
         call = self.call._replace(verb=verb)
-        head = Message(b"-", []).head()
+        head = Message(report, []).head()
         self._stream += 1
         start = _START_HEAD.pack(
             self._stream, call.depth, call.number, _VERBS.index(verb), 0, len(head)
@@ -1672,7 +1764,7 @@ class _WorkerEnd(PipeCommunicator):
                 _interrupt(self._main_pid)
             self._unheard = False
         while True:
-            self._wait_until(lambda: queue, lambda: [0], "return", idle=True)
+            self._wait_until(lambda: queue, lambda: [0], "return", idle=True, watch=False)
             incoming = queue.popleft()
             if incoming.call.verb == "stop":
                 return None
@@ -1689,10 +1781,11 @@ class _WorkerEnd(PipeCommunicator):
         super().begin_run()
         self._raise_failure()
 
-    def finish_run(self) -> None:
+    def finish_run(self, report: bytes) -> list[bytes]:
         self.enter("return")
-        self._post_verdict(0, "return")
+        self._post_verdict(0, "return", report)
         self._in_run = False
+        return [report]
 
     def fail_run(self, error: BaseException) -> BaseException:
         try:
@@ -1772,9 +1865,10 @@ class _MainEnd(PipeCommunicator):
                 self._post_verdict(process, "stop")
             self._workers.close()
 
-    def finish_run(self) -> None:
+    def finish_run(self, report: bytes) -> list[bytes]:
         self.enter("return")
-        self._collect(self.members[1:])
+        arrived = self._collect(self.members[1:]).values()
+        return [report, *(incoming.pickled for incoming in arrived)]
 
     def fail_run(self, error: BaseException) -> BaseException:
         if not isinstance(error, _RunEnded) or not self._failures:  # it may be an outer run's
@@ -1883,6 +1977,7 @@ class _WorkerSetup(NamedTuple):
     main_pid: int
     names: list[str]
     timeout: float | None
+    threads: int | None
 
 
 # Pools of this process, so that a forked child can let go of what keeps their workers alive.
@@ -1910,6 +2005,7 @@ class _Workers:
 
         self._context = context = multiprocessing.get_context(method)
         self._timeout = parallelizer.timeout
+        self._threads = _ThreadLimit(parallelizer.threads_per_process, nprocs)
         self.owned = True
         self.processes: dict[int, Any] = {}
         self.sentinels: dict[int, int] = {}
@@ -1937,14 +2033,16 @@ class _Workers:
         assert parallelizer is not None
         names = [name for name, held in Parallelizer._registry.items() if held is parallelizer]
         try:
-            with _shielded_start(self._context.get_start_method()):
+            with _shielded_start(self._context.get_start_method()), self._threads.environment():
                 for process in missing:
                     while self._ports[process].read():
                         pass  # what its dead predecessor has left unread
                     self._ports[process].forget_partial()
+                    inherited = self._context.get_start_method() == "fork"
                     self._start(_WorkerSetup(
                         parallelizer, process, self._ports[process], self.slots, self.tickets,
                         self._life, os.getpid(), names, self._timeout,
+                        None if inherited else self._threads.count,
                     ))  # fmt: skip
         except OSError as why:
             self.kill(list(self.processes))
@@ -1987,6 +2085,7 @@ class _Workers:
 
     def close(self) -> None:
         """Wait for workers that were told to stop, kill those that do not, and free all else."""
+        self._threads.lift()
         from multiprocessing.connection import wait
 
         self.owned = False
@@ -2006,6 +2105,58 @@ class _Workers:
             self.tickets.close()
             if self.slots is not None:
                 self.slots.close()
+
+
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS",
+)  # fmt: skip
+
+
+class _ThreadLimit:
+    """Keeps BLAS and OpenMP to so many threads per process while a pool is up.
+
+    What is loaded already is limited on main by threadpoolctl, where that is installed, and forks
+    inherit it; what workers load later, or anew, heeds the environment that they are born with.
+    """
+
+    def __init__(self, asked: int | None, nprocs: int) -> None:
+        self.count = asked
+        if asked is None and not any(name in os.environ for name in _THREAD_VARIABLES):
+            self.count = max(1, _available_cpus() // nprocs)
+        # Without being asked, never to more than the program has set itself.
+        self.lift = _limit_threads(self.count, raising=asked is not None)
+
+    @contextlib.contextmanager
+    def environment(self) -> Iterator[None]:
+        before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+        if self.count is not None:
+            os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(self.count)))
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def _limit_threads(count: int | None, *, raising: bool) -> Callable[[], object]:
+    """Limit the libraries that are loaded; what undoes it is returned."""
+    if count is None:
+        return lambda: None
+    try:
+        threadpoolctl = importlib.import_module("threadpoolctl")
+    except ModuleNotFoundError:
+        return lambda: None
+    controller = threadpoolctl.ThreadpoolController()
+    limits = {  # by the kind of library
+        info["prefix"]: count if raising else min(count, info["num_threads"])
+        for info in controller.info()
+    }
+    undo: Callable[[], object] = controller.limit(limits=limits).restore_original_limits
+    return undo
 
 
 def _new_port(
@@ -2083,6 +2234,10 @@ def _worker_main(setup: _WorkerSetup) -> None:
     Parallelizer._open[:] = [weakref.ref(parallelizer)]
     Parallelizer._registry.update(dict.fromkeys(setup.names, parallelizer))
     _LISTENING.clear()  # a fork has inherited main's
+    # A fork server may have been started with another environment.
+    _limit_threads(setup.threads, raising=True)
+    if "numpy.random" in sys.modules:
+        np.random.seed()  # noqa: NPY002 - likewise the state of this very generator
     _listen(communicator)
     parallelizer.serve()
 
@@ -2355,7 +2510,7 @@ class MPICommunicator(Communicator):
         try:
             others = [process for process in self.members if process != self.process]
             self._wait_until(
-                check.request.Test, lambda: others, str(self._doing("")), idle=idle, watch=False
+                check.request.Test, lambda: others, self._doing(""), idle=idle, watch=False
             )
         except WaitTimeout as late:
             self._give_up(check, late)
@@ -2544,9 +2699,9 @@ class MPICommunicator(Communicator):
         message = self._broadcast(None, idle=True)
         return message if message.pickled else None
 
-    def finish_run(self) -> None:
+    def finish_run(self, report: bytes) -> list[bytes]:
         self.enter("return")
-        self._check()
+        return self._gather_ahead(report) or [report]
 
     def fail_run(self, error: BaseException) -> BaseException:
         if self._verdict is None and not isinstance(error, _RunEnded):
@@ -2576,6 +2731,10 @@ class MPICommunicator(Communicator):
 
     # -- messages -----------------------------------------------------------------------------
 
+    def _fold(self, message: Message) -> _Folded:
+        self.bytes_sent += message.nbytes
+        return _Folded.of(message)
+
     def _receive_bulk(self, parts: Iterable[_Bytes], source: int, tag: int) -> list[Any]:
         return [
             self._bulk.Irecv([piece, self._mpi.BYTE], source, tag)
@@ -2591,7 +2750,7 @@ class MPICommunicator(Communicator):
         ]
 
     def _send(self, message: Message, process: int, tag: int) -> None:
-        ahead, parts = _Folded.of(message)
+        ahead, parts = self._fold(message)
         head = _ADDRESS.pack(self.stamp, tag) + ahead
         requests = [self._notes.Isend([head, self._mpi.BYTE], process, _MESSAGE_TAG)]
         requests += self._send_bulk(parts, process, _SEND_TAG)
@@ -2602,7 +2761,7 @@ class MPICommunicator(Communicator):
 
     def _broadcast(self, message: Message | None, idle: bool) -> Message:
         if message is not None:
-            ahead, parts = _Folded.of(message)
+            ahead, parts = self._fold(message)
             needed = len(ahead)
             self._check(needed, ahead if needed <= _HOLD_BYTES else b"", idle=idle)
             self._broadcast_parts([_as_bytes(ahead)] if needed > _HOLD_BYTES else [])
@@ -2641,7 +2800,7 @@ class MPICommunicator(Communicator):
                 )
             )
             return parcel.complete()
-        folded = [_Folded.of(message) for message in messages]
+        folded = [self._fold(message) for message in messages]
         needed = max(len(one.ahead) for one in folded)
         cells = b"".join(one.ahead.ljust(max(needed, room), b"-") for one in folded)
         self._check(needed, cells if needed <= room else b"")
@@ -2663,16 +2822,12 @@ class MPICommunicator(Communicator):
         return bytes(own)
 
     def gather(self, message: Message, plan: _GatherPlan) -> list[Message] | None:
-        ahead, parts = _Folded.of(message)
-        room = self._room()
-        fits = len(ahead) <= room
-        needed, hold = self._check(len(ahead), ahead if fits else b"", self.rank * room)
-        if needed > room:
-            room, hold = needed, self._gather_ahead(needed, ahead)
-        if self.rank > 0:
+        ahead, parts = self._fold(message)
+        aheads = self._gather_ahead(ahead)
+        if aheads is None:
             self._finish(self._send_bulk(parts, self.members[0], _COLLECTIVE_TAG))
             return None
-        parcels = [_MPIParcel(hold[rank * room : (rank + 1) * room]) for rank in range(self.size)]
+        parcels = [_MPIParcel(one) for one in aheads]
         places = plan.place([message.pickled, *(parcel.pickled for parcel in parcels[1:])])
         if places is not None:
             places[0][:] = message.buffers[0]
@@ -2685,11 +2840,19 @@ class MPICommunicator(Communicator):
         self._finish(requests)
         return [message, *(parcel.complete() for parcel in parcels[1:])]
 
-    def _gather_ahead(self, size: int, ahead: bytes) -> bytes:
-        whole = bytearray(size * self.size) if self.rank == 0 else None
-        target = None if whole is None else [whole, size, self._mpi.BYTE]
-        self._group.Gather([ahead.ljust(size, b"-"), self._mpi.BYTE], target)
-        return bytes(whole or b"")
+    def _gather_ahead(self, ahead: bytes) -> list[bytes] | None:
+        """On rank 0 the bytes of each, padded, by a check and, if need be, more."""
+        room = self._room()
+        cargo = ahead if len(ahead) <= room else b""
+        needed, hold = self._check(len(ahead), cargo, self.rank * room)
+        if needed > room:
+            room, whole = needed, bytearray(needed * self.size if self.rank == 0 else 0)
+            cells = [whole, room, self._mpi.BYTE] if self.rank == 0 else None
+            self._group.Gather([ahead.ljust(room, b"-"), self._mpi.BYTE], cells)
+            hold = bytes(whole)
+        if self.rank > 0:
+            return None
+        return [hold[rank * room : (rank + 1) * room] for rank in range(self.size)]
 
     def _finish(self, requests: list[Any]) -> None:
         """Wait for transfers between ranks that are all known to take part."""
@@ -2736,7 +2899,7 @@ class MPICommunicator(Communicator):
         ended = self.begin_leaving()
         self._checking = True
         others = [process for process in self.members if process != self.process]
-        self._wait_until(ended, lambda: others, "exit", idle=True)
+        self._wait_until(ended, lambda: others, "exit", idle=True, watch=False)
         assert self._unsettled is not None
         check, self._unsettled = self._unsettled, None
         try:
@@ -2846,6 +3009,9 @@ class Parallelizer:
         self._entered = 0
         self._lock = threading.RLock()  # a run at a time
         self._runner: int | None = None  # the thread that runs
+        self._streaming = False  # whether an `imap` of main alone goes on
+        self._stream: Callable[[], Any] = lambda: None  # that one, or one before
+        self._reports: list[bytes] = []  # of the latest run, by rank
         self._key = self._new_key()
         self._living[self._key] = self
 
@@ -2884,6 +3050,7 @@ class Parallelizer:
                 break
         self._entered -= 1
         if self._entered == 0:
+            self._end_stream()
             self._stop()
         self._entered = max(self._entered, 0)  # a forked child has never entered
 
@@ -2950,6 +3117,7 @@ class Parallelizer:
         if self._runner == threading.get_ident():
             return self._run_nested(work, comm, main_kwargs)  # type: ignore[no-any-return]
         with self._lock, self:
+            self._refuse_during_imap("run")
             self._runner = threading.get_ident()
             try:
                 return self._run_outermost(work, comm, main_kwargs)  # type: ignore[no-any-return]
@@ -2998,21 +3166,41 @@ class Parallelizer:
         with communicator.restricted_to(ranks):
             try:
                 communicator.begin_run()
+                begun = time.perf_counter()
                 communicator.mark_function(executing=True)
                 try:
                     result = work.call(self)
                 finally:
                     communicator.mark_function(executing=False)
-                communicator.finish_run()
+                report = communicator.report(time.perf_counter() - begun)
+                self._reports = communicator.finish_run(report)
             except BaseException as error:  # whatever it is, the others must hear of it
-                final = communicator.fail_run(error)
-                if final is error:
-                    raise
-                try:
-                    raise final from final.__cause__
-                finally:
-                    del final  # its traceback holds this frame
+                _raise_final(communicator, error)
         return result
+
+    @property
+    def stats(self) -> RunStats | None:
+        """What each rank did in the latest run that ended well; None before the first.
+
+        A tuple of `RankStats` by rank, on main; its text is one line. Under MPI, the other ranks
+        have one of their own alone.
+        """
+        if not self._reports:
+            return None
+        return RunStats(RankStats(*_REPORT.unpack_from(report)) for report in self._reports)
+
+    def _end_stream(self) -> None:
+        """Give up an `imap` that has not come to its end."""
+        stream = self._stream()
+        if stream is not None and self._streaming:
+            stream.close()
+
+    def _refuse_during_imap(self, what: str) -> None:
+        if self._streaming:
+            raise ContractError(
+                f"{what} was called while an imap goes on, which keeps the workers busy; let that "
+                f"come to its end first, or close() it"
+            )
 
     def serve(self) -> None:
         """Run what main asks for until it closes: a worker's main loop.
@@ -3235,7 +3423,7 @@ class Parallelizer:
         at no cost, as it and its views travel as handles. It is released when the last
         reference to it goes. Serial: a read-only view of `array`.
         """
-        if self._runner is None and (self._comm is None or self._drives_workers()):
+        if self._main_is_alone():
             if self._spans_hosts():
                 return self.run(_share_in_run, main_kwargs={"array": array})
             return _share(array)
@@ -3277,6 +3465,17 @@ class Parallelizer:
         if flush or not self.on_main:
             file.flush()
 
+    def rng(self, seed: Any = None) -> np.random.Generator:
+        """A random generator of this process's own, independent of the other processes'.
+
+        Parameters
+        ----------
+        seed : int or numpy.random.SeedSequence, optional
+            The same seed and number of the process give the same stream; None takes fresh
+            entropy. For numbers that do not depend on the number of processes, see `map`.
+        """
+        return _spawned_rng(seed, _RANK_STREAMS, self.id or 0)
+
     # -- mapping ------------------------------------------------------------------------------
 
     def map(
@@ -3288,6 +3487,7 @@ class Parallelizer:
         *,
         vectorized: bool = False,
         chunksize: int | None = None,
+        callback: Callable[[_R], object] | None = None,
         seed: Any = None,
         progress: bool = False,
     ) -> list[_R]:
@@ -3308,6 +3508,8 @@ class Parallelizer:
             and returns an array or a list; these are concatenated.
         chunksize : int, optional
             Items to take at once; by default many at first and ever fewer towards the end.
+        callback : callable, optional
+            Called on main with each result, in order, as soon as it is there.
         seed : int or numpy.random.SeedSequence, optional
             Each item's call gets the keyword ``rng``, a `numpy.random.Generator` of its own,
             the same whatever the backend and the number of processes.
@@ -3320,7 +3522,7 @@ class Parallelizer:
         results concatenate to. On workers `InWorkerProcess`.
         """
         task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), False, seed)
-        results: list[_R] = self._map(task, data, vectorized, chunksize, progress)
+        results: list[_R] = self._map(task, data, vectorized, chunksize, callback, progress)
         return results
 
     def starmap(
@@ -3332,13 +3534,54 @@ class Parallelizer:
         *,
         vectorized: bool = False,
         chunksize: int | None = None,
+        callback: Callable[[_R], object] | None = None,
         seed: Any = None,
         progress: bool = False,
     ) -> list[_R]:
         """As `map`, but each item of `data` holds the first arguments: ``func(*x, ...)``."""
         task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), True, seed)
-        results: list[_R] = self._map(task, data, vectorized, chunksize, progress)
+        results: list[_R] = self._map(task, data, vectorized, chunksize, callback, progress)
         return results
+
+    def imap(
+        self,
+        func: Callable[..., _R],
+        data: Iterable[Any] | None,
+        chunksize: int = 1,
+        extra_args: Sequence[Any] = (),
+        extra_kwargs: Mapping[str, Any] | None = None,
+        *,
+        seed: Any = None,
+        progress: bool = False,
+    ) -> Iterator[_R]:
+        """As `map`, but yields each result in turn as soon as it is there.
+
+        `data` may be endless: it is read only a few chunks ahead of what has been yielded. The
+        iterator that main gets must be exhausted or closed before anything else is run on this
+        parallelizer; to leave its loop early closes it. On the workers the iterator is empty.
+        See `map` for the parameters; `chunksize` is the number of items that travel together.
+        """
+        task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), False, seed)
+        return self._imap(task, data, chunksize, True, progress)
+
+    def imap_unordered(
+        self,
+        func: Callable[..., _R],
+        data: Iterable[Any] | None,
+        chunksize: int = 1,
+        extra_args: Sequence[Any] = (),
+        extra_kwargs: Mapping[str, Any] | None = None,
+        *,
+        seed: Any = None,
+        progress: bool = False,
+    ) -> Iterator[_R]:
+        """As `imap`, in the order in which the results come."""
+        task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), False, seed)
+        return self._imap(task, data, chunksize, False, progress)
+
+    def _main_is_alone(self) -> bool:
+        """Whether main calls what all processes call inside `run`."""
+        return self._runner is None and (self._comm is None or self._drives_workers())
 
     def _map(
         self,
@@ -3346,14 +3589,68 @@ class Parallelizer:
         data: Iterable[Any] | None,
         vectorized: bool,
         chunksize: int | None,
+        callback: Callable[[Any], object] | None,
         progress: bool,
     ) -> Any:
-        if chunksize is not None and chunksize < 1:
-            raise ValueError(f"chunksize must be at least 1, not {chunksize}")
+        _check_chunksize(chunksize)
+        if callback is not None and not vectorized:
+            results = []
+            for result in self._imap(task, data, chunksize or 1, True, progress):
+                callback(result)
+                results.append(result)
+            return results if self.on_main else Parallelizer.InWorkerProcess
         options = (task, vectorized, chunksize, progress)
-        if self._runner is None and (self._comm is None or self._drives_workers()):
-            return self.run(_spmd_map, *options, main_kwargs={"data": data})
-        return _spmd_map(*options, data=data, parallelizer=self)
+        if self._main_is_alone():
+            result = self.run(_spmd_map, *options, main_kwargs={"data": data})
+        else:
+            result = _spmd_map(*options, data=data, parallelizer=self)
+        if callback is not None and self.on_main:
+            callback(result)  # of blocks there is one result
+        return result
+
+    def _imap(
+        self, task: _Task, data: Any, chunksize: int, ordered: bool, progress: bool
+    ) -> Iterator[Any]:
+        _check_chunksize(chunksize)
+        iter(() if data is None and not self.on_main else data)  # refuse what cannot be iterated
+        options = (task, chunksize, ordered, progress)
+        if not self._main_is_alone():
+            return _spmd_imap(*options, data=data, parallelizer=self)
+        itself: list[Callable[[], Any]] = []
+        stream = self._imap_alone(*options, data, itself)
+        itself.append(weakref.ref(stream))
+        return stream
+
+    def _imap_alone(
+        self,
+        task: _Task,
+        chunksize: int,
+        ordered: bool,
+        progress: bool,
+        data: Any,
+        itself: list[Callable[[], Any]],
+    ) -> Iterator[Any]:
+        """A run whose function, on main, is interrupted by what the user does with the results."""
+        with self._lock, self:
+            self._refuse_during_imap("imap")
+            self._stream, self._streaming = itself[0], True
+            communicator = self._communicator()
+            ranks = range(communicator.size)
+            options = (task, chunksize, ordered, progress)
+            if self._drives_workers():
+                communicator.command(_Work(_spmd_imap, options, {}).pack(ranks))
+            communicator.timeout = self.timeout
+            with communicator.restricted_to(ranks):
+                try:
+                    communicator.begin_run()
+                    begun = time.perf_counter()
+                    yield from _spmd_imap(*options, data=data, parallelizer=self)
+                    report = communicator.report(time.perf_counter() - begun)
+                    self._reports = communicator.finish_run(report)
+                except BaseException as error:  # of the user's loop, too
+                    _raise_final(communicator, error)
+                finally:
+                    self._streaming = False
 
     # -- finding a parallelizer ---------------------------------------------------------------
 
@@ -3364,11 +3661,12 @@ class Parallelizer:
         Parameters
         ----------
         key : Parallelizer, None, str or mapping
-            A parallelizer passes through. None is the innermost open one, else a
-            `SerialNonParallelizer`. A string is a registered name, a backend's name
-            ("serial", "multiprocessing", "mpi"), or "auto": MPI where an MPI launcher has
-            started more than one rank, else multiprocessing where there is more than one CPU,
-            else serial. A mapping is ``{"mode": backend's name, **options}``.
+            A parallelizer passes through. None is the innermost open one, else what the
+            environment variable PARALLELIZER names ("multiprocessing:8" gives the number of
+            processes, too), else a `SerialNonParallelizer`. A string is a registered name, a
+            backend's name ("serial", "multiprocessing", "mpi"), or "auto": MPI where an MPI
+            launcher has started more than one rank, else multiprocessing where there is more
+            than one CPU, else serial. A mapping is ``{"mode": backend's name, **options}``.
         **options
             For a backend's constructor.
 
@@ -3392,7 +3690,7 @@ class Parallelizer:
             innermost = reference()
             if innermost is not None:
                 return innermost
-        return SerialNonParallelizer()
+        return _named_by_environment(os.environ.get("PARALLELIZER") or "serial")
 
     @staticmethod
     def from_config(mode: str = "auto", **options: Any) -> Parallelizer:
@@ -3557,6 +3855,17 @@ def _accept(message: Message) -> Any:
     return value
 
 
+def _raise_final(communicator: Communicator, error: BaseException) -> NoReturn:
+    """End the run on every process because of `error`, and raise what is to be raised here."""
+    final = communicator.fail_run(error)
+    try:
+        if final is error:
+            raise error
+        raise final from final.__cause__
+    finally:
+        del final, error  # their tracebacks hold this frame
+
+
 class _Work(NamedTuple):
     """A call that `run` makes on every process."""
 
@@ -3599,21 +3908,25 @@ class _Task(NamedTuple):
         first = item if self.starred else (item,)
         return self.func(*first, *self.extra_args, **self.extra_kwargs, **more)
 
-    def call_items(self, items: Any, start: int, stop: int) -> list[Any]:
+    def call_items(self, items: Any, start: int) -> list[Any]:
+        """The results of a chunk whose first item is the `start`-th of all."""
         if self.seed is None:
             plain = not (self.starred or self.extra_args or self.extra_kwargs)
-            return list(map(self.func if plain else self.call, items[start:stop]))
+            return list(map(self.func if plain else self.call, items))
         return [
-            self.call(item, rng=_item_rng(self.seed, index))
-            for index, item in enumerate(items[start:stop], start)
+            self.call(item, rng=_spawned_rng(self.seed, index))
+            for index, item in enumerate(items, start)
         ]
 
 
-def _item_rng(seed: Any, index: int) -> np.random.Generator:
-    """The generator of the `index`-th child that ``SeedSequence(seed).spawn`` gives."""
+_RANK_STREAMS = 2**32 - 1  # begins the spawn keys of processes: no item has this number
+
+
+def _spawned_rng(seed: Any, *key: int) -> np.random.Generator:
+    """Of the descendant of ``SeedSequence(seed)`` with this key, as its `spawn` would give."""
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
     child = np.random.SeedSequence(
-        root.entropy, spawn_key=(*root.spawn_key, index), pool_size=root.pool_size
+        root.entropy, spawn_key=(*root.spawn_key, *key), pool_size=root.pool_size
     )
     return np.random.default_rng(child)
 
@@ -3663,24 +3976,31 @@ def _map_items(
     if main and not isinstance(data, (list, tuple, range, str, bytes, np.ndarray)):
         data = list(data)
     bounds = _guided_bounds(len(data), comm.size, chunksize) if main else []
-    if comm.size == 1:
-        shown = _shown(bounds, len(data), progress)
-        return [y for start, stop in shown for y in task.call_items(data, start, stop)]
-    with comm.enter("map"):
-        comm.open_tickets(len(bounds))
-    chunksize, data = parallelizer.broadcast((chunksize, data))
-    bounds = _guided_bounds(len(data), comm.size, chunksize)
-    tickets = iter(lambda: comm.take_ticket(len(bounds)), None)
-    chunks = (bounds[ticket] for ticket in tickets)
-    done = [
-        (start, task.call_items(data, start, stop))
-        for start, stop in _shown(chunks, len(data), progress and main)
-    ]
+    if comm.size > 1:
+        with comm.enter("map"):
+            comm.open_tickets(len(bounds))
+        chunksize, data = parallelizer.broadcast((chunksize, data))
+        bounds = _guided_bounds(len(data), comm.size, chunksize)
+    done = []
+    with _bar(len(data), progress and main) as reached:
+        for start, stop in _taken(bounds, comm):
+            done.append((start, task.call_items(data[start:stop], start)))
+            comm.tasks += stop - start
+            reached(stop)
+        reached(len(data))
     gathered = parallelizer.gather(done, concatenate=False)
     if not main:
         return gathered
     in_order = sorted(itertools.chain.from_iterable(gathered), key=operator.itemgetter(0))
     return list(itertools.chain.from_iterable(results for _, results in in_order))
+
+
+def _taken(bounds: list[tuple[int, int]], comm: Communicator) -> Iterator[tuple[int, int]]:
+    """The chunks that fall to this process, one after the other."""
+    if comm.size == 1:
+        return iter(bounds)
+    tickets = iter(lambda: comm.take_ticket(len(bounds)), None)
+    return (bounds[ticket] for ticket in tickets)
 
 
 def _guided_bounds(length: int, nprocs: int, chunksize: int | None) -> list[tuple[int, int]]:
@@ -3699,12 +4019,11 @@ def _guided_bounds(length: int, nprocs: int, chunksize: int | None) -> list[tupl
     return bounds
 
 
-def _shown(
-    chunks: Iterable[tuple[int, int]], length: int, progress: bool
-) -> Iterator[tuple[int, int]]:
-    """The chunks, with a bar that counts what all the processes have begun."""
-    if not progress:
-        yield from chunks
+@contextlib.contextmanager
+def _bar(total: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
+    """A bar of so many items, and the function that says how many have been reached."""
+    if not shown:
+        yield lambda _: None
         return
     try:
         tqdm = importlib.import_module("tqdm").tqdm
@@ -3714,11 +4033,165 @@ def _shown(
         ) from why
     # Without the thread that tqdm would start, as fork is not used while threads run.
     quiet = type("Bar", (tqdm,), {"monitor_interval": 0})
-    with quiet(total=length, disable=None) as bar:
-        for start, stop in chunks:
-            yield start, stop
-            bar.update(stop - bar.n)
-        bar.update(length - bar.n)
+    with quiet(total=total, disable=None) as bar:
+        yield lambda count: bar.update(count - bar.n)
+
+
+# An imap's items are handed out by main, as its data may be endless: each worker has one chunk
+# that it computes and one that waits, so that it need not wait for main. Main computes too, when
+# all workers are supplied and no result has come. What is handed out is at most _WINDOW chunks
+# per process ahead of what has been yielded.
+
+_AHEAD = 2
+_WINDOW = 4
+
+
+def _check_chunksize(chunksize: int | None) -> None:
+    if chunksize is not None and chunksize < 1:
+        raise ValueError(f"chunksize must be at least 1, not {chunksize}")
+
+
+def _chunked(data: Iterable[Any], chunksize: int) -> Iterator[tuple[int, list[Any]]]:
+    """Chunks of an iterable, each with the number of its first item."""
+    items = iter(data)
+    for start in itertools.count(0, chunksize):
+        chunk = list(itertools.islice(items, chunksize))
+        if not chunk:
+            return
+        yield start, chunk
+
+
+def _spmd_imap(
+    task: _Task,
+    chunksize: int,
+    ordered: bool,
+    progress: bool,
+    *,
+    parallelizer: Parallelizer,
+    data: Any = None,
+) -> Iterator[Any]:
+    comm = parallelizer._communicator()
+    with comm.enter("imap"):
+        # Of its own, so that what an imap before this one has left is not taken for this one's.
+        tag = -2 - comm.call.number
+    if comm.rank > 0:
+        _compute_chunks(task, tag, comm)
+        return iter(())
+    dealer = _Dealer(task, _chunked(data, chunksize), ordered, tag, comm)
+    total = len(data) if hasattr(data, "__len__") else None
+    return dealer.results(total, progress)
+
+
+def _compute_chunks(task: _Task, tag: int, comm: Communicator) -> None:
+    """A worker's part in an imap."""
+    while True:
+        with comm.enter("receive"):
+            _, message = comm.receive_any([0], tag, "imap", idle=True)
+            chunk = _unpack(message, "a chunk of imap")
+        if chunk is None:
+            return
+        start, items = chunk
+        results = task.call_items(items, start)
+        comm.tasks += len(items)
+        with comm.enter("send"):
+            comm.send(_pack((start, results), "what imap's function returned"), 0, tag)
+
+
+class _Dealer:
+    """Main's part in an imap: deals out the chunks, and takes in the results."""
+
+    def __init__(
+        self,
+        task: _Task,
+        chunks: Iterator[tuple[int, list[Any]]],
+        ordered: bool,
+        tag: int,
+        comm: Communicator,
+    ) -> None:
+        self._task = task
+        self._chunks = chunks
+        self._ordered = ordered
+        self._tag = tag
+        self._comm = comm
+        self._supply = dict.fromkeys(range(1, comm.size), 0)  # chunks that each worker has
+        self._dealt: collections.deque[int] = collections.deque()  # chunks not yet yielded
+        self._done: dict[int, list[Any]] = {}  # results by the first item of their chunk
+        self._more = True
+
+    def results(self, total: int | None, progress: bool) -> Iterator[Any]:
+        with _bar(total, progress) as reached:
+            count = 0
+            try:
+                while (finished := self._next_finished()) is not None:
+                    count += len(finished)
+                    reached(count)
+                    yield from finished
+            finally:
+                # Not where the run has failed, which the workers hear of anyway.
+                with contextlib.suppress(_RunEnded):
+                    for rank in self._supply:
+                        self._send(rank, None)
+
+    def _next_finished(self) -> list[Any] | None:
+        """The results to be yielded next; None after the last."""
+        while True:
+            while self._busy() and self._comm.has_arrived(self._busy(), self._tag):
+                self._take_in()
+            self._deal()
+            if self._ordered:
+                start = self._dealt[0] if self._dealt else None
+            else:
+                start = next(iter(self._done), None)
+            if start in self._done:
+                self._dealt.remove(start)
+                return self._done.pop(start)
+            if (own := self._draw()) is not None:
+                self._compute(*own)
+            elif self._busy():
+                self._take_in()
+            else:
+                return None
+
+    def _busy(self) -> list[int]:
+        return [rank for rank, count in self._supply.items() if count]
+
+    def _draw(self) -> tuple[int, list[Any]] | None:
+        """A new chunk, if there is one and not too much is under way."""
+        if not self._more or len(self._dealt) >= _WINDOW * self._comm.size:
+            return None
+        chunk = next(self._chunks, None)
+        self._more = chunk is not None
+        if chunk is not None:
+            self._dealt.append(chunk[0])
+        return chunk
+
+    def _deal(self) -> None:
+        for level in range(_AHEAD):
+            for rank in [rank for rank, count in self._supply.items() if count == level]:
+                if (chunk := self._draw()) is None:
+                    return
+                self._send(rank, chunk)
+                self._supply[rank] += 1
+
+    def _send(self, rank: int, chunk: tuple[int, list[Any]] | None) -> None:
+        with self._comm.enter("send"):
+            self._comm.send(_pack(chunk, "a chunk of imap"), rank, self._tag)
+
+    def _take_in(self) -> None:
+        with self._comm.enter("receive"):
+            rank, message = self._comm.receive_any(self._busy(), self._tag, "imap")
+            start, results = _unpack(message, f"what rank {rank} sends to imap")
+        self._done[start] = results
+        self._supply[rank] -= 1
+
+    def _compute(self, start: int, items: list[Any]) -> None:
+        executing = self._comm.in_function
+        self._comm.mark_function(executing=True)
+        try:
+            self._done[start] = self._task.call_items(items, start)
+        finally:
+            self._comm.mark_function(executing=executing)
+        self._comm.tasks += len(items)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3748,6 +4221,10 @@ class MultiprocessingParallelizer(Parallelizer):
     start_method : {"fork", "forkserver", "spawn"}, optional
         By default the platform's. Never fork where other threads run or MPI is up: forkserver
         or spawn take its place then.
+    threads_per_process : int, optional
+        Threads of BLAS and OpenMP on each process, main included, while the processes are up.
+        By default their share of the CPUs, unless the environment sets OMP_NUM_THREADS or the
+        like. What is loaded before is limited where threadpoolctl is installed.
     timeout : float, optional
         See `Parallelizer`.
     """
@@ -3757,9 +4234,13 @@ class MultiprocessingParallelizer(Parallelizer):
         nprocs: int | None = None,
         *,
         start_method: str | None = None,
+        threads_per_process: int | None = None,
         timeout: float | None = None,
     ) -> None:
         super().__init__(timeout=timeout)
+        if threads_per_process is not None and threads_per_process < 1:
+            raise ValueError(f"threads_per_process must be at least 1, not {threads_per_process}")
+        self.threads_per_process = threads_per_process
         if nprocs is not None:
             if not hasattr(nprocs, "__index__"):
                 raise TypeError(f"nprocs must be a number of processes or None, not {nprocs!r}")
@@ -3776,7 +4257,8 @@ class MultiprocessingParallelizer(Parallelizer):
 
     def _options(self) -> dict[str, Any]:
         return {
-            "nprocs": self._nprocs, "start_method": self._start_method, **super()._options()
+            "nprocs": self._nprocs, "start_method": self._start_method,
+            "threads_per_process": self.threads_per_process, **super()._options()
         }  # fmt: skip
 
     def _start(self) -> None:
@@ -3902,6 +4384,7 @@ class MPIParallelizer(Parallelizer):
         try:
             yield
         finally:
+            self._end_stream()
             self._serving = False
             communicator.command(None)
 
@@ -3912,6 +4395,14 @@ def _world(mpi: Any) -> MPICommunicator:
     communicator = MPICommunicator(mpi)
     if communicator.size > 1:
         _JobEnd(communicator)
+    elif _launched_ranks() > 1:
+        library = mpi.Get_library_version().splitlines()[0].strip("\0 ")
+        raise ParallelizerError(
+            f"a launcher has started {_launched_ranks()} ranks, but the MPI library of mpi4py "
+            f"({library}) sees one: they are of different MPIs, so that every rank would do all "
+            f"the work. Use the mpiexec of that library (it may stand beside {sys.executable}), or "
+            f"build mpi4py with the launcher's: pip install --no-binary=mpi4py mpi4py"
+        )
     return communicator
 
 
@@ -3921,6 +4412,18 @@ def _backends() -> dict[str, Callable[..., Parallelizer]]:
         "multiprocessing": MultiprocessingParallelizer,
         "mpi": MPIParallelizer,
     }
+
+
+@functools.lru_cache(1)
+def _named_by_environment(text: str) -> Parallelizer:
+    """Of PARALLELIZER=multiprocessing:8 and the like; the same one each time."""
+    mode, _, nprocs = text.partition(":")
+    if (nprocs and mode != "multiprocessing") or not (nprocs or "1").isdigit():
+        raise LookupError(
+            f"the environment variable PARALLELIZER is {text!r}, but must be the name of a "
+            f"backend, or multiprocessing:8 for 8 processes"
+        )
+    return Parallelizer.from_config(mode, **({"nprocs": int(nprocs)} if nprocs else {}))
 
 
 def _launched_ranks() -> int:
@@ -4073,7 +4576,7 @@ def _check_map(*, parallelizer: Parallelizer) -> None:
         _expect(found, np.array(wanted))
     drawn = parallelizer.map(_draw, range(20), seed=1)
     if parallelizer.on_main:
-        _expect(drawn, [_item_rng(1, index).random() for index in range(20)])
+        _expect(drawn, [_spawned_rng(1, index).random() for index in range(20)])
 
 
 def _square(x: Any) -> Any:
