@@ -469,18 +469,24 @@ def _dump(obj: Any, stream: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> N
     pickler.dump(obj)
 
 
+@functools.cache
+def _by_value_pickler() -> Any:
+    cloudpickle = importlib.import_module("cloudpickle")
+    # On the class, as cloudpickle's own table is, which would hide that of an instance.
+    table = cloudpickle.Pickler.dispatch_table.new_child({np.ndarray: _reduce_array})
+    return type("_ByValuePickler", (cloudpickle.Pickler,), {"dispatch_table": table})
+
+
 def _dump_by_value(obj: Any, stream: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> None:
     """For functions that cannot be found by name: lambdas, closures, a notebook's."""
-    cloudpickle = importlib.import_module("cloudpickle")
-    pickler = cloudpickle.Pickler(stream, 5, buffer_callback=buffers.append)
-    pickler.dispatch_table = pickler.dispatch_table.new_child({np.ndarray: _reduce_array})
-    pickler.dump(obj)
+    _by_value_pickler()(stream, 5, buffer_callback=buffers.append).dump(obj)
 
 
-def _main_is_a_file() -> bool:
-    """Not so in a notebook, whose functions other processes cannot find by their names."""
-    main = sys.modules["__main__"]
-    return hasattr(main, "__file__") or getattr(main, "__spec__", None) is not None
+def _main_is_lost_to_others() -> bool:
+    """Whether this is a notebook or the like, whose functions others cannot find by name."""
+    main, process = sys.modules["__main__"], sys.modules.get("multiprocessing.process")
+    from_a_file = hasattr(main, "__file__") or getattr(main, "__spec__", None) is not None
+    return not from_a_file and (process is None or process.parent_process() is None)
 
 
 def _pack(obj: Any, what: str) -> Message:
@@ -489,7 +495,9 @@ def _pack(obj: Any, what: str) -> Message:
         spec, data = _raw(obj)
         return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data])
     failure: Exception | None = None
-    for attempt in (_dump, _dump_by_value) if _main_is_a_file() else (_dump_by_value, _dump):
+    for attempt in (
+        (_dump_by_value, _dump) if _main_is_lost_to_others() else (_dump, _dump_by_value)
+    ):
         stream = io.BytesIO()
         buffers: list[pickle.PickleBuffer] = []
         try:
@@ -3631,7 +3639,9 @@ class Parallelizer:
         itself: list[Callable[[], Any]],
     ) -> Iterator[Any]:
         """A run whose function, on main, is interrupted by what the user does with the results."""
-        with self._lock, self:
+        # Not to keep open what its own `with` statement closes.
+        opened = contextlib.nullcontext() if self._entered else self
+        with self._lock, opened:
             self._refuse_during_imap("imap")
             self._stream, self._streaming = itself[0], True
             communicator = self._communicator()

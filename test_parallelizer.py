@@ -1482,8 +1482,160 @@ def test_map_passes_on_what_an_item_raises(p: Par, way: Any) -> None:
     expect_to_work(p)
 
 
+def imaps(kind: str, ordered: bool, chunksize: int, *, parallelizer: Par) -> Any:
+    data = ITEMS[kind]() if parallelizer.on_main else None
+    imap = parallelizer.imap if ordered else parallelizer.imap_unordered
+    results = list(imap(annotated, data, chunksize, (1, "two"), {"three": 3}))
+    assert parallelizer.on_main or results == []
+    return results if ordered else sorted(results, key=repr)
+
+
+@pytest.mark.parametrize(
+    ("kind", "chunksize"),
+    [("list", 1), ("long range", 7), ("array", 2), ("generator", 1), ("dict", 3), ("nothing", 1),
+     ("big items", 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("ordered", [True, False])
+@BOTH_WAYS
+def test_imap_gives_what_map_gives(
+    p: Par, way: Any, kind: str, chunksize: int, ordered: bool
+) -> None:
+    wanted = [annotated(x, 1, "two", three=3) for x in ITEMS[kind]()]
+    found = way(p, imaps, kind, ordered, chunksize)
+    expect(p, found, wanted if ordered else sorted(wanted, key=repr))
+
+
+def takes_from_an_endless_one(ordered: bool, *, parallelizer: Par) -> Any:
+    drawn = itertools.count()
+    imap = parallelizer.imap if ordered else parallelizer.imap_unordered
+    stream = imap(square, drawn)
+    first = list(itertools.islice(stream, 40))
+    if parallelizer.on_main:
+        stream.close()
+    again = parallelizer.map(square, range(5))
+    if not parallelizer.on_main:
+        return None
+    few = next(drawn) <= 40 + 4 * parallelizer.nprocs  # drawn ahead of what was taken
+    right = len(set(first)) == 40 and all(round(x**0.5) ** 2 == x for x in first)
+    return few, right and (not ordered or first == [x * x for x in range(40)]), again
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@BOTH_WAYS
+def test_imap_takes_endless_data_and_may_be_left_early(p: Par, way: Any, ordered: bool) -> None:
+    found = way(p, takes_from_an_endless_one, ordered)
+    expect(p, found, (True, True, [0, 1, 4, 9, 16]))
+    expect_to_work(p)
+
+
+def streams_into_a_failure(*, parallelizer: Par) -> Any:
+    return list(parallelizer.imap(fails_at_five, range(50)))
+
+
+@BOTH_WAYS
+def test_imap_passes_on_what_an_item_raises(p: Par, way: Any) -> None:
+    error = caught_from(way, p, streams_into_a_failure)
+    expect(p, (type(error), error and error.args), (JobError, ("item five", 5)))
+    expect_to_work(p)
+
+
+def runs_amid_a_stream(*, parallelizer: Par) -> Any:
+    stream = parallelizer.imap(square, range(100))
+    first = next(stream)
+    error = caught_from(parallelizer.map, square, range(3))
+    return first, type(error), list(stream) == [x * x for x in range(1, 100)]
+
+
+def test_nothing_else_runs_amid_a_stream(p: Par) -> None:
+    """But for the serial one, which has nobody to keep busy."""
+    kind = type(None) if isinstance(p, SerialNonParallelizer) else ContractError
+    expect(p, drive(p, runs_amid_a_stream), (0, kind, True))
+    expect_to_work(p)
+
+
+def leaves_a_stream(*, parallelizer: Par) -> Any:
+    LEFT[:] = [parallelizer.imap(square, itertools.count())]
+    return next(LEFT[0])
+
+
+LEFT: list[Iterator[int]] = []
+
+
+def test_closing_gives_up_a_stream(fresh: Par) -> None:
+    expect(fresh, drive(fresh, leaves_a_stream), 0)
+    alone = fresh.nprocs == 1  # which has nobody to give it up for
+    expect(fresh, [*itertools.islice(LEFT[0], 1)] if LEFT else None, [1] if alone else [])
+    LEFT.clear()
+
+
+def hears(*, parallelizer: Par) -> Any:
+    heard: list[Any] = []
+    results = parallelizer.map(square, range(30), callback=heard.append)
+    blocks: list[Any] = []
+    whole = parallelizer.map(square, np.arange(9), vectorized=True, callback=blocks.append)
+    return heard == results, results, len(blocks), whole
+
+
+@BOTH_WAYS
+def test_callbacks_hear_each_result_on_main(p: Par, way: Any) -> None:
+    wanted = (True, [x * x for x in range(30)], 1, np.arange(9) ** 2)
+    expect(p, way(p, hears), wanted)
+
+
+def draws_by_stream(*, parallelizer: Par) -> Any:
+    return list(parallelizer.imap(noise, range(20), 3, seed=7)), parallelizer.map(
+        noise, range(20), seed=7
+    )
+
+
+@BOTH_WAYS
+def test_seeded_streams_draw_what_seeded_maps_draw(p: Par, way: Any) -> None:
+    found = way(p, draws_by_stream)
+    expect(p, p.on_main and difference(*found), "")
+
+
+def own_numbers(*, parallelizer: Par) -> Any:
+    mine = [parallelizer.rng(3).random(), parallelizer.rng(3).random(), parallelizer.rng().random()]
+    return parallelizer.gather([*mine, np.random.random(), parallelizer.rng(4).random()])  # noqa: NPY002
+
+
+def test_every_process_has_a_random_stream_of_its_own(fresh: Par) -> None:
+    np.random.seed(1)  # noqa: NPY002 - a fork must not go on from here on every process
+    found = fresh.run(own_numbers)
+    again = fresh.run(own_numbers)
+    if fresh.on_main:
+        seeded = [numbers[0] for numbers in found]
+        assert seeded == [numbers[1] for numbers in found] == [numbers[0] for numbers in again]
+        independent = [x for numbers in (*found, *again) for x in numbers[2:4]]
+        spawned = np.random.SeedSequence(3).spawn(len(found))  # what a seeded map would draw
+        items = [np.random.default_rng(one).random() for one in spawned]
+        everything = [*seeded, *(numbers[4] for numbers in found), *independent, *items]
+        assert len(set(everything)) == len(everything)
+
+
+def works_and_talks(*, parallelizer: Par) -> Any:
+    parallelizer.broadcast(np.ones(MIB // 8) if parallelizer.on_main else None)
+    return parallelizer.map(square, range(50))
+
+
+def test_stats_say_what_each_rank_did(p: Par) -> None:
+    p.run(works_and_talks)
+    stats = p.stats
+    expect(p, [type(rank).__name__ for rank in stats], ["RankStats"] * p.nprocs)
+    expect(p, sum(rank.tasks for rank in stats), 50)
+    for rank in stats:
+        assert 0 <= rank.waiting <= rank.collectives <= rank.seconds
+    # Main copies what it broadcasts once, however many processes there are.
+    expect(p, MIB <= stats[0].bytes_sent < 1.1 * MIB, p.nprocs > 1)
+    assert re.match(r"\d+ ranks, .* s: busy from .* MB sent, tasks \d+", str(stats))
+    assert "\n" not in str(stats)
+
+
 def maps_with_a_bar(*, parallelizer: Par) -> Any:
-    return parallelizer.map(square, range(5), progress=True)
+    result = parallelizer.map(square, range(5), progress=True)
+    stream = list(parallelizer.imap(square, range(5), progress=True))
+    assert stream == (result if parallelizer.on_main else [])
+    return result
 
 
 def test_map_shows_its_progress(p: Par) -> None:
@@ -2126,9 +2278,71 @@ def test_without_mpi4py_the_error_says_how_to_install_it() -> None:
     assert "pip install" in run_program("-c", call)
 
 
-def test_lookup_finds_serial_where_nothing_is_open() -> None:
-    call = "from parallelizer import Parallelizer; print(Parallelizer.lookup(None))"
-    assert run_program("-c", call) == "SerialNonParallelizer(id=0, nprocs=1)\n"
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [("", "SerialNonParallelizer(id=0, nprocs=1) 1"), ("mpi", "MPIParallelizer(id=0, nprocs=1) 1"),
+     ("multiprocessing:2", "MultiprocessingParallelizer(id=None, nprocs=None) 2"),
+     ("dask", "LookupError"), ("mpi:3", "LookupError")],
+)  # fmt: skip
+def test_lookup_heeds_the_environment_where_nothing_is_open(
+    named: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARALLELIZER", named)
+    call = "import test_parallelizer; test_parallelizer.look_up_what_is_open()"
+    assert run_program("-c", call) == found + "\n"
+
+
+def look_up_what_is_open() -> None:
+    """Run as a program of its own by the test above."""
+    try:
+        found = Parallelizer.lookup(None)
+    except LookupError:
+        print("LookupError")
+    else:
+        assert Parallelizer.lookup(None) is found or isinstance(found, SerialNonParallelizer)
+        print(found, found.run(roll_call)[0][-1] + 1)
+
+
+def test_a_launcher_of_another_mpi_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")  # as if by the other MPI's mpiexec
+    call = "import test_parallelizer; test_parallelizer.meet_the_wrong_launcher()"
+    told = run_program("-c", call, PYTHONWARNINGS="ignore")  # mpi4py may warn of it, too
+    for word in ["4 ranks", "sees one", "mpiexec", "pip install"]:
+        assert word in told
+
+
+def meet_the_wrong_launcher() -> None:
+    try:
+        MPIParallelizer()
+    except ParallelizerError as error:
+        print(error)
+
+
+def count_threads(*, parallelizer: Par) -> Any:
+    threadpoolctl = importlib.import_module("threadpoolctl")
+    np.ones((20, 20)) @ np.ones((20, 20))
+    pools = threadpoolctl.threadpool_info()
+    return parallelizer.gather({pool["num_threads"] for pool in pools})
+
+
+@pytest.mark.parametrize("start_method", MULTIPROCESSING)
+def test_processes_share_the_cpus_among_their_threads(
+    start_method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (before,) = SerialNonParallelizer().run(count_threads)
+    with MultiprocessingParallelizer() as everything:
+        share = max(1, everything.nprocs // 2)
+    make = functools.partial(MultiprocessingParallelizer, 2, start_method=start_method)
+    assert make(threads_per_process=2).run(count_threads) == [{2}, {2}]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the user's word, which is left alone
+    found = make().run(count_threads)
+    assert found[0] == before
+    if start_method != "forkserver":  # whose environment is that of its server's start
+        assert found[1] == ({1} if start_method == "spawn" else before)
+    for name in ("OMP", "OPENBLAS", "MKL"):
+        monkeypatch.delenv(f"{name}_NUM_THREADS", raising=False)
+    assert make().run(count_threads) == [{share}, {share}]
+    assert SerialNonParallelizer().run(count_threads) == [before]
 
 
 # ---------------------------------------------------------------------------------------------
