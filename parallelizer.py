@@ -3036,6 +3036,11 @@ class Parallelizer:
         return None if self._comm is None else self._comm.size
 
     @property
+    def size(self) -> int | Any:
+        """As `nprocs`: what programs ask a pool for."""
+        return self.nprocs
+
+    @property
     def on_main(self) -> bool:
         """Whether this is the process that `run` returns its result on."""
         return self.id in (0, None)

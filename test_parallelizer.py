@@ -41,8 +41,10 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -1648,6 +1650,77 @@ def test_map_shows_its_progress(p: Par) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Other people's programs, which ask for a pool: the libraries themselves, against their own
+# serial runs
+
+
+def log_density(x: Array, width: float = 1.0) -> float:
+    return float(-0.5 * np.sum((x / width) ** 2))
+
+
+def unit_cube(u: Array) -> Array:
+    return 10 * u - 5
+
+
+def rosenbrock(x: Array) -> float:
+    return float(np.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2))
+
+
+def by_emcee(pool: Any) -> Any:
+    emcee = importlib.import_module("emcee")
+    start = np.random.default_rng(1).normal(size=(8, 2))
+    sampler = emcee.EnsembleSampler(8, 2, log_density, args=(2.0,), pool=pool)
+    sampler.random_state = np.random.RandomState(2).get_state()
+    sampler.run_mcmc(start, 20)
+    return sampler.get_chain(), sampler.get_log_prob()
+
+
+def by_dynesty(pool: Any) -> Any:
+    dynesty = importlib.import_module("dynesty")
+    rng = np.random.default_rng(3)
+    # As many at a time with and without a pool, as that decides which points are tried.
+    mapper = pool or types.SimpleNamespace(map=lambda f, xs, **_: [*map(f, xs)], size=4)
+    sampler = dynesty.NestedSampler(
+        log_density, unit_cube, 2, nlive=30, rstate=rng, pool=mapper, queue_size=4
+    )
+    sampler.run_nested(dlogz=2.0, print_progress=False)
+    return sampler.results.samples, sampler.results.logz
+
+
+def by_scipy(pool: Any) -> Any:
+    optimize = importlib.import_module("scipy.optimize")
+    workers = 1 if pool is None else pool.map
+    options = {"maxiter": 5, "popsize": 5, "polish": False, "updating": "deferred"}
+    best = optimize.differential_evolution(
+        rosenbrock, [(-2, 2)] * 3, rng=np.random.default_rng(4), workers=workers, **options
+    )
+    return best.x, best.fun, best.nfev
+
+
+def by_a_user_of_pools(pool: Any) -> Any:
+    with contextlib.ExitStack() as stack:
+        if pool is None:
+            pool = stack.enter_context(multiprocessing.Pool(2))
+        return [
+            pool.map(square, {1, 2, 3}),
+            pool.map(square, (x for x in range(7)), chunksize=2),
+            pool.starmap(pow, [(2, 3), (3, 2)], chunksize=1),
+            list(pool.imap(square, range(9), 2)),
+            next(pool.imap(square, iter([5]))),
+            sorted(pool.imap_unordered(square, range(9), chunksize=2)),
+        ]
+
+
+def lends_itself(program: Callable[[Any], Any], *, parallelizer: Par) -> Any:
+    return program(parallelizer)
+
+
+@pytest.mark.parametrize("program", [by_emcee, by_dynesty, by_scipy, by_a_user_of_pools])
+def test_ecosystem(p: Par, program: Callable[[Any], Any]) -> None:
+    expect(p, drive(p, lends_itself, program), program(None) if p.on_main else None)
+
+
+# ---------------------------------------------------------------------------------------------
 # Driver mode, client and server
 
 
@@ -2316,6 +2389,55 @@ def meet_the_wrong_launcher() -> None:
         MPIParallelizer()
     except ParallelizerError as error:
         print(error)
+
+
+CELLS = [
+    """
+    import dataclasses
+    from parallelizer import MultiprocessingParallelizer, WorkerError
+    factor = 3
+    def scaled(x):
+        return factor * x
+    @dataclasses.dataclass
+    class Point:
+        x: float
+    class Trouble(Exception): pass
+    def fails(*, parallelizer):
+        if parallelizer.id == 1:
+            raise Trouble("in a cell")
+        parallelizer.gather(0)
+    """,
+    """
+    for method in ["fork", "forkserver", "spawn"]:
+        with MultiprocessingParallelizer(2, start_method=method) as p:
+            def adder(n):
+                return lambda x: scaled(x) + n  # a closure, defined after the workers were born
+            print(p.map(adder(1), range(4)), p.map(Point, [1.5, 2.5]) == [Point(1.5), Point(2.5)])
+            print(p.run(lambda parallelizer: parallelizer.gather(Point(parallelizer.id))))
+            try:
+                p.run(fails)
+            except Trouble as error:
+                print(repr(error))
+    """,
+]
+
+
+def execute_a_notebook() -> None:
+    """Run as a program of its own by the test below."""
+    nbformat, nbclient = map(importlib.import_module, ["nbformat", "nbclient"])
+    notebook = nbformat.v4.new_notebook()
+    cells = [textwrap.dedent(cell).strip() for cell in CELLS]
+    notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    for output in notebook.cells[1].outputs:
+        print(output["text"], end="")
+
+
+def test_functions_of_a_notebook_travel() -> None:
+    call = "import test_parallelizer; test_parallelizer.execute_a_notebook()"
+    told = "[1, 4, 7, 10] True\n[Point(x=0), Point(x=1)]\nTrouble('in a cell')\n"
+    code, out, err = finish("-c", call, PYTHONWARNINGS="ignore")  # Jupyter's own, like its stderr
+    assert (code, out) == (0, told * 3), err
 
 
 def count_threads(*, parallelizer: Par) -> Any:
