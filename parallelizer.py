@@ -81,7 +81,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, overload
 
 import numpy as np
 
@@ -3491,6 +3491,34 @@ class Parallelizer:
 
     # -- mapping ------------------------------------------------------------------------------
 
+    @overload
+    def map(
+        self,
+        func: Callable[..., _R],
+        data: Iterable[Any] | None,
+        extra_args: Sequence[Any] = ...,
+        extra_kwargs: Mapping[str, Any] | None = ...,
+        *,
+        vectorized: Literal[False] = ...,
+        chunksize: int | None = ...,
+        callback: Callable[[_R], object] | None = ...,
+        seed: Any = ...,
+        progress: bool = ...,
+    ) -> list[_R]: ...
+
+    @overload
+    def map(
+        self,
+        func: Callable[..., Any],
+        data: Iterable[Any] | None,
+        extra_args: Sequence[Any] = ...,
+        extra_kwargs: Mapping[str, Any] | None = ...,
+        *,
+        vectorized: bool,
+        callback: Callable[[Any], object] | None = ...,
+        progress: bool = ...,
+    ) -> Any: ...
+
     def map(
         self,
         func: Callable[..., _R],
@@ -3503,7 +3531,7 @@ class Parallelizer:
         callback: Callable[[_R], object] | None = None,
         seed: Any = None,
         progress: bool = False,
-    ) -> list[_R]:
+    ) -> Any:
         """``[func(x, *extra_args, **extra_kwargs) for x in data]``, on all processes.
 
         Inside `run` every process calls it; outside, main alone (under MPI while the others
@@ -3535,8 +3563,35 @@ class Parallelizer:
         results concatenate to. On workers `InWorkerProcess`.
         """
         task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), False, seed)
-        results: list[_R] = self._map(task, data, vectorized, chunksize, callback, progress)
-        return results
+        return self._map(task, data, vectorized, chunksize, callback, progress)
+
+    @overload
+    def starmap(
+        self,
+        func: Callable[..., _R],
+        data: Iterable[Iterable[Any]] | None,
+        extra_args: Sequence[Any] = ...,
+        extra_kwargs: Mapping[str, Any] | None = ...,
+        *,
+        vectorized: Literal[False] = ...,
+        chunksize: int | None = ...,
+        callback: Callable[[_R], object] | None = ...,
+        seed: Any = ...,
+        progress: bool = ...,
+    ) -> list[_R]: ...
+
+    @overload
+    def starmap(
+        self,
+        func: Callable[..., Any],
+        data: Iterable[Iterable[Any]] | None,
+        extra_args: Sequence[Any] = ...,
+        extra_kwargs: Mapping[str, Any] | None = ...,
+        *,
+        vectorized: bool,
+        callback: Callable[[Any], object] | None = ...,
+        progress: bool = ...,
+    ) -> Any: ...
 
     def starmap(
         self,
@@ -3550,11 +3605,10 @@ class Parallelizer:
         callback: Callable[[_R], object] | None = None,
         seed: Any = None,
         progress: bool = False,
-    ) -> list[_R]:
+    ) -> Any:
         """As `map`, but each item of `data` holds the first arguments: ``func(*x, ...)``."""
         task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), True, seed)
-        results: list[_R] = self._map(task, data, vectorized, chunksize, callback, progress)
-        return results
+        return self._map(task, data, vectorized, chunksize, callback, progress)
 
     def imap(
         self,
@@ -3625,7 +3679,8 @@ class Parallelizer:
         self, task: _Task, data: Any, chunksize: int, ordered: bool, progress: bool
     ) -> Iterator[Any]:
         _check_chunksize(chunksize)
-        iter(() if data is None and not self.on_main else data)  # refuse what cannot be iterated
+        if self.on_main:
+            iter(data)  # refuses at once what cannot be iterated over
         options = (task, chunksize, ordered, progress)
         if not self._main_is_alone():
             return _spmd_imap(*options, data=data, parallelizer=self)
@@ -4340,7 +4395,7 @@ def _available_cpus() -> int:
     else:
         limits = [os.cpu_count() or 1]
     if hasattr(os, "process_cpu_count"):  # Python 3.13: heeds PYTHON_CPU_COUNT
-        limits.append(os.process_cpu_count() or 1)
+        limits.append(getattr(os, "process_cpu_count")() or 1)  # noqa: B009 - for type checkers
     limits += _cgroup_cpus()
     slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if slurm.isdigit():
