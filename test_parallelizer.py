@@ -2604,7 +2604,8 @@ STAGES = ["gather", "broadcast", "scatter", "wait", "receive", "large broadcast"
           "large send", "sleep", "compute"]  # fmt: skip
 
 
-@pytest.fixture(params=MULTIPROCESSING, ids="on_{}".format)
+# A fork server differs from spawn in how workers are born, which other tests look at.
+@pytest.fixture(params=["fork", "spawn"], ids="on_{}".format)
 def pool(request: pytest.FixtureRequest) -> Iterator[MultiprocessingParallelizer]:
     """An open parallelizer of four processes, which must serve the next run whatever happens."""
     MultiprocessingParallelizer(2, start_method=request.param).run(ranks)  # its servers stay

@@ -202,6 +202,22 @@ def gather_sample(data: Array, *, parallelizer: Parallelizer) -> Any:
     return parallelizer.gather(sample(data))
 
 
+def gather_last(data: Array, *, parallelizer: Parallelizer) -> Any:
+    """Receive a number, or an array that costs no more than one."""
+    return parallelizer.gather(float(np.ravel(data)[-1]))
+
+
+def sample_beside(_: int, data: Array) -> float:
+    """Receive the big array beside an item."""
+    return sample(data)
+
+
+@functools.cache
+def shared(p: Parallelizer, s: Setting) -> Any:
+    """Share the big array."""
+    return p.share(big(s))
+
+
 def broadcast_sample(data: Array | None = None, *, parallelizer: Parallelizer) -> Any:
     """Receive the big array by `broadcast`; main alone has been given it."""
     received: Any = parallelizer.broadcast(data)
@@ -324,6 +340,17 @@ CASES = {
     "argument": Case(
         "the array as an argument of run",
         {"parallelizer": lambda p, s: p.run(gather_sample, big(s))}, samples),
+    "extra": Case(
+        "the array in extra_args of map",
+        {"parallelizer": lambda p, s: p.map(sample_beside, range(s.nprocs), (big(s),))}, samples),
+    "number": Case(
+        "run with a number as an argument",
+        {"parallelizer": lambda p, s: p.run(gather_last, big(s)[-1])},
+        lambda s: [float(big(s)[-1])] * s.nprocs, loops=50),
+    "shared": Case(
+        "run with the array, shared before",
+        {"parallelizer": lambda p, s: p.run(gather_last, shared(p, s))},
+        lambda s: [float(big(s)[-1])] * s.nprocs, loops=50),
     **GROWTH,
     "import": Case("import, beyond numpy's", with_pools(None, None), lambda _: None),
     "MPI broadcast": Case("array: broadcast", with_mpi(mpi_broadcast, raw_broadcast), samples),
