@@ -2150,15 +2150,20 @@ class _ThreadLimit:
                     os.environ[name] = value
 
 
+@functools.lru_cache(1)
+def _thread_pools(imported: int) -> Any:
+    """A threadpoolctl.ThreadpoolController, made anew when modules have been imported."""
+    return importlib.import_module("threadpoolctl").ThreadpoolController()
+
+
 def _limit_threads(count: int | None, *, raising: bool) -> Callable[[], object]:
     """Limit the libraries that are loaded; what undoes it is returned."""
     if count is None:
         return lambda: None
     try:
-        threadpoolctl = importlib.import_module("threadpoolctl")
+        controller = _thread_pools(len(sys.modules))
     except ModuleNotFoundError:
         return lambda: None
-    controller = threadpoolctl.ThreadpoolController()
     limits = {  # by the kind of library
         info["prefix"]: count if raising else min(count, info["num_threads"])
         for info in controller.info()
@@ -2245,7 +2250,8 @@ def _worker_main(setup: _WorkerSetup) -> None:
     # A fork server may have been started with another environment.
     _limit_threads(setup.threads, raising=True)
     if "numpy.random" in sys.modules:
-        np.random.seed()  # noqa: NPY002 - likewise the state of this very generator
+        # Likewise the state of this very generator.
+        np.random.seed(np.frombuffer(os.urandom(32), np.uint32))  # noqa: NPY002
     _listen(communicator)
     parallelizer.serve()
 
