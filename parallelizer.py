@@ -93,17 +93,22 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Call",
     "ClientServerRunner",
     "Communicator",
     "ContractError",
+    "Failure",
+    "GatherPlan",
     "MPIParallelizer",
     "Message",
     "MultiprocessingParallelizer",
     "PackingError",
     "Parallelizer",
     "ParallelizerError",
+    "Parcel",
     "RankStats",
     "RemoteTraceback",
+    "RunEnded",
     "RunStats",
     "SerialNonParallelizer",
     "WaitTimeout",
@@ -161,15 +166,15 @@ class RemoteTraceback(Exception):
         return f'\n"""\n{self.text}"""'
 
 
-class _RunEnded(BaseException):
-    """Unwinds a function whose run has failed on another process.
+class RunEnded(BaseException):
+    """Unwinds a function whose run has failed on another process; nobody needs to catch it.
 
     Not an `Exception`, so that the function's own ``except Exception`` lets it pass: the run is
     over, whatever the function thinks of it.
     """
 
 
-class _Failure(NamedTuple):
+class Failure(NamedTuple):
     """What a process tells the others of the exception that ended its function."""
 
     rank: int
@@ -178,7 +183,8 @@ class _Failure(NamedTuple):
     pickled: bytes | None  # of `_ExceptionParts`, None where the exception cannot be pickled
 
     @classmethod
-    def of(cls, error: BaseException, rank: int, size: int) -> _Failure:
+    def of(cls, error: BaseException, rank: int, size: int) -> Failure:
+        """Of this process, which is `rank` of `size`."""
         header = f"### rank {rank} of {size} on {_hostname()} (pid {os.getpid()})"
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         try:
@@ -548,7 +554,7 @@ def _loads(data: bytes) -> Any:
     return pickle.loads(pickled, buffers=buffers)
 
 
-class _GatherPlan:
+class GatherPlan:
     """Decides, once all heads are known, where the buffers of a gather are to be written.
 
     Arrays that fit go straight to their place in `result`; it stays None where they don't.
@@ -749,7 +755,7 @@ class RunStats(tuple[RankStats, ...]):
 _REPORT = struct.Struct("<dddqq")  # the fields of `RankStats`
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A place in a run that all its processes must pass: the `number`-th collective call.
 
     `depth` counts the nested runs on a subset of the ranks.
@@ -774,13 +780,14 @@ class _Wait(NamedTuple):
     awaited: tuple[int, ...]
 
 
-class _Parcel:
-    """A message on its way in, or here."""
+class Parcel:
+    """A message of `send` on its way in, or here."""
 
     def __init__(self, message: Message | None = None) -> None:
         self.message = message
 
     def done(self) -> bool:
+        """Whether it is here."""
         return self.message is not None
 
 
@@ -789,26 +796,55 @@ class Communicator(abc.ABC):
 
     Messages are packed (`Message`), the root of every collective is rank 0, and processes are
     numbered twice: `rank` counts within the `members` of the current run, while a *process*
-    keeps its number for life. All of ``run`` but the calls below is `Parallelizer`'s.
+    keeps its number for life. All of ``run`` but the calls below is `Parallelizer`'s, and waiting
+    and the watch over it are written here once: a wait ends when its message is there, when the
+    run has failed elsewhere, when `timeout` has passed, or when those waited for are found to
+    wait in turn for this process.
 
-    Waiting and the watch over it are written here once: a wait ends when its message is there,
-    when the run has failed elsewhere, when `timeout` has passed, or when those waited for are
-    found to wait in turn for this process.
+    Notes
+    -----
+    A run goes through these calls, on each process that takes part::
+
+        main: command(message)                         else: next_command() -> message
+        restricted_to(ranks)   members, rank and size are those of the run
+        begin_run()            main sends the command on its way
+        ... the function: for each verb enter(), then broadcast, scatter, gather, barrier, ...
+        finish_run(report)     or, where the function or a verb has raised, fail_run(error)
+
+    A transport provides the abstract methods and these hooks, and may extend the others:
+
+    ``_progress(seconds)``
+        Take in what has arrived, waiting at most so long for something to arrive: messages of
+        collectives, to be kept until they are asked for; messages of `send`, to be put as
+        `Parcel` into ``_mail[sender, tag, stamp]``; what `_post_control` sent, to be handed to
+        `_on_control`; words about the end of the run. Every wait is a ``_wait_until(ready,
+        awaited)``, which calls it.
+    ``_send(message, process, tag)``, ``_post_control(process, content)``
+        See there.
+    ``_raise_failure()``
+        Raise `RunEnded` where the present run is known to have failed on another process: who
+        has failed has told main in `fail_run`, and main tells the others.
+
+    A message of a collective carries `call`, which says what its sender is about to do. Where the
+    receiver is about to do something else, it raises ``_disagreement(sender, call)``; what has
+    returned counts as one that calls "return". A message that is left over from an earlier run
+    is known by the `stamp` of that run, and dropped. ``examples/threads_backend.py`` is a whole
+    backend.
     """
 
     def __init__(self, process: int, size: int, timeout: float | None = None) -> None:
         self.process = process
         self._set_members(tuple(range(size)))
         self.timeout = timeout
-        self.call = _Call(0, 0, "run")
-        self._history: collections.deque[_Call] = collections.deque(maxlen=100)
+        self.call = Call(0, 0, "run")
+        self._history: collections.deque[Call] = collections.deque(maxlen=100)
         # Whether the user's function is executing: only then may a signal end it.
         self.interruptible = False
         self.news = False  # a signal has come, and has not been heeded yet
         self.in_function = False
         self._broken = False
         # By sender, tag and run: what comes late for a run that is over is never asked for.
-        self._mail: collections.defaultdict[tuple[int, int, int], collections.deque[_Parcel]]
+        self._mail: collections.defaultdict[tuple[int, int, int], collections.deque[Parcel]]
         self._mail = collections.defaultdict(collections.deque)
         self.stamp = 0  # of the current run
         # For `RankStats`, of the current run.
@@ -836,7 +872,7 @@ class Communicator(abc.ABC):
         """The message at this rank's place in rank 0's sequence; the others pass None."""
 
     @abc.abstractmethod
-    def gather(self, message: Message, plan: _GatherPlan) -> list[Message] | None:
+    def gather(self, message: Message, plan: GatherPlan) -> list[Message] | None:
         """All messages in rank order on rank 0, None elsewhere; `plan` may place the buffers."""
 
     def _send(self, message: Message, process: int, tag: int) -> None:
@@ -892,7 +928,7 @@ class Communicator(abc.ABC):
             self._send(message, process, tag)
             return
         copies = [buffer.copy() for buffer in message.buffers]
-        self._mail[process, tag, self.stamp].append(_Parcel(Message(message.pickled, copies)))
+        self._mail[process, tag, self.stamp].append(Parcel(Message(message.pickled, copies)))
 
     def receive(self, rank: int, tag: int) -> Message:
         """The oldest message from `rank` under `tag`; waits for it."""
@@ -946,7 +982,7 @@ class Communicator(abc.ABC):
         """Within, only these of the present ranks take part, counted anew from 0."""
         members, call = self.members, self.call
         self._set_members(tuple(members[rank] for rank in ranks))
-        self.call = _Call(call.depth + 1, 0, "run")
+        self.call = Call(call.depth + 1, 0, "run")
         try:
             yield
         finally:
@@ -983,7 +1019,7 @@ class Communicator(abc.ABC):
                 f"receive is unknown; let the exception end the run"
             )
         if verb not in ("send", "receive"):
-            self.call = _Call(self.call.depth, self.call.number + 1, verb)
+            self.call = Call(self.call.depth, self.call.number + 1, verb)
             self._history.append(self.call)
         return self
 
@@ -992,14 +1028,14 @@ class Communicator(abc.ABC):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # A KeyboardInterrupt may have come between two steps of the protocol.
-        if kind is not None and not issubclass(kind, (Exception, _RunEnded)):
+        if kind is not None and not issubclass(kind, (Exception, RunEnded)):
             self._broken = True
         self._collectives += time.perf_counter() - self._entered_at
         self.interruptible = self.in_function
         if self.news and kind is None:
             self.heed_news()
 
-    def _disagreement(self, process: int, call: _Call) -> ContractError:
+    def _disagreement(self, process: int, call: Call) -> ContractError:
         """`process` made `call` where this process made another one."""
         mine = self.call
         for earlier in self._history:
@@ -1137,7 +1173,7 @@ class SerialCommunicator(Communicator):
         assert messages is not None
         return messages[0]
 
-    def gather(self, message: Message, plan: _GatherPlan) -> list[Message] | None:
+    def gather(self, message: Message, plan: GatherPlan) -> list[Message] | None:
         return [message]
 
     def barrier(self) -> None:
@@ -1370,14 +1406,14 @@ class _Tickets:
         self._writer.close()
 
 
-class _Incoming(_Parcel):
+class _Incoming(Parcel):
     """A message that arrives in pieces: first its head, then its buffers.
 
     The buffers of a gather are `held` in their slots until their place in the result is known;
     all others get fresh memory as soon as the head is complete.
     """
 
-    def __init__(self, run: int, call: _Call, head_bytes: int, held: bool) -> None:
+    def __init__(self, run: int, call: Call, head_bytes: int, held: bool) -> None:
         super().__init__()
         self.run = run
         self.call = call
@@ -1530,7 +1566,7 @@ class PipeCommunicator(Communicator):
 
     def _on_start(self, source: int, run: int, body: bytes) -> None:
         stream, depth, number, verb, tag, head_bytes = _START_HEAD.unpack_from(body)
-        call = _Call(depth, number, _VERBS[verb])
+        call = Call(depth, number, _VERBS[verb])
         # What comes to main in a collective is a gather's.
         held = self.process == 0 and call.verb not in ("send", *_VERDICTS)
         incoming = _Incoming(run, call, head_bytes, held)
@@ -1574,7 +1610,7 @@ class PipeCommunicator(Communicator):
 
     # -- messages -----------------------------------------------------------------------------
 
-    def _transmit(self, processes: Sequence[int], call: _Call, tag: int, message: Message) -> None:
+    def _transmit(self, processes: Sequence[int], call: Call, tag: int, message: Message) -> None:
         """Send one message to all of `processes`, through the same slots."""
         self._stream += 1
         head = message.head()
@@ -1656,7 +1692,7 @@ class PipeCommunicator(Communicator):
             self._transmit([process], self.call, 0, message)
         return messages[0]
 
-    def gather(self, message: Message, plan: _GatherPlan) -> list[Message] | None:
+    def gather(self, message: Message, plan: GatherPlan) -> list[Message] | None:
         if self.rank > 0:
             self._transmit([self.members[0]], self.call, 0, message)
             return None
@@ -1690,11 +1726,11 @@ class PipeCommunicator(Communicator):
 
     def barrier(self) -> None:
         nothing = Message(b"-", [])
-        self.gather(nothing, _GatherPlan(False))
+        self.gather(nothing, GatherPlan(False))
         self.broadcast(nothing if self.rank == 0 else None)
 
     def _send(self, message: Message, process: int, tag: int) -> None:
-        self._transmit([process], _Call(0, 0, "send"), tag, message)
+        self._transmit([process], Call(0, 0, "send"), tag, message)
 
     def open_tickets(self, count: int) -> None:
         self._turn = self.rank
@@ -1758,7 +1794,7 @@ class _WorkerEnd(PipeCommunicator):
 
     def _raise_failure(self) -> None:
         if self._in_run and self._aborted == self._run:
-            raise _RunEnded
+            raise RunEnded
 
     def command(self, message: Message | None) -> None:
         raise AssertionError("commands come from main")
@@ -1782,7 +1818,7 @@ class _WorkerEnd(PipeCommunicator):
             self._in_run = True
             try:
                 return self._complete(incoming, 0)
-            except _RunEnded as ended:
+            except RunEnded as ended:
                 self.fail_run(ended)
 
     def begin_run(self) -> None:
@@ -1798,13 +1834,13 @@ class _WorkerEnd(PipeCommunicator):
     def fail_run(self, error: BaseException) -> BaseException:
         try:
             self._raise_failure()
-            if not isinstance(error, _RunEnded):
-                failure = _Failure.of(error, self.process, len(self._port.outboxes))
+            if not isinstance(error, RunEnded):
+                failure = Failure.of(error, self.process, len(self._port.outboxes))
                 packed = Message(pickle.dumps(failure), [])
                 self._transmit([0], self.call._replace(verb="failed"), 0, packed)
                 self._unheard = True
                 return error
-        except _RunEnded:
+        except RunEnded:
             pass  # main knows of a failure already, and only waits for this process to leave
         finally:
             self._in_run = False
@@ -1841,12 +1877,12 @@ class _MainEnd(PipeCommunicator):
         self._ended.add(source)
         if incoming.call.verb == "failed":
             assert incoming.message is not None
-            failure: _Failure = pickle.loads(incoming.message.pickled)
+            failure: Failure = pickle.loads(incoming.message.pickled)
             self._failures[source] = failure.exception()
 
     def _raise_failure(self) -> None:
         if self._failures:
-            raise _RunEnded
+            raise RunEnded
 
     def command(self, message: Message | None) -> None:
         self._command = message
@@ -1864,7 +1900,7 @@ class _MainEnd(PipeCommunicator):
         self._raise_failure()  # who died since the last run
         self._workers.start_missing()
         self._begun.update(self.members[1:])
-        self._transmit(self.members[1:], _Call(self.call.depth, 0, "run"), 0, command)
+        self._transmit(self.members[1:], Call(self.call.depth, 0, "run"), 0, command)
 
     def close(self) -> None:
         _stop_listening(self)
@@ -1879,7 +1915,7 @@ class _MainEnd(PipeCommunicator):
         return [report, *(incoming.pickled for incoming in arrived)]
 
     def fail_run(self, error: BaseException) -> BaseException:
-        if not isinstance(error, _RunEnded) or not self._failures:  # it may be an outer run's
+        if not isinstance(error, RunEnded) or not self._failures:  # it may be an outer run's
             self._failures[0] = error
         try:
             if self._broken or isinstance(error, KeyboardInterrupt):
@@ -2151,7 +2187,7 @@ class _ThreadLimit:
 
 
 @functools.lru_cache(1)
-def _thread_pools(imported: int) -> Any:
+def _thread_pools(imported: int) -> Any:  # noqa: ARG001 - the key of the cache
     """A threadpoolctl.ThreadpoolController, made anew when modules have been imported."""
     return importlib.import_module("threadpoolctl").ThreadpoolController()
 
@@ -2334,7 +2370,7 @@ class _Folded(NamedTuple):
         return cls(head + struct.pack(f"<{len(sizes)}Q", *sizes) + ahead, parts)
 
 
-class _MPIParcel(_Parcel):
+class _MPIParcel(Parcel):
     """The other end of a `_Folded`, from the bytes that came ahead, which may be padded."""
 
     def __init__(self, ahead: bytes) -> None:
@@ -2381,13 +2417,13 @@ def _pieces(part: _Bytes) -> Iterator[_Bytes]:
         yield part[start : start + _PIECE_BYTES]
 
 
-def _code(call: _Call) -> int:
+def _code(call: Call) -> int:
     return _CALLED + (call.depth << 35) + (call.number << 5) + _VERBS.index(call.verb)
 
 
-def _call_of(code: int) -> _Call:
+def _call_of(code: int) -> Call:
     code -= _CALLED
-    return _Call(code >> 35, (code >> 5) & ((1 << 30) - 1), _VERBS[code & 31])
+    return Call(code >> 35, (code >> 5) & ((1 << 30) - 1), _VERBS[code & 31])
 
 
 class _Check(NamedTuple):
@@ -2498,7 +2534,7 @@ class MPICommunicator(Communicator):
 
     def _raise_failure(self) -> None:
         if self._verdict is not None or (not self._checking and self.stamp in self._noted):
-            raise _RunEnded
+            raise RunEnded
 
     # -- checks -------------------------------------------------------------------------------
 
@@ -2586,7 +2622,7 @@ class MPICommunicator(Communicator):
             return self._conclude(again)
         if first == _FAILED:
             self._learn(check.group, low & mask)
-            raise _RunEnded
+            raise RunEnded
         if first != last:
             self._verdict = self._mismatch(first, low & mask, last, high & mask)
             raise self._verdict
@@ -2611,7 +2647,7 @@ class MPICommunicator(Communicator):
         data = b""
         if group.Get_rank() == rank:
             assert self._own_failure is not None
-            failure = _Failure.of(self._own_failure, self.process, self.world_size)
+            failure = Failure.of(self._own_failure, self.process, self.world_size)
             data = pickle.dumps(failure)
         size = np.array([len(data)], np.int64)
         group.Bcast(size, rank)
@@ -2630,7 +2666,7 @@ class MPICommunicator(Communicator):
         self._wait_idly(check.request.Test)
         try:
             self._conclude(check)
-        except (_RunEnded, ContractError):
+        except (RunEnded, ContractError):
             self._leave_failed_run(check.group)
         else:
             self.abort("a rank that had given up waiting was needed after all", 1)
@@ -2705,11 +2741,11 @@ class MPICommunicator(Communicator):
             self.send(here, rank, tag)
 
     def command(self, message: Message | None) -> None:
-        self.call = _Call(0, 0, "command")
+        self.call = Call(0, 0, "command")
         self._broadcast(message or Message(b"", []), idle=False)
 
     def next_command(self) -> Message | None:
-        self.call = _Call(0, 0, "command")
+        self.call = Call(0, 0, "command")
         message = self._broadcast(None, idle=True)
         return message if message.pickled else None
 
@@ -2718,7 +2754,7 @@ class MPICommunicator(Communicator):
         return self._gather_ahead(report) or [report]
 
     def fail_run(self, error: BaseException) -> BaseException:
-        if self._verdict is None and not isinstance(error, _RunEnded):
+        if self._verdict is None and not isinstance(error, RunEnded):
             self.tell_all(("failed", self.stamp))
             self._own_failure = error
         if self._verdict is None and not self._hear_verdict():
@@ -2739,7 +2775,7 @@ class MPICommunicator(Communicator):
         elif not self.listen(_GRACE, check.request.Test):
             return False
         self._unsettled = None
-        with contextlib.suppress(_RunEnded, ContractError):
+        with contextlib.suppress(RunEnded, ContractError):
             self._conclude(check)
         return True
 
@@ -2835,7 +2871,7 @@ class MPICommunicator(Communicator):
         self._group.Scatter(cells and [cells, size, self._mpi.BYTE], [own, self._mpi.BYTE])
         return bytes(own)
 
-    def gather(self, message: Message, plan: _GatherPlan) -> list[Message] | None:
+    def gather(self, message: Message, plan: GatherPlan) -> list[Message] | None:
         ahead, parts = self._fold(message)
         aheads = self._gather_ahead(ahead)
         if aheads is None:
@@ -2902,7 +2938,7 @@ class MPICommunicator(Communicator):
 
     def begin_leaving(self) -> Callable[[], object]:
         """At the end of the program: a test whether all ranks have come to theirs, too."""
-        self.call = _Call(0, 0, "exit")
+        self.call = Call(0, 0, "exit")
         if self._unsettled is None:
             self._unsettled = self._begin_check()
         test: Callable[[], object] = self._unsettled.request.Test
@@ -2918,7 +2954,7 @@ class MPICommunicator(Communicator):
         check, self._unsettled = self._unsettled, None
         try:
             self._conclude(check)
-        except (ParallelizerError, _RunEnded):
+        except (ParallelizerError, RunEnded):
             return False
         for window in self._counters.values():
             window.Unlock_all()
@@ -3349,7 +3385,7 @@ class Parallelizer:
     def _gather(self, comm: Communicator, data: Any, concatenate: bool | None) -> Any:
         if type(data) is np.ndarray and data.ndim > 0 and concatenate is not False:
             data = np.ascontiguousarray(data)
-        plan = _GatherPlan(concatenate)
+        plan = GatherPlan(concatenate)
         messages = comm.gather(_pack(data, f"what rank {comm.rank} gathers"), plan)
         if messages is None:
             return Parallelizer.InWorkerProcess
@@ -3917,11 +3953,11 @@ def _checked_address(loc: int, tag: int, size: int) -> tuple[int, int]:
 class _Refusal(NamedTuple):
     """Sent in place of a value that main could not provide."""
 
-    failure: _Failure
+    failure: Failure
 
 
 def _refuse(why: Exception, comm: Communicator) -> Message:
-    return _pack(_Refusal(_Failure.of(why, comm.process, comm.size)), "a refusal")
+    return _pack(_Refusal(Failure.of(why, comm.process, comm.size)), "a refusal")
 
 
 def _accept(message: Message) -> Any:
@@ -4204,7 +4240,7 @@ class _Dealer:
                     yield from finished
             finally:
                 # Not where the run has failed, which the workers hear of anyway.
-                with contextlib.suppress(_RunEnded):
+                with contextlib.suppress(RunEnded):
                     for rank in self._supply:
                         self._send(rank, None)
 
@@ -4780,7 +4816,8 @@ def _test_mpi_by_launcher(nprocs: int) -> bool:
 def _self_test(backend: str | None, nprocs: int, only_mpi: bool) -> bool:
     if backend is not None:
         module, _, name = backend.partition(":")
-        return _test_backend(backend, getattr(importlib.import_module(module), name))
+        make = getattr(importlib.import_module(module), name)
+        return _test_backend(backend, functools.partial(make, nprocs))
     launched = _launched_ranks() > 1 or only_mpi
     world = MPIParallelizer() if launched else None
     passed = True
@@ -4808,7 +4845,10 @@ def _command_line() -> int:
         "every backend, or on the ranks of an MPI launcher that starts it.",
     )
     parser.add_argument("command", nargs="?", choices=["self-test"], default="self-test")
-    parser.add_argument("--backend", metavar="PACKAGE.MODULE:CLASS", help="check this one only")
+    parser.add_argument(
+        "--backend", metavar="PACKAGE.MODULE:CLASS",
+        help="check this one only, which is made by CLASS(nprocs)",
+    )  # fmt: skip
     parser.add_argument("--nprocs", type=int, default=3, help="number of processes (default: 3)")
     parser.add_argument("--only-mpi", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

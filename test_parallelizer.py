@@ -2333,6 +2333,15 @@ def test_self_test(argv: list[str], ranks: int | None) -> None:
         assert word in table
 
 
+@pytest.mark.parametrize("nprocs", [1, 2, 5])
+def test_a_backend_of_ones_own(nprocs: int) -> None:
+    argv = ["self-test", "--backend", "threads_backend:ThreadParallelizer", "--nprocs", str(nprocs)]
+    folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
+    told = run_program("-m", "parallelizer", *argv, PYTHONPATH=folders)
+    assert f"{nprocs} on " in told
+    assert "7 checks passed" in told
+
+
 def test_import_is_quiet_and_takes_numpy_alone() -> None:
     call = "import sys, numpy; before = set(sys.modules); import parallelizer; "
     call += "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}; "
