@@ -1232,8 +1232,8 @@ class SerialCommunicator(Communicator):
 
 _POSIX = os.name == "posix"
 _PACKET = min(4096, select.PIPE_BUF) if _POSIX else 4096
-_SLOT_BYTES = 1 << 20
-_SLOTS = 4  # per sender
+_SLOT_BYTES = 1 << 21
+_SLOTS = 2  # per sender: one is filled while the other is read
 
 _START, _DATA, _RELEASE, _CONTROL = range(4)
 _PACKET_HEAD = struct.Struct("<HBHI")  # bytes of the packet, kind, source, run

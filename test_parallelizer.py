@@ -886,7 +886,7 @@ def test_array_subclasses_stay_what_they_are(p: Par) -> None:
 
 
 # Sizes around those at which a transport may change its way: pipe, ring, slot, several slots.
-SIZES = [size + by for size in (4096, 64 * 1024, MIB, 2 * MIB) for by in (-1, 0, 1)]
+SIZES = [size + by for size in (4096, 64 * 1024, MIB, 2 * MIB, 4 * MIB) for by in (-1, 0, 1)]
 SIZES += [0, 1, 10 * MIB + 7]
 
 

@@ -472,13 +472,19 @@ def measure_apart(peer: str, s: Setting, rows: list[str]) -> dict[str, float]:
     return seconds
 
 
-def plan(s: Setting, quick: bool, launched: bool) -> list[tuple[str, Setting, list[str]]]:
-    """What the steps of a round measure: a cell each; if `quick`, a column each."""
+def plan(
+    s: Setting, quick: bool, launched: bool, number: int = 0
+) -> list[tuple[str, Setting, list[str]]]:
+    """What the steps of a round measure: a cell each; if `quick`, a column each.
+
+    In each round another peer begins, as the first to use memory may pay for all.
+    """
     steps: dict[Any, tuple[str, Setting, list[str]]] = {}
     for row, case in CASES.items():
         if (launched and not row.startswith("MPI")) or (quick and (case.nprocs or 0) > 2):
             continue
-        for peer in [peer for peer in case.works if launched or available(peer)]:
+        peers = [peer for peer in case.works if launched or available(peer)]
+        for peer in [*peers[number % len(peers) :], *peers[: number % len(peers)]] if peers else []:
             its = s._replace(nprocs=case.nprocs or s.nprocs)
             step = steps.setdefault((peer, its if quick else row), (peer, its, []))
             step[2].append(row)
@@ -489,7 +495,7 @@ def measure_all(s: Setting, rounds: int, quick: bool, launched: bool) -> Results
     """Go round by round through fresh processes, or stay on the ranks that were launched."""
     results: Results = {row: {} for row in CASES}
     for number in range(1, rounds + 1):
-        for peer, its, rows in plan(s, quick, launched):
+        for peer, its, rows in plan(s, quick, launched, number):
             if not launched:
                 print(f"round {number} of {rounds}: {peer}: {', '.join(rows)}", file=sys.stderr)
                 seconds = measure_apart(peer, its, rows)
