@@ -1966,14 +1966,18 @@ def _interrupt(pid: int | None) -> None:
             os.kill(pid, _URGENT)
 
 
-# The communicators of this process that such a signal may concern, and whose handler it was.
+# The communicators of this process that such a signal may concern, and who handled it before:
+# perhaps another copy of this module.
 _LISTENING: list[Communicator] = []
 _HANDLER_BEFORE: list[Any] = []
 
 
-def _on_interrupt(*_: object) -> None:
+def _on_interrupt(signum: int, frame: types.FrameType | None) -> None:
     for communicator in _LISTENING:
         communicator.news = True
+    for handler in _HANDLER_BEFORE:
+        if callable(handler):
+            handler(signum, frame)
     for communicator in _LISTENING:
         if communicator.interruptible:
             communicator.heed_news()
@@ -1988,7 +1992,7 @@ def _listen(communicator: Communicator) -> None:
     """Let `_interrupt` end the user's function on this process when its run has failed."""
     if _URGENT is None or not _on_main_thread():
         return
-    if not _LISTENING:
+    if signal.getsignal(_URGENT) is not _on_interrupt:
         _HANDLER_BEFORE[:] = [signal.signal(_URGENT, _on_interrupt) or signal.SIG_DFL]
     _LISTENING.append(communicator)
 
@@ -1996,7 +2000,9 @@ def _listen(communicator: Communicator) -> None:
 def _stop_listening(communicator: Communicator) -> None:
     if communicator in _LISTENING:
         _LISTENING.remove(communicator)
-        if not _LISTENING and _URGENT is not None and _on_main_thread():
+        if _LISTENING or _URGENT is None or not _on_main_thread():
+            return
+        if signal.getsignal(_URGENT) is _on_interrupt:
             signal.signal(_URGENT, _HANDLER_BEFORE.pop())
 
 
@@ -2321,6 +2327,16 @@ def _die_with_main(life: Any) -> Any:
 # rank whose peers are still computing after _GRACE raises alone and settles at its next call;
 # if nobody handles its exception, `_JobEnd` aborts the job. So 1,000 ranks cost a check of
 # log2(1000) = 10 steps per collective, and a failure 1,000 notes of a few bytes.
+#
+# What 1,000 ranks cost, on paper: a check is one allreduce of 512 bytes, so 10 steps of one
+# message each way, some tens of microseconds on a cluster's network. An object that fits into it
+# (488 bytes of `broadcast`) costs nothing beyond; a larger one a Bcast, which MPI pipelines or
+# arranges as a tree. `gather` and `scatter` of small objects add one Gather or Scatter of equal
+# cells (of 1,000 kB in all if the largest object has 1 kB), and of arrays one message from or to
+# each rank, so that main moves each byte once: 1,000 x the block. `reduce` and `allreduce` hold
+# 1,000 values on main, as they fold in rank order. `map` broadcasts its data, takes a ticket per
+# chunk by a Fetch_and_op on main's memory (8,192 chunks at most), and gathers the results. A rank
+# holds three communicators, and nothing per other rank.
 
 _FAILED, _TOLD, _CALLED = 0, 1, 16  # codes in a check; calls count from _CALLED
 _CHECK_HEAD = struct.Struct("=qqq")  # smallest code, largest code, bytes needed
@@ -3165,6 +3181,13 @@ class Parallelizer:
         ------
         The exception of the lowest rank that raised one, caused by a `RemoteTraceback` where
         that was not this process; `WorkerDied`, `ContractError`, `PackingError`, `WaitTimeout`.
+
+        Examples
+        --------
+        >>> def power(base, *, exponent=1, parallelizer=None):
+        ...     return parallelizer.gather(base**exponent)
+        >>> SerialNonParallelizer().run(power, 3, main_kwargs={"exponent": 2})  # on 3: [9, 3, 3]
+        [9]
         """
         if not callable(func):
             raise TypeError(f"run needs a function, not {_describe(func)}")
@@ -3180,7 +3203,14 @@ class Parallelizer:
                 self._runner = None
 
     def apply(self, func: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
-        """`run` on a parallelizer that is already up; else a `ContractError`."""
+        """`run` on a parallelizer that is already up; else a `ContractError`.
+
+        Examples
+        --------
+        >>> with SerialNonParallelizer() as parallelizer:
+        ...     parallelizer.apply(lambda parallelizer: parallelizer.gather("here"))
+        ['here']
+        """
         if self._entered == 0 and self._runner is None:
             raise ContractError(
                 f"apply needs a parallelizer that is up, but {self!r} is not: use run, or open it "
@@ -3239,6 +3269,14 @@ class Parallelizer:
 
         A tuple of `RankStats` by rank, on main; its text is one line. Under MPI, the other ranks
         have one of their own alone.
+
+        Examples
+        --------
+        >>> parallelizer = SerialNonParallelizer()
+        >>> parallelizer.run(lambda parallelizer: parallelizer.map(abs, [-1, 2]))
+        [1, 2]
+        >>> parallelizer.stats[0].tasks
+        2
         """
         if not self._reports:
             return None
@@ -3306,6 +3344,11 @@ class Parallelizer:
         Returns
         -------
         On main `data` itself, on workers a copy of their own.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.broadcast("hello"))
+        'hello'
         """
         comm = self._speaking("broadcast")
         if comm.size == 1:
@@ -3345,6 +3388,13 @@ class Parallelizer:
         ------
         TypeError
             On every process, where main's `data` is a scalar, a mapping, None or a 0-d array.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.scatter(range(10)))
+        range(0, 10)
+
+        On three processes the blocks are ``range(0, 4)``, ``range(4, 7)`` and ``range(7, 10)``.
         """
         comm = self._speaking("scatter")
         if comm.size == 1:
@@ -3375,6 +3425,20 @@ class Parallelizer:
         Returns
         -------
         On main the array or list, on workers `InWorkerProcess`.
+
+        Raises
+        ------
+        ValueError
+            With `concatenate=True`, on main, where the values do not fit.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.gather(parallelizer.id))
+        [0]
+        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.gather(np.arange(3)))
+        array([0, 1, 2])
+
+        On three processes these are ``[0, 1, 2]`` and ``array([0, 1, 2, 0, 1, 2, 0, 1, 2])``.
         """
         comm = self._speaking("gather")
         if comm.size == 1:
@@ -3398,7 +3462,13 @@ class Parallelizer:
         return _combine([data, *others], concatenate)
 
     def allgather(self, data: Any, *, concatenate: bool | None = None) -> Any:
-        """As `gather`, with the result on every process."""
+        """As `gather`, with the result on every process.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.allgather("x"))
+        ['x']
+        """
         comm = self._speaking("allgather")
         if comm.size == 1:
             return _combine([data], concatenate)
@@ -3418,6 +3488,18 @@ class Parallelizer:
         Returns
         -------
         On main the result, on workers `InWorkerProcess`.
+
+        Raises
+        ------
+        ValueError
+            On every process, where `op` is another word.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.reduce(2, "prod"))
+        2
+
+        On three processes it is 8.
         """
         comm = self._speaking("reduce")
         fold = _reduction(op)
@@ -3428,7 +3510,13 @@ class Parallelizer:
             return functools.reduce(fold, values) if comm.rank == 0 else values
 
     def allreduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
-        """As `reduce`, with the result on every process."""
+        """As `reduce`, with the result on every process.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.allreduce(np.ones(2)))
+        array([1., 1.])
+        """
         comm = self._speaking("allreduce")
         fold = _reduction(op)
         if comm.size == 1:
@@ -3442,6 +3530,27 @@ class Parallelizer:
 
         Returns when `data` may be changed; large data waits until the receiver takes it in,
         which it also does while it waits for something else.
+
+        Parameters
+        ----------
+        data : object
+        loc : int
+            A rank; one's own, too.
+        tag : int
+            From 0 to 2**31 - 1. Messages from one rank under one tag keep their order.
+
+        Raises
+        ------
+        ValueError, PackingError
+            Before anything is sent.
+
+        Examples
+        --------
+        >>> def remind_oneself(parallelizer):
+        ...     parallelizer.send("tea", parallelizer.id)
+        ...     return parallelizer.receive(parallelizer.id)
+        >>> SerialNonParallelizer().run(remind_oneself)
+        'tea'
         """
         comm = self._speaking("send")
         loc, tag = _checked_address(loc, tag, comm.size)
@@ -3449,14 +3558,29 @@ class Parallelizer:
             comm.send(_pack(data, f"what rank {comm.rank} sends"), loc, tag)
 
     def receive(self, loc: int, tag: int = 0) -> Any:
-        """The oldest message that rank `loc` has sent here under `tag`; waits for it."""
+        """The oldest message that rank `loc` has sent here under `tag`; waits for it.
+
+        Raises
+        ------
+        ContractError
+            Where it can never come: that rank has returned, or waits in turn for this one.
+
+        Examples
+        --------
+        See `send`.
+        """
         comm = self._speaking("receive")
         loc, tag = _checked_address(loc, tag, comm.size)
         with comm.enter("receive"):
             return _unpack(comm.receive(loc, tag), f"what rank {loc} sent")
 
     def wait(self) -> None:
-        """Return when every process has called it."""
+        """Return when every process has called it: a barrier.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.wait())
+        """
         comm = self._speaking("wait")
         if comm.size > 1:
             with comm.enter("wait"):
@@ -3477,6 +3601,16 @@ class Parallelizer:
         A read-only array. It can be passed to `run` and `map`, closed over and put into objects
         at no cost, as it and its views travel as handles. It is released when the last
         reference to it goes. Serial: a read-only view of `array`.
+
+        Raises
+        ------
+        TypeError
+            For an array of objects.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().share(np.arange(3)).flags.writeable
+        False
         """
         if self._main_is_alone():
             if self._spans_hosts():
@@ -3498,6 +3632,13 @@ class Parallelizer:
         ----------
         where : {"both", "main", "worker"}
             Who prints.
+        *args, **kwargs
+            As `print` takes them.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().print("only once", where="main")
+        only once
         """
         if where not in ("both", "main", "worker"):
             raise ValueError(f"where must be 'both', 'main' or 'worker', not {where!r}")
@@ -3528,6 +3669,12 @@ class Parallelizer:
         seed : int or numpy.random.SeedSequence, optional
             The same seed and number of the process give the same stream; None takes fresh
             entropy. For numbers that do not depend on the number of processes, see `map`.
+
+        Examples
+        --------
+        >>> parallelizer = SerialNonParallelizer()
+        >>> parallelizer.rng(1).random() == parallelizer.rng(1).random()
+        True
         """
         return _spawned_rng(seed, _RANK_STREAMS, self.id or 0)
 
@@ -3603,6 +3750,17 @@ class Parallelizer:
         -------
         On main the list of results in the order of `data`; with `vectorized` what the blocks'
         results concatenate to. On workers `InWorkerProcess`.
+
+        Raises
+        ------
+        The exception of the lowest process whose `func` raised one; see `run`.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().map(pow, [2, 3], extra_args=(2,))
+        [4, 9]
+        >>> SerialNonParallelizer().map(np.sqrt, np.array([4.0, 9.0]), vectorized=True)
+        array([2., 3.])
         """
         task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), False, seed)
         return self._map(task, data, vectorized, chunksize, callback, progress)
@@ -3648,7 +3806,13 @@ class Parallelizer:
         seed: Any = None,
         progress: bool = False,
     ) -> Any:
-        """As `map`, but each item of `data` holds the first arguments: ``func(*x, ...)``."""
+        """As `map`, but each item of `data` holds the first arguments: ``func(*x, ...)``.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().starmap(pow, [(2, 3), (3, 2)])
+        [8, 9]
+        """
         task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), True, seed)
         return self._map(task, data, vectorized, chunksize, callback, progress)
 
@@ -3669,6 +3833,12 @@ class Parallelizer:
         iterator that main gets must be exhausted or closed before anything else is run on this
         parallelizer; to leave its loop early closes it. On the workers the iterator is empty.
         See `map` for the parameters; `chunksize` is the number of items that travel together.
+
+        Examples
+        --------
+        >>> squares = SerialNonParallelizer().imap(lambda x: x * x, itertools.count())
+        >>> next(squares), next(squares), next(squares)
+        (0, 1, 4)
         """
         task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), False, seed)
         return self._imap(task, data, chunksize, True, progress)
@@ -3684,7 +3854,13 @@ class Parallelizer:
         seed: Any = None,
         progress: bool = False,
     ) -> Iterator[_R]:
-        """As `imap`, in the order in which the results come."""
+        """As `imap`, in the order in which the results come.
+
+        Examples
+        --------
+        >>> sorted(SerialNonParallelizer().imap_unordered(abs, [-1, 2]))
+        [1, 2]
+        """
         task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), False, seed)
         return self._imap(task, data, chunksize, False, progress)
 
@@ -3786,6 +3962,13 @@ class Parallelizer:
         ------
         LookupError
             For an unknown name; the message lists the known ones.
+
+        Examples
+        --------
+        >>> Parallelizer.lookup("serial")
+        SerialNonParallelizer(id=0, nprocs=1)
+        >>> Parallelizer.lookup({"mode": "multiprocessing", "nprocs": 4})
+        MultiprocessingParallelizer(id=None, nprocs=None)
         """
         if isinstance(key, Mapping):
             return Parallelizer.from_config(**{**key, **options})
@@ -3806,7 +3989,13 @@ class Parallelizer:
 
     @staticmethod
     def from_config(mode: str = "auto", **options: Any) -> Parallelizer:
-        """Make a parallelizer: ``from_config("multiprocessing", nprocs=4)``."""
+        """Make a parallelizer of a backend's name and what its constructor takes.
+
+        Examples
+        --------
+        >>> Parallelizer.from_config("multiprocessing", nprocs=4)
+        MultiprocessingParallelizer(id=None, nprocs=None)
+        """
         if mode == "auto":
             mode = _automatic_mode()
         backends = _backends()
@@ -3819,7 +4008,15 @@ class Parallelizer:
         return backends[mode](**options)
 
     def register(self: _Self, name: str) -> _Self:
-        """Be what ``lookup(name)`` finds. ValueError where another one has the name."""
+        """Be what ``lookup(name)`` finds. ValueError where another one has the name.
+
+        Examples
+        --------
+        >>> mine = SerialNonParallelizer().register("mine")
+        >>> Parallelizer.lookup("mine") is mine
+        True
+        >>> Parallelizer.unregister("mine")
+        """
         if name in _backends() or name == "auto":
             raise ValueError(f"{name!r} is the name of a backend; choose another")
         if self._registry.setdefault(name, self) is not self:
@@ -3830,7 +4027,7 @@ class Parallelizer:
 
     @staticmethod
     def unregister(name: str) -> None:
-        """Forget a registered name. LookupError where there is none."""
+        """Forget a registered name. LookupError where there is none. See `register`."""
         if name not in Parallelizer._registry:
             raise LookupError(
                 f"{name!r} is not registered; registered are "
@@ -3840,7 +4037,16 @@ class Parallelizer:
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Give a script's command line ``--backend`` and ``--nprocs``."""
+        """Give a script's command line ``--backend`` and ``--nprocs``.
+
+        Examples
+        --------
+        >>> import argparse
+        >>> parser = argparse.ArgumentParser()
+        >>> Parallelizer.add_arguments(parser)
+        >>> Parallelizer.from_arguments(parser.parse_args(["--backend", "serial"]))
+        SerialNonParallelizer(id=0, nprocs=1)
+        """
         group = parser.add_argument_group("parallelization")
         group.add_argument(
             "--backend", choices=[*_backends(), "auto"], default="auto",
@@ -3850,7 +4056,10 @@ class Parallelizer:
 
     @staticmethod
     def from_arguments(namespace: argparse.Namespace) -> Parallelizer:
-        """The parallelizer that a command line with these arguments asks for."""
+        """The parallelizer that a command line with these arguments asks for.
+
+        See `add_arguments`.
+        """
         mode = _automatic_mode() if namespace.backend == "auto" else namespace.backend
         counted = mode == "multiprocessing" and namespace.nprocs is not None
         return Parallelizer.from_config(mode, **({"nprocs": namespace.nprocs} if counted else {}))
@@ -3862,12 +4071,29 @@ class Parallelizer:
         """Decorate a function or method that takes ``parallelizer=`` to run on main only.
 
         Elsewhere it returns `InWorkerProcess`. ``parallelizer=None`` means ``lookup(None)``.
+
+        Examples
+        --------
+        >>> @Parallelizer.main_restricted
+        ... def write(text, *, parallelizer=None):
+        ...     return f"wrote {text}"
+        >>> write("all")
+        'wrote all'
         """
         return _restricted(func, on_main=True)
 
     @staticmethod
     def worker_restricted(func: Callable[..., _R]) -> Callable[..., _R]:
-        """As `main_restricted`, for workers only; main gets `InMainProcess`."""
+        """As `main_restricted`, for workers only; main gets `InMainProcess`.
+
+        Examples
+        --------
+        >>> @Parallelizer.worker_restricted
+        ... def help_out(*, parallelizer=None):
+        ...     return "done"
+        >>> help_out()
+        <InMainProcess: this is main; the value is on the workers>
+        """
         return _restricted(func, on_main=False)
 
 
@@ -4339,6 +4565,12 @@ class MultiprocessingParallelizer(Parallelizer):
         like. What is loaded before is limited where threadpoolctl is installed.
     timeout : float, optional
         See `Parallelizer`.
+
+    Examples
+    --------
+    >>> with MultiprocessingParallelizer(2) as parallelizer:
+    ...     parallelizer.map(abs, [-1, 2, -3])
+    [1, 2, 3]
     """
 
     def __init__(
@@ -4474,6 +4706,16 @@ class MPIParallelizer(Parallelizer):
     ------
     ModuleNotFoundError
         Where mpi4py is not installed.
+    ParallelizerError
+        Where a launcher has started several ranks, of which the MPI library sees one alone.
+
+    Examples
+    --------
+    In a script that ``mpiexec -n 4 python script.py`` starts::
+
+        p = MPIParallelizer()
+        result = p.run(job)
+        p.print(result, where="main")
     """
 
     def __init__(self, comm: Any = None, *, timeout: float | None = None) -> None:
@@ -4571,6 +4813,13 @@ class ClientServerRunner:
         `Parallelizer.serve`: the client uses `map`, `starmap` and `run` alone.
     parallelizer : optional
         Anything that `Parallelizer.lookup` takes.
+
+    Examples
+    --------
+    >>> def client(parallelizer):
+    ...     return parallelizer.map(abs, [-1, 2])
+    >>> ClientServerRunner(client, parallelizer="serial").run()
+    [1, 2]
     """
 
     def __init__(

@@ -20,6 +20,7 @@ looks at it on main and lets the other ranks know.
 from __future__ import annotations
 
 import array
+import ast
 import collections
 import contextlib
 import copy
@@ -51,6 +52,10 @@ from typing import Any, TextIO
 
 import numpy as np
 import pytest
+
+# The tests of a copy under another name see it as this one.
+if copied := os.environ.get("PARALLELIZER_TEST_MODULE"):
+    sys.modules["parallelizer"] = importlib.import_module(copied)
 
 from parallelizer import (
     ClientServerRunner,
@@ -2246,11 +2251,7 @@ def mpiexec(ranks: int) -> list[str]:
 @pytest.mark.parametrize("ranks", RANK_COUNTS)
 def test_contract_under_mpi(ranks: int, tmp_path: Path) -> None:
     code, out, err = finish(
-        str(Path(__file__)),
-        str(tmp_path),
-        ranks=ranks,
-        limit=280,
-        PARALLELIZER_TEST_ENGINE="mpi",
+        str(Path(__file__)), str(tmp_path), ranks=ranks, limit=280, PARALLELIZER_TEST_ENGINE="mpi"
     )
     texts = [path.read_text() for path in sorted(tmp_path.glob("rank-*.txt"))]
     tails = "\n".join(text[-8000:] for text in texts if " failed" in text or code)
@@ -2340,6 +2341,125 @@ def test_a_backend_of_ones_own(nprocs: int) -> None:
     told = run_program("-m", "parallelizer", *argv, PYTHONPATH=folders)
     assert f"{nprocs} on " in told
     assert "7 checks passed" in told
+
+
+def test_docstrings_show_what_happens() -> None:
+    assert run_program("-m", "doctest", str(HERE / "parallelizer.py"), OMP_NUM_THREADS="1") == ""
+    public = [getattr(Parallelizer, name) for name in vars(Parallelizer) if name[0] != "_"]
+    undocumented = [f"{one}" for one in public if not (one.__doc__ or "").strip()]
+    assert not undocumented
+
+
+README = (HERE / "README.md").read_text()
+BLOCKS_OF_README = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS_OF_README)))
+def test_the_code_of_the_readme_runs(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(BLOCKS_OF_README[number])
+    assert run_program(str(script))
+    if "MPI" in script.read_text() or '"auto"' in script.read_text():
+        assert run_program(str(script), ranks=3)
+
+
+def messages_of_the_module() -> Iterator[str]:
+    """Find the longest fixed part of the text of each exception that is made, and each warning."""
+    for node in ast.walk(ast.parse((HERE / "parallelizer.py").read_text())):
+        if isinstance(node, ast.Call) and node.args:
+            name = node.func.id if isinstance(node.func, ast.Name) else ""
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else name
+            if name.endswith(("Error", "Died", "Timeout", "tell", "warning")) and name[0] != "_":
+                text = node.args[0]
+                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+                fixed = [str(x.value) for x in parts if isinstance(x, ast.Constant)]
+                if name != "AssertionError" and fixed:
+                    yield max(fixed, key=len)
+
+
+def test_the_readme_explains_every_message() -> None:
+    words = " ".join(README.split())
+    found = [*messages_of_the_module()]
+    assert len(found) > 40
+    # Some first words of it: enough to find it by, and not the advice that follows.
+    starts = {re.split(r"[;:(%]|\. ", text.strip(" ;:,."))[0].strip()[:40] for text in found}
+    assert not [start for start in starts if start and start not in words]
+
+
+COPIED = "otherproject._vendor.par"
+
+
+@pytest.fixture
+def otherproject(tmp_path: Path) -> str:
+    """Copy the module, and nothing else, under another name into a package; the path to it."""
+    folder = tmp_path / "otherproject" / "_vendor"
+    folder.mkdir(parents=True)
+    for package in (folder.parent, folder):
+        (package / "__init__.py").touch()
+    shutil.copy(HERE / "parallelizer.py", folder / "par.py")
+    return os.pathsep.join([str(tmp_path), str(HERE)])
+
+
+# What tests the module's own ways, on each engine; not what only multiplies dtypes and shapes.
+OF_A_COPY = "on_ and not (bitwise or folds or sizes or ecosystem or prints or agree or told)"
+
+
+def test_a_copy_under_another_name_passes_the_tests(otherproject: str) -> None:
+    run = functools.partial(
+        run_program, PYTHONPATH=otherproject, PARALLELIZER_TEST_MODULE=COPIED, limit=200
+    )
+    told = run("-m", "pytest", "-qx", "-p", "no:cacheprovider", __file__, "-k", OF_A_COPY)
+    assert re.search(r"\d{3,} passed", told), told
+    assert "7 checks passed" in run("-m", COPIED, "--nprocs", "2")
+
+
+def test_two_copies_in_one_process(otherproject: str) -> None:
+    call = "import test_parallelizer; test_parallelizer.use_two_copies"
+    told = run_program("-c", f"{call}(*test_parallelizer.MULTIPROCESSING)", PYTHONPATH=otherproject)
+    assert told.splitlines() == ["[(0, 1), (1, 1)]"] * 3
+    told = run_program("-c", f"{call}('mpi')", PYTHONPATH=otherproject, ranks=2)
+    assert told.splitlines() == ["[(0, 2), (1, 2)]"]
+
+
+def use_two_copies(*engines: str) -> None:
+    """Run as a program of its own by the test above: copies beside and inside each other."""
+    other = importlib.import_module(COPIED)
+    for engine in engines:
+        ours: Par = create(engine, 2)
+        theirs: Par = (
+            other.MPIParallelizer()
+            if engine == "mpi"
+            else other.MultiprocessingParallelizer(2, start_method=engine)
+        )
+        ours.register("the name")
+        theirs.register("the name")
+        assert Parallelizer.lookup("the name") is ours
+        assert other.Parallelizer.lookup("the name") is theirs
+        with ours, theirs:
+            for one in (ours, theirs, ours):
+                error = caught_from(one.run, last_fails)
+                assert type(error) is JobError, error
+            result = ours.run(runs_the_other, "mpi" if engine == "mpi" else "serial")
+        Parallelizer.unregister("the name")
+        other.Parallelizer.unregister("the name")
+        if ours.on_main:
+            print(result)
+
+
+def last_fails(*, parallelizer: Par) -> None:
+    if parallelizer.id == parallelizer.nprocs - 1:
+        raise JobError("the last", 1)
+    time.sleep(0.1)  # which a signal may interrupt
+    parallelizer.wait()
+
+
+def counts_all(*, parallelizer: Par) -> Any:
+    return parallelizer.allreduce(1)
+
+
+def runs_the_other(backend: str, *, parallelizer: Par) -> Any:
+    total = importlib.import_module(COPIED).Parallelizer.lookup(backend).run(counts_all)
+    return parallelizer.gather((parallelizer.id, total))
 
 
 def test_import_is_quiet_and_takes_numpy_alone() -> None:
