@@ -538,20 +538,22 @@ def _unpack(message: Message, what: str) -> Any:
         return pickle.loads(message.pickled, buffers=message.buffers)
     except Exception as why:  # whatever a user's __setstate__ may raise
         raise PackingError(
-            f"{what} arrived but cannot be unpickled: {_summary(why)}. A module may be missing "
-            f"on this process, or a function be defined after this process was started"
+            f"{what} arrived but cannot be unpickled: {_summary(why)}. A module may be missing on "
+            f"this process, or a function stand in a notebook, or be defined after this process "
+            f"was started, which cloudpickle helps with (pip install cloudpickle)"
         ) from why
 
 
 def _dumps(obj: Any) -> bytes:
-    """Pack in one piece: for what is small and seldom."""
-    pickled, buffers = _pack(obj, "an exception")
+    """Pack in one piece: for what is small or seldom."""
+    pickled, buffers = _pack([obj], "an object")  # in a list, so as to be no bare array
     return pickle.dumps((pickled, [bytearray(buffer) for buffer in buffers]))
 
 
 def _loads(data: bytes) -> Any:
     pickled, buffers = pickle.loads(data)
-    return pickle.loads(pickled, buffers=buffers)
+    (obj,) = pickle.loads(pickled, buffers=buffers)
+    return obj
 
 
 class GatherPlan:
@@ -2028,6 +2030,7 @@ class _WorkerSetup(NamedTuple):
     names: list[str]
     timeout: float | None
     threads: int | None
+    method: str
 
 
 # Pools of this process, so that a forked child can let go of what keeps their workers alive.
@@ -2053,6 +2056,7 @@ class _Workers:
         self._parallelizer = weakref.ref(parallelizer)
         import multiprocessing
 
+        self._method = method
         self._context = context = multiprocessing.get_context(method)
         self._timeout = parallelizer.timeout
         self._threads = _ThreadLimit(parallelizer.threads_per_process, nprocs)
@@ -2083,16 +2087,15 @@ class _Workers:
         assert parallelizer is not None
         names = [name for name, held in Parallelizer._registry.items() if held is parallelizer]
         try:
-            with _shielded_start(self._context.get_start_method()), self._threads.environment():
+            with _shielded_start(self._method), self._threads.environment(self._method):
                 for process in missing:
                     while self._ports[process].read():
                         pass  # what its dead predecessor has left unread
                     self._ports[process].forget_partial()
-                    inherited = self._context.get_start_method() == "fork"
                     self._start(_WorkerSetup(
                         parallelizer, process, self._ports[process], self.slots, self.tickets,
-                        self._life, os.getpid(), names, self._timeout,
-                        None if inherited else self._threads.count,
+                        self._life, os.getpid(), names, self._timeout, self._threads.count,
+                        self._method,
                     ))  # fmt: skip
         except OSError as why:
             self.kill(list(self.processes))
@@ -2166,8 +2169,8 @@ _THREAD_VARIABLES = (
 class _ThreadLimit:
     """Keeps BLAS and OpenMP to so many threads per process while a pool is up.
 
-    What is loaded already is limited on main by threadpoolctl, where that is installed, and forks
-    inherit it; what workers load later, or anew, heeds the environment that they are born with.
+    What is loaded already is limited by threadpoolctl, where that is installed, and forks inherit
+    it from main; what workers load later, or anew, heeds their environment.
     """
 
     def __init__(self, asked: int | None, nprocs: int) -> None:
@@ -2178,18 +2181,23 @@ class _ThreadLimit:
         self.lift = _limit_threads(self.count, raising=asked is not None)
 
     @contextlib.contextmanager
-    def environment(self) -> Iterator[None]:
+    def environment(self, method: str) -> Iterator[None]:
+        """For workers that are born with it: not from a fork server, which would keep it."""
         before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-        if self.count is not None:
-            os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(self.count)))
+        if method == "spawn":
+            _set_thread_variables(self.count)
         try:
             yield
         finally:
             for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
+                os.environ.pop(name, None)
+                if value is not None:
                     os.environ[name] = value
+
+
+def _set_thread_variables(count: int | None) -> None:
+    if count is not None:
+        os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(count)))
 
 
 @functools.lru_cache(1)
@@ -2289,8 +2297,9 @@ def _worker_main(setup: _WorkerSetup) -> None:
     Parallelizer._open[:] = [weakref.ref(parallelizer)]
     Parallelizer._registry.update(dict.fromkeys(setup.names, parallelizer))
     _LISTENING.clear()  # a fork has inherited main's
-    # A fork server may have been started with another environment.
-    _limit_threads(setup.threads, raising=True)
+    _set_thread_variables(setup.threads)
+    if setup.method != "fork":
+        _limit_threads(setup.threads, raising=True)
     if "numpy.random" in sys.modules:
         # Likewise the state of this very generator.
         np.random.seed(np.frombuffer(os.urandom(32), np.uint32))  # noqa: NPY002
@@ -3880,7 +3889,8 @@ class Parallelizer:
         _check_chunksize(chunksize)
         if callback is not None and not vectorized:
             results = []
-            for result in self._imap(task, data, chunksize or 1, True, progress):
+            chunksize = chunksize or max(1, operator.length_hint(data) // (32 * (self.nprocs or 1)))
+            for result in self._imap(task, data, chunksize, True, progress):
                 callback(result)
                 results.append(result)
             return results if self.on_main else Parallelizer.InWorkerProcess
@@ -4219,7 +4229,7 @@ class _Work(NamedTuple):
 
     def pack(self, ranks: Sequence[int]) -> Message:
         """As a command to these ranks, who can read that they are meant before all else."""
-        packed = _pack(tuple(self), f"the arguments of run, or {self.func!r} itself")
+        packed = _pack(tuple(self), "the function that is run or mapped, or its arguments")
         return Message(pickle.dumps((list(ranks), packed.pickled)), packed.buffers)
 
 
@@ -4322,7 +4332,10 @@ def _map_items(
     done = []
     with _bar(len(data), progress and main) as reached:
         for start, stop in _taken(bounds, comm):
-            done.append((start, task.call_items(data[start:stop], start)))
+            items = data[start:stop]
+            if main and comm.size > 1:
+                items = _private(items)
+            done.append((start, task.call_items(items, start)))
             comm.tasks += stop - start
             reached(stop)
         reached(len(data))
@@ -4331,6 +4344,16 @@ def _map_items(
         return gathered
     in_order = sorted(itertools.chain.from_iterable(gathered), key=operator.itemgetter(0))
     return list(itertools.chain.from_iterable(results for _, results in in_order))
+
+
+_IMMUTABLE = frozenset([int, float, complex, bool, str, bytes, type(None)])
+
+
+def _private(items: Any) -> Any:
+    """Main's items, copied as the workers' are, so that it is all one who computes which."""
+    if isinstance(items, (range, str, bytes)) or _IMMUTABLE.issuperset(map(type, items)):
+        return items
+    return _loads(_dumps(items))
 
 
 def _taken(bounds: list[tuple[int, int]], comm: Communicator) -> Iterator[tuple[int, int]]:
@@ -4526,6 +4549,7 @@ class _Dealer:
         executing = self._comm.in_function
         self._comm.mark_function(executing=True)
         try:
+            items = _private(items) if self._supply else items
             self._done[start] = self._task.call_items(items, start)
         finally:
             self._comm.mark_function(executing=executing)
