@@ -3889,8 +3889,8 @@ class Parallelizer:
         _check_chunksize(chunksize)
         if callback is not None and not vectorized:
             results = []
-            chunksize = chunksize or max(1, operator.length_hint(data) // (32 * (self.nprocs or 1)))
-            for result in self._imap(task, data, chunksize, True, progress):
+            size = chunksize or max(1, operator.length_hint(data) // (32 * (self.nprocs or 1)))
+            for result in self._imap(task, data, size, True, progress):
                 callback(result)
                 results.append(result)
             return results if self.on_main else Parallelizer.InWorkerProcess

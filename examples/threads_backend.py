@@ -153,10 +153,10 @@ class ThreadCommunicator(Communicator):
 
     def _begin(self, stamp: int) -> None:
         """Forget the runs before; what a quick sibling has sent in this one already stays."""
-        everything: tuple[dict[Any, Any], ...] = (self._mail, self._arrived)
-        for kept in everything:
-            for key in [key for key in kept if key[-1] < stamp]:
-                del kept[key]
+        for letter in [key for key in self._mail if key[-1] < stamp]:
+            del self._mail[letter]
+        for arrival in [key for key in self._arrived if key[-1] < stamp]:
+            del self._arrived[arrival]
         self.stamp, self._in_run = stamp, True
 
     def begin_run(self) -> None:
