@@ -4260,7 +4260,9 @@ class _Task(NamedTuple):
         """The results of a chunk whose first item is the `start`-th of all."""
         if self.seed is None:
             plain = not (self.starred or self.extra_args or self.extra_kwargs)
-            return list(map(self.func if plain else self.call, items))
+            call = self.func if plain else self.call
+            # Not by the builtin map, which a StopIteration would end without a word.
+            return [call(item) for item in items]
         return [
             self.call(item, rng=_spawned_rng(self.seed, index))
             for index, item in enumerate(items, start)

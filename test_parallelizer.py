@@ -1480,14 +1480,22 @@ def fails_at_five(x: int) -> int:
     return x
 
 
-def maps_into_a_failure(*, parallelizer: Par) -> Any:
-    return parallelizer.map(fails_at_five, range(20))
+def stops_at_five(x: int) -> int:
+    if x == 5:
+        raise StopIteration("item five", 5)
+    return x
 
 
+def maps_into_a_failure(func: Callable[..., Any], *, parallelizer: Par) -> Any:
+    return parallelizer.map(func, range(20))
+
+
+@pytest.mark.parametrize("func", [fails_at_five, stops_at_five])
 @BOTH_WAYS
-def test_map_passes_on_what_an_item_raises(p: Par, way: Any) -> None:
-    error = caught_from(way, p, maps_into_a_failure)
-    expect(p, (type(error), error and error.args), (JobError, ("item five", 5)))
+def test_map_passes_on_what_an_item_raises(p: Par, way: Any, func: Callable[..., Any]) -> None:
+    error = caught_from(way, p, maps_into_a_failure, func)
+    kind = JobError if func is fails_at_five else StopIteration
+    expect(p, (type(error), error and error.args), (kind, ("item five", 5)))
     expect_to_work(p)
 
 
