@@ -2359,6 +2359,13 @@ def test_examples_give_the_same_numbers_on_every_backend(name: str) -> None:
     assert results_of(outputs["mpi"]) == results_of(outputs["serial"])
 
 
+def test_an_example_ends_in_a_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "spectrum.png"
+    argv = ["--backend", "multiprocessing", "--cells", "2", "--plot", str(picture)]
+    run_program(str(HERE / "examples" / "hessian.py"), *argv)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(("argv", "ranks"), [(["self-test"], None), ([], 4)])
 def test_self_test(argv: list[str], ranks: int | None) -> None:

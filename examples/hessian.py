@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 from typing import Any
 
@@ -55,10 +56,20 @@ def hessian(cells: int, parallelizer: Parallelizer) -> tuple[Any, float]:
     return columns, time.perf_counter() - start
 
 
+def draw(frequencies: Array, filename: str) -> None:
+    """Draw how many modes there are at each frequency, in THz; shape (nmodes,)."""
+    pyplot = importlib.import_module("matplotlib.pyplot")  # pip install matplotlib
+    figure, axes = pyplot.subplots(layout="constrained")
+    axes.hist(frequencies, bins=60)
+    axes.set(xlabel="frequency (THz)", ylabel="modes", title="Vibrations of solid argon")
+    figure.savefig(filename)
+
+
 def main() -> None:
     """Compute the Hessian in parallel and serially; print frequency, times and speed-up."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cells", type=int, default=4, help="fcc cells along an edge")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the spectrum, by matplotlib")
     Parallelizer.add_arguments(parser)
     arguments = parser.parse_args()
     with Parallelizer.from_arguments(arguments) as parallelizer:
@@ -69,8 +80,12 @@ def main() -> None:
         if not np.array_equal(columns, expected):
             raise SystemExit("The parallel Hessian differs from the serial one.")
         matrix = (np.array(columns) + np.array(columns).T) / 2 * EPSILON / (MASS * SIGMA**2)
-        highest = np.sqrt(np.linalg.eigvalsh(matrix)[-1]) / (2e12 * np.pi)
+        squares = np.linalg.eigvalsh(matrix).clip(0)  # three are 0: the crystal as a whole moves
+        frequencies = np.sqrt(squares) / (2e12 * np.pi)
+        highest = frequencies[-1]
         print(f"{len(matrix)} modes, the highest at {highest:.4f} THz, bit by bit as serially")
+        if arguments.plot:
+            draw(frequencies, arguments.plot)
         times = f"{serial:.2f} s serially, {seconds:.2f} s on {parallelizer.nprocs} processes"
         print(f"{times}: a speed-up of {serial / seconds:.2f}")
 
