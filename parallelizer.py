@@ -180,26 +180,21 @@ class Failure(NamedTuple):
     rank: int
     summary: str
     traceback: str
-    pickled: bytes | None  # of `_ExceptionParts`, None where the exception cannot be pickled
+    pickled: bytes | None  # None where the exception cannot be pickled
 
     @classmethod
     def of(cls, error: BaseException, rank: int, size: int) -> Failure:
         """Of this process, which is `rank` of `size`."""
         header = f"### rank {rank} of {size} on {_hostname()} (pid {os.getpid()})"
         lines = traceback.format_exception(type(error), error, error.__traceback__)
-        try:
-            pickled = _dumps(_ExceptionParts.of(error))
-        except Exception as why:  # any failure of a user's __reduce__ means: send the text alone
-            _logger().debug("exception %r cannot be pickled: %s", error, why)
-            pickled = None
-        return cls(rank, _summary(error), f"{header}\n{''.join(lines)}", pickled)
+        return cls(rank, _summary(error), f"{header}\n{''.join(lines)}", _dump_exception(error))
 
     def exception(self) -> BaseException:
         """The original exception, or a `WorkerError`, caused by its `RemoteTraceback`."""
         error: BaseException | None = None
         if self.pickled is not None:
-            with contextlib.suppress(Exception):  # a class that this process cannot import
-                error = _loads(self.pickled).rebuild()
+            with contextlib.suppress(BaseException):  # whatever a user's constructor may raise
+                error = _load_exception(self.pickled)
         if error is None:
             error = WorkerError(
                 f"rank {self.rank} raised an exception that cannot be pickled: {self.summary}\n"
@@ -209,26 +204,30 @@ class Failure(NamedTuple):
         return error
 
 
-class _ExceptionParts(NamedTuple):
-    """An exception taken apart, as its constructor need not accept its own ``args``."""
+def _dump_exception(error: BaseException) -> bytes | None:
+    """As it pickles itself, or in parts, where its constructor does not take its own ``args``."""
+    whole = _dump_if_loadable(error, type(error))
+    return whole or _dump_if_loadable((type(error), error.args, vars(error)), type(error))
 
-    kind: type[BaseException]
-    arguments: tuple[Any, ...]
-    attributes: dict[str, Any]
-    pickled: bytes
 
-    @classmethod
-    def of(cls, error: BaseException) -> _ExceptionParts:
-        return cls(type(error), error.args, dict(error.__dict__), _dumps(error))
+def _dump_if_loadable(content: Any, kind: type[BaseException]) -> bytes | None:
+    try:
+        pickled = _dumps(content)
+        return pickled if type(_load_exception(pickled)) is kind else None
+    except BaseException as why:  # whatever a user's __reduce__ or constructor may raise
+        _logger().debug("a %s cannot be pickled: %s", kind, why)
+        return None
 
-    def rebuild(self) -> BaseException:
-        try:
-            error: BaseException = _loads(self.pickled)
-        except Exception:  # the constructor refused; what it would have set follows anyway
-            error = self.kind.__new__(self.kind, *self.arguments)
-        error.args = self.arguments
-        error.__dict__.update(self.attributes)
-        return error
+
+def _load_exception(pickled: bytes) -> BaseException:
+    content = _loads(pickled)
+    if isinstance(content, BaseException):
+        return content
+    kind, arguments, attributes = content
+    error: BaseException = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(attributes)
+    return error
 
 
 def _logger() -> logging.Logger:
@@ -285,8 +284,7 @@ def _sliceable(data: Any) -> Any:
     """`data` itself where it can be split by slicing, an iterator as a list, else `TypeError`."""
     if isinstance(data, np.ndarray):
         if data.ndim > 0:
-            # A memmap's blocks are plain arrays on every process.
-            return data.view(np.ndarray) if type(data) is np.memmap else data
+            return _plain(data)
     elif isinstance(data, Iterator):
         return list(data)
     elif all(hasattr(data, name) for name in ("__len__", "__getitem__")) and not isinstance(
@@ -297,6 +295,11 @@ def _sliceable(data: Any) -> Any:
         f"scatter splits arrays with a first axis, sequences with slices, and iterators, but main "
         f"passed {_describe(data)}; broadcast it instead, or put it in a list"
     )
+
+
+def _plain(data: Any) -> Any:
+    """An array that does not lie in a process's own memory as one that says nothing of that."""
+    return np.asarray(data) if isinstance(data, (np.memmap, _SharedArray)) else data
 
 
 def _describe(data: Any) -> str:
@@ -768,9 +771,10 @@ class Call(NamedTuple):
     verb: str
 
     def __str__(self) -> str:
+        where = f" of a run nested {self.depth - 1} deep" if self.depth > 1 else ""
         if self.verb == "return":
-            return f"returned after {self.number - 1} collective calls"
-        return f"called {self.verb} #{self.number}"
+            return f"returned after {self.number - 1} collective calls{where}"
+        return f"called {self.verb} #{self.number}{where}"
 
 
 class _Wait(NamedTuple):
@@ -849,6 +853,7 @@ class Communicator(abc.ABC):
         self._mail: collections.defaultdict[tuple[int, int, int], collections.deque[Parcel]]
         self._mail = collections.defaultdict(collections.deque)
         self.stamp = 0  # of the current run
+        self.in_task = False  # whether a function that `map` calls is executing
         # For `RankStats`, of the current run.
         self.bytes_sent = self.tasks = 0
         self._collectives = self._waiting = self._entered_at = 0.0
@@ -972,6 +977,7 @@ class Communicator(abc.ABC):
         """Before the function: forget what the run before has left."""
         self._history.clear()
         self._broken = False
+        self.in_task = False
         self.bytes_sent = self.tasks = 0
         self._collectives = self._waiting = 0.0
 
@@ -1377,35 +1383,46 @@ class _WindowsPort(_Port):
         return [handle for handle in others if handle in ready]
 
 
+class _Inherited:
+    """A file without a name, which workers inherit or are handed."""
+
+    def __init__(self, file: int) -> None:
+        self.file = file
+
+    def __getstate__(self) -> Any:
+        from multiprocessing.reduction import DupFd
+
+        return DupFd(self.file)
+
+    def __setstate__(self, state: Any) -> None:
+        self.file = state.detach()
+
+
 class _Tickets:
-    """Numbers in a pipe: a shared counter that survives the death of any of its readers."""
+    """A shared counter that survives the death of any of its users: the place in a file.
+
+    All processes have opened it once, together, so that a read by any moves it on for all.
+    """
 
     _NUMBER = struct.Struct("<I")
-    MOST = 8192  # that surely fit into a pipe
+    MOST = 8192  # so that the file stays small
 
-    def __init__(self, reader: Connection, writer: Connection) -> None:
-        self._reader, self._writer = reader, writer
-
-    def make_nonblocking(self) -> None:
-        os.set_blocking(self._reader.fileno(), False)
+    def __init__(self) -> None:
+        self._file = _Inherited(_anonymous_file(0))
 
     def open(self, count: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self._reader.fileno(), 1 << 16):
-                pass
+        file = self._file.file
+        os.ftruncate(file, 0)
+        os.lseek(file, 0, os.SEEK_SET)
         numbers = b"".join(self._NUMBER.pack(number) for number in range(count))
-        os.write(self._writer.fileno(), numbers)
+        os.pwrite(file, numbers, 0)
 
     def take(self) -> int | None:
-        try:
-            number: int = self._NUMBER.unpack(os.read(self._reader.fileno(), self._NUMBER.size))[0]
-        except BlockingIOError:
-            return None
-        return number
+        number = os.read(self._file.file, self._NUMBER.size)
+        return self._NUMBER.unpack(number)[0] if number else None
 
     def close(self) -> None:
-        self._reader.close()
-        self._writer.close()
+        os.close(self._file.file)
 
 
 class _Incoming(Parcel):
@@ -1486,7 +1503,7 @@ class PipeCommunicator(Communicator):
         process: int,
         port: _Port,
         slots: _SharedSlots | None,
-        tickets: _Tickets,
+        tickets: _Tickets | None,
         timeout: float | None,
     ) -> None:
         super().__init__(process, len(port.outboxes), timeout)
@@ -1736,13 +1753,13 @@ class PipeCommunicator(Communicator):
 
     def open_tickets(self, count: int) -> None:
         self._turn = self.rank
-        if self.process == 0 and _POSIX:
+        if self.process == 0 and self._tickets is not None:
             self._tickets.open(count)
 
     def take_ticket(self, count: int) -> int | None:
-        if _POSIX:
+        if self._tickets is not None:
             return self._tickets.take()
-        # In turns, fixed beforehand, as a pipe on Windows cannot be read without blocking.
+        # On Windows in turns, fixed beforehand.
         ticket, self._turn = self._turn, self._turn + self.size
         return ticket if ticket < count else None
 
@@ -1907,9 +1924,11 @@ class _MainEnd(PipeCommunicator):
     def close(self) -> None:
         _stop_listening(self)
         if self._workers.owned:
-            for process in self._workers.processes:
-                self._post_verdict(process, "stop")
-            self._workers.close()
+            try:
+                for process in self._workers.processes:
+                    self._post_verdict(process, "stop")
+            finally:  # also after a Ctrl-C
+                self._workers.close()
 
     def finish_run(self, report: bytes) -> list[bytes]:
         self.enter("return")
@@ -2024,10 +2043,9 @@ class _WorkerSetup(NamedTuple):
     process: int
     port: _Port
     slots: _SharedSlots | None
-    tickets: _Tickets
+    tickets: _Tickets | None
     life: Connection
     main_pid: int
-    names: list[str]
     timeout: float | None
     threads: int | None
     method: str
@@ -2057,7 +2075,7 @@ class _Workers:
         import multiprocessing
 
         self._method = method
-        self._context = context = multiprocessing.get_context(method)
+        context = multiprocessing.get_context(method)
         self._timeout = parallelizer.timeout
         self._threads = _ThreadLimit(parallelizer.threads_per_process, nprocs)
         self.owned = True
@@ -2066,14 +2084,13 @@ class _Workers:
         try:
             pipes = [context.Pipe(duplex=False) for _ in range(nprocs)]
             self._life, self._life_writer = context.Pipe(duplex=False)
-            self.tickets = _Tickets(*context.Pipe(duplex=False))
+            self.tickets = _Tickets() if _POSIX else None
             self.slots = _shared_slots(nprocs)
         except OSError as why:
             raise _out_of_resources(nprocs, why) from why
         self._ports = [_new_port(reader, [writer for _, writer in pipes]) for reader, _ in pipes]
         self.port = self._ports[0]
         if _POSIX:
-            self.tickets.make_nonblocking()
             for port in self._ports:
                 port.make_nonblocking()
         _POOLS.add(self)
@@ -2085,7 +2102,8 @@ class _Workers:
             return
         parallelizer = self._parallelizer()
         assert parallelizer is not None
-        names = [name for name, held in Parallelizer._registry.items() if held is parallelizer]
+        # Threads may have been started since the parallelizer was opened.
+        self._method = _safe_start_method(self._method, len(self._ports))
         try:
             with _shielded_start(self._method), self._threads.environment(self._method):
                 for process in missing:
@@ -2094,20 +2112,21 @@ class _Workers:
                     self._ports[process].forget_partial()
                     self._start(_WorkerSetup(
                         parallelizer, process, self._ports[process], self.slots, self.tickets,
-                        self._life, os.getpid(), names, self._timeout, self._threads.count,
-                        self._method,
+                        self._life, os.getpid(), self._timeout, self._threads.count, self._method,
                     ))  # fmt: skip
         except OSError as why:
             self.kill(list(self.processes))
             raise _out_of_resources(len(self._ports), why) from why
 
     def _start(self, setup: _WorkerSetup) -> None:
-        process = self._context.Process(  # type: ignore[attr-defined]
-            target=_worker_main, args=(setup,), name=f"parallelizer-{setup.process}"
-        )
+        import multiprocessing
+
+        context: Any = multiprocessing.get_context(setup.method)
+        name = f"parallelizer-{setup.process}"
+        process = context.Process(target=_worker_main, args=(setup,), name=name)
         process.start()
         self.processes[setup.process] = process
-        self.sentinels[process.sentinel] = setup.process
+        self.sentinels[_death_watch(process, setup.method)] = setup.process
         if _URGENT is not None:
             _signal_at_eof(process.sentinel, _URGENT)
 
@@ -2119,14 +2138,17 @@ class _Workers:
         died = WorkerDied(
             f"rank {number} (pid {process.pid}) died: {_cause_of_death(process.exitcode)}"
         )
-        process.close()
+        if sentinel != process.sentinel:
+            os.close(sentinel)
+        with contextlib.suppress(ValueError):  # where somebody else has waited for it
+            process.close()
         return number, died
 
     def kill(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             self.processes[number].kill()
-        for number in numbers:
-            self.bury(self.processes[number].sentinel)
+        for sentinel in [handle for handle, number in self.sentinels.items() if number in numbers]:
+            self.bury(sentinel)
 
     def disown(self) -> None:
         """In a forked child: these are another process's workers."""
@@ -2155,9 +2177,18 @@ class _Workers:
                 connection.close()
             for port in self._ports:
                 port.inbox.close()
-            self.tickets.close()
+            if self.tickets is not None:
+                self.tickets.close()
             if self.slots is not None:
                 self.slots.close()
+
+
+def _death_watch(process: Any, method: str) -> int:
+    """What becomes readable when a worker dies, also where children of its own live on."""
+    if hasattr(os, "pidfd_open") and method != "forkserver":
+        with contextlib.suppress(OSError):  # an older kernel
+            return os.pidfd_open(process.pid)
+    return int(process.sentinel)
 
 
 _THREAD_VARIABLES = (
@@ -2246,7 +2277,9 @@ def _out_of_resources(nprocs: int, why: OSError) -> ParallelizerError:
 
 
 def _cause_of_death(code: int | None) -> str:
-    if code is None or code >= 0:
+    if code is None:
+        return "its exit code is unknown, as this program ignores SIGCHLD or waits for all children"
+    if code >= 0:
         return (
             f"exit code {code}. Likely causes: os._exit in the function, or, at the start, a "
             f"script that lacks 'if __name__ == \"__main__\":' (the worker's own words are above)"
@@ -2295,7 +2328,10 @@ def _worker_main(setup: _WorkerSetup) -> None:
     parallelizer = setup.parallelizer
     parallelizer._become_worker(communicator)
     Parallelizer._open[:] = [weakref.ref(parallelizer)]
-    Parallelizer._registry.update(dict.fromkeys(setup.names, parallelizer))
+    # What a fork has inherited does not run here.
+    Parallelizer._registry.clear()
+    Parallelizer._living.clear()
+    Parallelizer._living[parallelizer._key] = parallelizer
     _LISTENING.clear()  # a fork has inherited main's
     _set_thread_variables(setup.threads)
     if setup.method != "fork":
@@ -3203,13 +3239,21 @@ class Parallelizer:
         work = _Work(func, args, kwargs)
         if self._runner == threading.get_ident():
             return self._run_nested(work, comm, main_kwargs)  # type: ignore[no-any-return]
-        with self._lock, self:
-            self._refuse_during_imap("run")
-            self._runner = threading.get_ident()
-            try:
-                return self._run_outermost(work, comm, main_kwargs)  # type: ignore[no-any-return]
-            finally:
-                self._runner = None
+        if not self._lock.acquire(timeout=-1 if self.timeout is None else self.timeout):
+            raise WaitTimeout(
+                f"run waited {self.timeout} s for a run of another thread to end; if that waits "
+                f"for this thread, neither can go on"
+            )
+        try:
+            with self:
+                self._refuse_during_imap("run")
+                self._runner = threading.get_ident()
+                try:
+                    return self._run_outermost(work, comm, main_kwargs)  # type: ignore[no-any-return]
+                finally:
+                    self._runner = None
+        finally:
+            self._lock.release()
 
     def apply(self, func: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
         """`run` on a parallelizer that is already up; else a `ContractError`.
@@ -3235,7 +3279,7 @@ class Parallelizer:
         if communicator.rank not in ranks:
             return Parallelizer.InWorkerProcess
         if self._drives_workers():
-            communicator.command(work.pack(ranks))
+            communicator.command(work.pack(ranks, self._names()))
         if communicator.rank == 0:
             work = work.with_more(main_kwargs)
         return self._execute(communicator, ranks, work)
@@ -3321,11 +3365,21 @@ class Parallelizer:
             self._runner = runner
 
     def _obey(self, communicator: Communicator, message: Message) -> None:
-        ranks, packed = _unpack_ranks(message)
+        ranks, names, packed = _unpack_command(message)
+        self._be_known_as(names)
         # Main has been told of a failure and raises it; a worker goes on to serve.
         with contextlib.suppress(BaseException):
             if communicator.process in ranks:
                 self._execute(communicator, ranks, _Work(_run_packed, (packed,), {}))
+
+    def _names(self) -> list[str]:
+        return [name for name, held in self._registry.items() if held is self]
+
+    def _be_known_as(self, names: Iterable[str]) -> None:
+        """On a worker: be registered as main is."""
+        for name in self._names():
+            del self._registry[name]
+        self._registry.update(dict.fromkeys(names, self))
 
     def _communicator(self) -> Communicator:
         if self._comm is None:
@@ -3338,10 +3392,15 @@ class Parallelizer:
 
     def _speaking(self, verb: str) -> Communicator:
         """The communicator, for a verb that all processes call together."""
-        if self._comm is None or (self._runner is None and self._drives_workers()):
+        if self._comm is None or self._main_is_alone():
             raise ContractError(
                 f"{verb} was called outside run, where the workers cannot take part; put it into "
                 f"a function and call that by {type(self).__name__}.run"
+            )
+        if self._comm.in_task and self._comm.size > 1:
+            raise ContractError(
+                f"{verb} was called by a function that map calls for an item, where not all "
+                f"processes come to it; call it before or after map"
             )
         return self._comm
 
@@ -3451,11 +3510,12 @@ class Parallelizer:
         """
         comm = self._speaking("gather")
         if comm.size == 1:
-            return _combine([data], concatenate)
+            return _combine([_plain(data)], concatenate)
         with comm.enter("gather"):
             return self._gather(comm, data, concatenate)
 
     def _gather(self, comm: Communicator, data: Any, concatenate: bool | None) -> Any:
+        data = _plain(data)
         if type(data) is np.ndarray and data.ndim > 0 and concatenate is not False:
             data = np.ascontiguousarray(data)
         plan = GatherPlan(concatenate)
@@ -3480,7 +3540,7 @@ class Parallelizer:
         """
         comm = self._speaking("allgather")
         if comm.size == 1:
-            return _combine([data], concatenate)
+            return _combine([_plain(data)], concatenate)
         with comm.enter("allgather"):
             values = self._gather(comm, data, False)
             return self._from_main(comm, lambda: _combine(values, concatenate))
@@ -3875,7 +3935,11 @@ class Parallelizer:
 
     def _main_is_alone(self) -> bool:
         """Whether main calls what all processes call inside `run`."""
-        return self._runner is None and (self._comm is None or self._drives_workers())
+        running_here = self._runner == threading.get_ident()
+        return not running_here and (self._comm is None or self._drives_workers())
+
+    def _in_task(self) -> bool:
+        return self._comm is not None and self._comm.in_task
 
     def _map(
         self,
@@ -3894,6 +3958,8 @@ class Parallelizer:
                 callback(result)
                 results.append(result)
             return results if self.on_main else Parallelizer.InWorkerProcess
+        if self._in_task() and not self._main_is_alone():  # this process's own affair
+            return SerialNonParallelizer()._map(task, data, vectorized, chunksize, None, False)
         options = (task, vectorized, chunksize, progress)
         if self._main_is_alone():
             result = self.run(_spmd_map, *options, main_kwargs={"data": data})
@@ -3907,8 +3973,10 @@ class Parallelizer:
         self, task: _Task, data: Any, chunksize: int, ordered: bool, progress: bool
     ) -> Iterator[Any]:
         _check_chunksize(chunksize)
-        if self.on_main:
+        if self.on_main or self._in_task():
             iter(data)  # refuses at once what cannot be iterated over
+        if self._in_task() and not self._main_is_alone():
+            return SerialNonParallelizer()._imap(task, data, chunksize, ordered, False)
         options = (task, chunksize, ordered, progress)
         if not self._main_is_alone():
             return _spmd_imap(*options, data=data, parallelizer=self)
@@ -3936,7 +4004,7 @@ class Parallelizer:
             ranks = range(communicator.size)
             options = (task, chunksize, ordered, progress)
             if self._drives_workers():
-                communicator.command(_Work(_spmd_imap, options, {}).pack(ranks))
+                communicator.command(_Work(_spmd_imap, options, {}).pack(ranks, self._names()))
             communicator.timeout = self.timeout
             with communicator.restricted_to(ranks):
                 try:
@@ -4227,15 +4295,15 @@ class _Work(NamedTuple):
     def with_more(self, kwargs: Mapping[str, Any] | None) -> _Work:
         return self._replace(kwargs={**self.kwargs, **kwargs}) if kwargs else self
 
-    def pack(self, ranks: Sequence[int]) -> Message:
+    def pack(self, ranks: Sequence[int], names: list[str]) -> Message:
         """As a command to these ranks, who can read that they are meant before all else."""
         packed = _pack(tuple(self), "the function that is run or mapped, or its arguments")
-        return Message(pickle.dumps((list(ranks), packed.pickled)), packed.buffers)
+        return Message(pickle.dumps((list(ranks), names, packed.pickled)), packed.buffers)
 
 
-def _unpack_ranks(message: Message) -> tuple[list[int], Message]:
-    ranks, pickled = pickle.loads(message.pickled)
-    return ranks, Message(pickled, message.buffers)
+def _unpack_command(message: Message) -> tuple[list[int], list[str], Message]:
+    ranks, names, pickled = pickle.loads(message.pickled)
+    return ranks, names, Message(pickled, message.buffers)
 
 
 def _run_packed(packed: Message, *, parallelizer: Parallelizer) -> Any:
@@ -4256,8 +4324,19 @@ class _Task(NamedTuple):
         first = item if self.starred else (item,)
         return self.func(*first, *self.extra_args, **self.extra_kwargs, **more)
 
-    def call_items(self, items: Any, start: int) -> list[Any]:
+    def compute(self, items: Any, start: int, comm: Communicator) -> list[Any]:
         """The results of a chunk whose first item is the `start`-th of all."""
+        if comm.rank == 0 and comm.size > 1:
+            items = _private(items)
+        outer, comm.in_task = comm.in_task, True
+        try:
+            results = self._call_items(items, start)
+        finally:
+            comm.in_task = outer
+        comm.tasks += len(results)
+        return results
+
+    def _call_items(self, items: Any, start: int) -> list[Any]:
         if self.seed is None:
             plain = not (self.starred or self.extra_args or self.extra_kwargs)
             call = self.func if plain else self.call
@@ -4334,11 +4413,7 @@ def _map_items(
     done = []
     with _bar(len(data), progress and main) as reached:
         for start, stop in _taken(bounds, comm):
-            items = data[start:stop]
-            if main and comm.size > 1:
-                items = _private(items)
-            done.append((start, task.call_items(items, start)))
-            comm.tasks += stop - start
+            done.append((start, task.compute(data[start:stop], start, comm)))
             reached(stop)
         reached(len(data))
     gathered = parallelizer.gather(done, concatenate=False)
@@ -4454,8 +4529,7 @@ def _compute_chunks(task: _Task, tag: int, comm: Communicator) -> None:
         if chunk is None:
             return
         start, items = chunk
-        results = task.call_items(items, start)
-        comm.tasks += len(items)
+        results = task.compute(items, start, comm)
         with comm.enter("send"):
             comm.send(_pack((start, results), "what imap's function returned"), 0, tag)
 
@@ -4551,11 +4625,9 @@ class _Dealer:
         executing = self._comm.in_function
         self._comm.mark_function(executing=True)
         try:
-            items = _private(items) if self._supply else items
-            self._done[start] = self._task.call_items(items, start)
+            self._done[start] = self._task.compute(items, start, self._comm)
         finally:
             self._comm.mark_function(executing=executing)
-        self._comm.tasks += len(items)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4643,8 +4715,8 @@ class MultiprocessingParallelizer(Parallelizer):
     def _stop(self) -> None:
         self._comm = None
         if self._close is not None:
-            atexit.unregister(self._close)
             self._close()
+            atexit.unregister(self._close)
 
     def _forget(self) -> None:
         """In a forked child: be as if never opened."""
