@@ -721,6 +721,8 @@ _GRACE = 1.0
 # several at once, the lowest rank's is told.
 _SETTLING = 0.05
 
+_MOST_TICKETS = 8192  # for the chunks of a map
+
 _VERBS = (
     "run", "stop", "return", "failed", "abort", "command", "exit",  # between runs
     "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "imap",
@@ -854,6 +856,7 @@ class Communicator(abc.ABC):
         self._mail = collections.defaultdict(collections.deque)
         self.stamp = 0  # of the current run
         self.in_task = False  # whether a function that `map` calls is executing
+        self.most_tickets = _MOST_TICKETS
         # For `RankStats`, of the current run.
         self.bytes_sent = self.tasks = 0
         self._collectives = self._waiting = self._entered_at = 0.0
@@ -1383,46 +1386,43 @@ class _WindowsPort(_Port):
         return [handle for handle in others if handle in ready]
 
 
-class _Inherited:
-    """A file without a name, which workers inherit or are handed."""
-
-    def __init__(self, file: int) -> None:
-        self.file = file
-
-    def __getstate__(self) -> Any:
-        from multiprocessing.reduction import DupFd
-
-        return DupFd(self.file)
-
-    def __setstate__(self, state: Any) -> None:
-        self.file = state.detach()
-
-
 class _Tickets:
-    """A shared counter that survives the death of any of its users: the place in a file.
-
-    All processes have opened it once, together, so that a read by any moves it on for all.
-    """
+    """Numbers in a pipe: a shared counter that survives the death of any of its readers."""
 
     _NUMBER = struct.Struct("<I")
-    MOST = 8192  # so that the file stays small
 
-    def __init__(self) -> None:
-        self._file = _Inherited(_anonymous_file(0))
+    def __init__(self, reader: Connection, writer: Connection) -> None:
+        self._reader, self._writer = reader, writer
+        self.most = min(_MOST_TICKETS, _pipe_capacity(writer.fileno()) // self._NUMBER.size)
+
+    def make_nonblocking(self) -> None:
+        os.set_blocking(self._reader.fileno(), False)
 
     def open(self, count: int) -> None:
-        file = self._file.file
-        os.ftruncate(file, 0)
-        os.lseek(file, 0, os.SEEK_SET)
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._reader.fileno(), 1 << 16):
+                pass
         numbers = b"".join(self._NUMBER.pack(number) for number in range(count))
-        os.pwrite(file, numbers, 0)
+        os.write(self._writer.fileno(), numbers)
 
     def take(self) -> int | None:
-        number = os.read(self._file.file, self._NUMBER.size)
-        return self._NUMBER.unpack(number)[0] if number else None
+        try:
+            number: int = self._NUMBER.unpack(os.read(self._reader.fileno(), self._NUMBER.size))[0]
+        except BlockingIOError:
+            return None
+        return number
 
     def close(self) -> None:
-        os.close(self._file.file)
+        self._reader.close()
+        self._writer.close()
+
+
+def _pipe_capacity(file: int) -> int:
+    """Bytes; Linux gives less than its usual 64 KiB to a user of very many pipes."""
+    with contextlib.suppress(ImportError, AttributeError):
+        fcntl = importlib.import_module("fcntl")
+        return int(fcntl.fcntl(file, fcntl.F_GETPIPE_SZ))
+    return 1 << 14
 
 
 class _Incoming(Parcel):
@@ -1510,6 +1510,7 @@ class PipeCommunicator(Communicator):
         self._port = port
         self._slots = slots
         self._tickets = tickets
+        self.most_tickets = tickets.most if tickets is not None else _MOST_TICKETS
         self._turn = 0
         self._run = 0
         self._stream = 0
@@ -1759,7 +1760,7 @@ class PipeCommunicator(Communicator):
     def take_ticket(self, count: int) -> int | None:
         if self._tickets is not None:
             return self._tickets.take()
-        # On Windows in turns, fixed beforehand.
+        # On Windows, whose pipes cannot be read without blocking, in turns, fixed beforehand.
         ticket, self._turn = self._turn, self._turn + self.size
         return ticket if ticket < count else None
 
@@ -1885,6 +1886,8 @@ class _MainEnd(PipeCommunicator):
     def _on_handle(self, handle: int) -> None:
         for packet in self._port.read():  # its last words
             self._on_packet(packet)
+        if handle not in self._workers.sentinels:
+            return  # buried by its other one
         process, error = self._workers.bury(handle)
         if process in self.members and process not in self._ended:
             self._failures[process] = error
@@ -2084,13 +2087,14 @@ class _Workers:
         try:
             pipes = [context.Pipe(duplex=False) for _ in range(nprocs)]
             self._life, self._life_writer = context.Pipe(duplex=False)
-            self.tickets = _Tickets() if _POSIX else None
+            self.tickets = _Tickets(*context.Pipe(duplex=False)) if _POSIX else None
             self.slots = _shared_slots(nprocs)
         except OSError as why:
             raise _out_of_resources(nprocs, why) from why
         self._ports = [_new_port(reader, [writer for _, writer in pipes]) for reader, _ in pipes]
         self.port = self._ports[0]
-        if _POSIX:
+        if self.tickets is not None:
+            self.tickets.make_nonblocking()
             for port in self._ports:
                 port.make_nonblocking()
         _POOLS.add(self)
@@ -2126,20 +2130,26 @@ class _Workers:
         process = context.Process(target=_worker_main, args=(setup,), name=name)
         process.start()
         self.processes[setup.process] = process
-        self.sentinels[_death_watch(process, setup.method)] = setup.process
+        self.sentinels[process.sentinel] = setup.process
+        # The sentinel stays silent for as long as a child of the worker's own lives on.
+        if hasattr(os, "pidfd_open") and setup.method != "forkserver":
+            with contextlib.suppress(OSError):  # an older kernel
+                self.sentinels[os.pidfd_open(process.pid)] = setup.process
         if _URGENT is not None:
             _signal_at_eof(process.sentinel, _URGENT)
 
     def bury(self, sentinel: int) -> tuple[int, WorkerDied]:
         """Take a dead worker off the books; its number, and the error that says how it died."""
-        number = self.sentinels.pop(sentinel)
+        number = self.sentinels[sentinel]
         process = self.processes.pop(number)
         process.join()
+        for handle in [handle for handle, owner in self.sentinels.items() if owner == number]:
+            del self.sentinels[handle]
+            if handle != process.sentinel:
+                os.close(handle)
         died = WorkerDied(
             f"rank {number} (pid {process.pid}) died: {_cause_of_death(process.exitcode)}"
         )
-        if sentinel != process.sentinel:
-            os.close(sentinel)
         with contextlib.suppress(ValueError):  # where somebody else has waited for it
             process.close()
         return number, died
@@ -2147,8 +2157,8 @@ class _Workers:
     def kill(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             self.processes[number].kill()
-        for sentinel in [handle for handle, number in self.sentinels.items() if number in numbers]:
-            self.bury(sentinel)
+        for number in numbers:
+            self.bury(self.processes[number].sentinel)
 
     def disown(self) -> None:
         """In a forked child: these are another process's workers."""
@@ -2169,7 +2179,8 @@ class _Workers:
             while self.sentinels and time.monotonic() < deadline:
                 left = max(deadline - time.monotonic(), 0)
                 for handle in wait(list(self.sentinels), left):
-                    self.bury(handle)  # type: ignore[arg-type]
+                    if handle in self.sentinels:  # not buried by its other one
+                        self.bury(handle)
         finally:
             self.kill(list(self.processes))
             _POOLS.discard(self)
@@ -2181,14 +2192,6 @@ class _Workers:
                 self.tickets.close()
             if self.slots is not None:
                 self.slots.close()
-
-
-def _death_watch(process: Any, method: str) -> int:
-    """What becomes readable when a worker dies, also where children of its own live on."""
-    if hasattr(os, "pidfd_open") and method != "forkserver":
-        with contextlib.suppress(OSError):  # an older kernel
-            return os.pidfd_open(process.pid)
-    return int(process.sentinel)
 
 
 _THREAD_VARIABLES = (
@@ -4404,12 +4407,12 @@ def _map_items(
     # Of these, slices hold the items that iteration gives; of a DataFrame they would not.
     if main and not isinstance(data, (list, tuple, range, str, bytes, np.ndarray)):
         data = list(data)
-    bounds = _guided_bounds(len(data), comm.size, chunksize) if main else []
+    bounds = _guided_bounds(len(data), comm, chunksize) if main else []
     if comm.size > 1:
         with comm.enter("map"):
             comm.open_tickets(len(bounds))
         chunksize, data = parallelizer.broadcast((chunksize, data))
-        bounds = _guided_bounds(len(data), comm.size, chunksize)
+        bounds = _guided_bounds(len(data), comm, chunksize)
     done = []
     with _bar(len(data), progress and main) as reached:
         for start, stop in _taken(bounds, comm):
@@ -4441,17 +4444,17 @@ def _taken(bounds: list[tuple[int, int]], comm: Communicator) -> Iterator[tuple[
     return (bounds[ticket] for ticket in tickets)
 
 
-def _guided_bounds(length: int, nprocs: int, chunksize: int | None) -> list[tuple[int, int]]:
+def _guided_bounds(length: int, comm: Communicator, chunksize: int | None) -> list[tuple[int, int]]:
     """Chunks of ever smaller size, which all the processes take from in turn.
 
     A chunk is a small share of what remains, so that the last ones to finish, whatever their
     items cost, are not far apart (guided self-scheduling: Polychronopoulos and Kuck, 1987,
     doi:10.1109/TC.1987.5009495).
     """
-    least = max(chunksize or 1, math.ceil(length / _Tickets.MOST))
+    least = max(chunksize or 1, math.ceil(length / comm.most_tickets))
     bounds, start = [], 0
     while start < length:
-        size = least if chunksize else max(least, (length - start) // (32 * nprocs))
+        size = least if chunksize else max(least, (length - start) // (32 * comm.size))
         bounds.append((start, min(start + size, length)))
         start += size
     return bounds
