@@ -855,7 +855,8 @@ class Communicator(abc.ABC):
         self._mail: collections.defaultdict[tuple[int, int, int], collections.deque[Parcel]]
         self._mail = collections.defaultdict(collections.deque)
         self.stamp = 0  # of the current run
-        self.in_task = False  # whether a function that `map` calls is executing
+        self.calls = 0  # of verbs, in all
+        self.in_task: int | None = None  # the thread on which a function that `map` calls executes
         self.most_tickets = _MOST_TICKETS
         # For `RankStats`, of the current run.
         self.bytes_sent = self.tasks = 0
@@ -980,7 +981,7 @@ class Communicator(abc.ABC):
         """Before the function: forget what the run before has left."""
         self._history.clear()
         self._broken = False
-        self.in_task = False
+        self.in_task = None
         self.bytes_sent = self.tasks = 0
         self._collectives = self._waiting = 0.0
 
@@ -1021,6 +1022,7 @@ class Communicator(abc.ABC):
     def enter(self, verb: str) -> Communicator:
         """Begin a call of a verb; the result is the context that ends it."""
         self.interruptible = False
+        self.calls += 1
         self._entered_at = time.perf_counter()
         self._raise_failure()
         if self._broken:
@@ -2376,6 +2378,12 @@ def _die_with_main(life: Any) -> Any:
 # if nobody handles its exception, `_JobEnd` aborts the job. So 1,000 ranks cost a check of
 # log2(1000) = 10 steps per collective, and a failure 1,000 notes of a few bytes.
 #
+# A nested run on some of the ranks has checks of its own group. It begins by a meeting, at which
+# rank 0 of them decides whether all go in; it ends, on each rank, by one more check: as "return",
+# or, where the rank leaves by an exception, as "I left", upon which all the others leave too.
+# Whoever has offered a check stays until it is complete, so that nobody goes on alone. The
+# exception then ends the outer run, as above.
+#
 # What 1,000 ranks cost, on paper: a check is one allreduce of 512 bytes, so 10 steps of one
 # message each way, some tens of microseconds on a cluster's network. An object that fits into it
 # (488 bytes of `broadcast`) costs nothing beyond; a larger one a Bcast, which MPI pipelines or
@@ -2386,7 +2394,7 @@ def _die_with_main(life: Any) -> Any:
 # chunk by a Fetch_and_op on main's memory (8,192 chunks at most), and gathers the results. A rank
 # holds three communicators, and nothing per other rank.
 
-_FAILED, _TOLD, _CALLED = 0, 1, 16  # codes in a check; calls count from _CALLED
+_FAILED, _TOLD, _LEFT, _CALLED = 0, 1, 2, 16  # codes in a check; calls count from _CALLED
 _CHECK_HEAD = struct.Struct("=qqq")  # smallest code, largest code, bytes needed
 _CHECK_BYTES = 512
 _HOLD_BYTES = _CHECK_BYTES - _CHECK_HEAD.size
@@ -2520,6 +2528,13 @@ class MPICommunicator(Communicator):
         self._own_failure: BaseException | None = None
         self._verdict: BaseException | None = None
         self._unsettled: _Check | None = None
+        self._everyone = self.members  # of the outermost run
+        self._left = False  # whether the checks of the present nested run are over
+        self._kept: list[_Check] = []  # offered to a nested run whose others are long in coming
+        # Meetings by number: who has come, on their rank 0, and what was decided, elsewhere.
+        self._meetings: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
+        self._decisions: dict[int, bool] = {}
+        self._failing = False  # whether this rank has left a run that is not settled yet
         self._sending: list[tuple[list[Any], object]] = []
         self.spokesman: int | None = None  # who tells the user of the latest failure
         self.dying: set[int] = set()
@@ -2573,6 +2588,12 @@ class MPICommunicator(Communicator):
             self._noted.add(content[1])
         elif content[0] == "dying":
             self.dying.add(content[1])
+        elif content[0] == "here":
+            self._meetings[content[1]].add(content[2])
+            if self._failing:
+                self._refuse_meetings()
+        elif content[0] == "decided":
+            self._decisions[content[1]] = content[2]
         else:
             super()._on_control(content)
 
@@ -2660,6 +2681,9 @@ class MPICommunicator(Communicator):
     def _give_up(self, check: _Check, late: WaitTimeout) -> None:
         """Tell the missing of the timeout; return if they came after all, to fail together."""
         self.tell_all(("failed", self.stamp))
+        if self.call.depth > 1:
+            self._unsettled = check
+            raise late
         self._own_failure = late
         if not self.listen(_GRACE, check.request.Test):
             self._unsettled = check
@@ -2680,6 +2704,11 @@ class MPICommunicator(Communicator):
         mask = (1 << _RANK_BITS) - 1
         low, high, needed = _CHECK_HEAD.unpack_from(check.result)
         first, last = low >> _RANK_BITS, _HIGHEST_CODE - (high >> _RANK_BITS)
+        if self.call.depth > 1 and (first != last or first < _CALLED):
+            self._left = True
+            if first < _CALLED:
+                raise RunEnded
+            raise self._mismatch(first, low & mask, last, high & mask)
         if first == _TOLD:  # who told had already made its call, and timed out in it
             again = self._offer(check.group, _TOLD)
             self._wait_idly(again.request.Test)
@@ -2740,6 +2769,7 @@ class MPICommunicator(Communicator):
 
     def _leave_failed_run(self, group: Any) -> None:
         """Complete what is half sent: every rank takes in what comes until all have done so."""
+        self._failing = False  # all have left all meetings, and may come to those of the next run
         self._wait_idly(lambda: all(self._sent(requests) for requests, _ in self._sending))
         # Every rank gets here, and counts on from the same number: not all may have begun the run.
         members = next(members for members, known in self._groups.items() if known is group)
@@ -2751,7 +2781,7 @@ class MPICommunicator(Communicator):
         self._own_failure = self._verdict = None
 
     def tell_all(self, content: object) -> None:
-        for process in self.members:
+        for process in self._everyone:
             if process != self.process:
                 self._post_control(process, content)
 
@@ -2765,44 +2795,109 @@ class MPICommunicator(Communicator):
 
     @contextlib.contextmanager
     def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
+        if self.call.depth > 0:
+            with self._nested(ranks):
+                yield
+            return
         self._settle()
-        outer, stamp, nested, number = (
-            self._group,
-            self.stamp,
-            self.call.depth > 0,
-            self.call.number,
-        )
+        outer = self._group, self.stamp, self._everyone
         with super().restricted_to(ranks):
-            if nested or self.members not in self._groups:
-                self._meet()
-            if self.members not in self._groups:
-                group = self._world.Get_group().Incl(list(self.members))
-                self._groups[self.members] = self._world.Create_group(group)
-            self._group = self._groups[self.members]
-            if nested:
-                self.stamp = hash((stamp, self.members, number))
-            else:
-                self._run_counts[self.members] += 1
-                self.stamp = hash((self.members, self._run_counts[self.members]))
+            self._everyone = self.members
+            self._run_counts[self.members] += 1
+            self.stamp = hash((self.members, self._run_counts[self.members]))
+            self._find_group(self.stamp)
             try:
                 yield
             finally:
                 for key in [key for key in self._mail if key[2] == self.stamp]:
                     del self._mail[key]
-                self._group, self.stamp = outer, stamp
+                self._group, self.stamp, self._everyone = outer
 
-    def _meet(self) -> None:
-        """Return when all members are here: no check of theirs would be joined by who is not."""
-        here, tag = Message(b"-", []), -1  # a tag that no user may choose
-        others = range(1, self.size)
-        if self.rank > 0:
-            self.send(here, 0, tag)
-            self.receive(0, tag)
+    @contextlib.contextmanager
+    def _nested(self, ranks: Sequence[int]) -> Iterator[None]:
+        """A run within a run: as `restricted_to`, with an end that all its ranks come to."""
+        outer, left = self._group, self._left
+        meeting = hash((self.stamp, self.call.depth, self.call.number, *ranks))
+        with super().restricted_to(ranks):
+            self._meet(meeting)
+            self._find_group()
+            self._left = False
+            try:
+                yield
+                self.enter("return")
+                self._check()
+            except BaseException as error:
+                self._leave_nested(error)
+                raise
+            finally:
+                self._group, self._left = outer, left
+
+    def _leave_nested(self, error: BaseException) -> None:
+        """Join one more check of the nested run, unless that is how this rank came to leave it."""
+        if self._left:
             return
-        for rank in others:
-            self.receive(rank, tag)
-        for rank in others:
-            self.send(here, rank, tag)
+        if not isinstance(error, RunEnded):
+            # Whether it is caught on this rank or not: the others have no part in that.
+            self._own_failure = error
+            self.tell_all(("failed", self.stamp))
+        interrupted, self._unsettled = self._unsettled, None
+        check = interrupted or self._offer(self._group, _LEFT)
+        if not self.listen(_GRACE, check.request.Test):
+            self._kept.append(check)
+        elif interrupted:
+            with contextlib.suppress(RunEnded, ContractError):
+                self._conclude(check)
+                self.abort("a rank that had given up waiting was needed after all", 1)
+
+    def _find_group(self, meeting: int | None = None) -> None:
+        """The communicator of the members, which they make together when they first need it."""
+        if self.members not in self._groups:
+            if meeting is not None:
+                self._meet(meeting)
+            group = self._world.Get_group().Incl(list(self.members))
+            self._groups[self.members] = self._world.Create_group(group)
+        self._group = self._groups[self.members]
+
+    def _meet(self, meeting: int) -> None:
+        """Return when all members are here, and stay; raise where rank 0 has left instead.
+
+        To create a communicator cannot be interrupted, so nobody may turn back after rank 0 has
+        decided, whatever is heard meanwhile.
+        """
+        self._raise_failure()
+        others = set(self.members[1:])
+        if self.rank > 0:
+            self._post_control(self.members[0], ("here", meeting, self.process))
+            self._checking = True
+            try:
+                self._wait_until(
+                    lambda: meeting in self._decisions, lambda: self.members[:1], "run", idle=True
+                )
+            finally:
+                self._checking = False
+            if not self._decisions.pop(meeting):
+                if self.call.depth > 1:
+                    raise RunEnded
+                raise WaitTimeout("rank 0 gave up waiting for all ranks to begin this run")
+            return
+        try:
+            self._wait_until(
+                lambda: self._meetings[meeting] >= others,
+                lambda: others - self._meetings[meeting],
+                "run",
+            )
+        except BaseException:
+            self._refuse_meetings()
+            raise
+        del self._meetings[meeting]
+        for process in others:
+            self._post_control(process, ("decided", meeting, True))
+
+    def _refuse_meetings(self) -> None:
+        for meeting, come in self._meetings.items():
+            for process in come:
+                self._post_control(process, ("decided", meeting, False))
+        self._meetings.clear()
 
     def command(self, message: Message | None) -> None:
         self.call = Call(0, 0, "command")
@@ -2818,6 +2913,8 @@ class MPICommunicator(Communicator):
         return self._gather_ahead(report) or [report]
 
     def fail_run(self, error: BaseException) -> BaseException:
+        self._failing = True
+        self._refuse_meetings()
         if self._verdict is None and not isinstance(error, RunEnded):
             self.tell_all(("failed", self.stamp))
             self._own_failure = error
@@ -3037,12 +3134,15 @@ class _JobEnd:
     def __init__(self, communicator: MPICommunicator) -> None:
         self._communicator = communicator
         self._status: Any = None
+        self._calls = 0
         self._excepthook, sys.excepthook = sys.excepthook, self._on_exception
         self._exit, sys.exit = sys.exit, self._on_exit
         atexit.register(self._at_exit)
 
     def _on_exit(self, status: Any = None, /) -> NoReturn:
-        self._status = status
+        if _on_main_thread():
+            # Who makes another call afterwards has caught it.
+            self._status, self._calls = status, self._communicator.calls
         self._exit(status)
 
     def _on_exception(
@@ -3064,10 +3164,13 @@ class _JobEnd:
         header = f"### rank {rank} of {size} on {_hostname()} (pid {os.getpid()})"
         print(header, file=sys.stderr, flush=True)
         self._excepthook(kind, error, trace)
+        sys.stderr.flush()
+        time.sleep(4 * _SETTLING)  # a launcher may drop what it has not yet passed on
         communicator.abort("", 1)
 
     def _at_exit(self) -> None:
-        communicator, status = self._communicator, self._status
+        communicator = self._communicator
+        status = self._status if self._calls == communicator.calls else None
         code = 0 if status is None else status if isinstance(status, int) else 1
         if code != 0:
             communicator.tell_all(("dying", -1))  # hush all the others
@@ -3395,15 +3498,15 @@ class Parallelizer:
 
     def _speaking(self, verb: str) -> Communicator:
         """The communicator, for a verb that all processes call together."""
+        if self._comm is not None and self._comm.size > 1 and self._in_task():
+            raise ContractError(
+                f"{verb} was called by a function that map calls for an item, where not all "
+                f"processes come to it; call it before or after map"
+            )
         if self._comm is None or self._main_is_alone():
             raise ContractError(
                 f"{verb} was called outside run, where the workers cannot take part; put it into "
                 f"a function and call that by {type(self).__name__}.run"
-            )
-        if self._comm.in_task and self._comm.size > 1:
-            raise ContractError(
-                f"{verb} was called by a function that map calls for an item, where not all "
-                f"processes come to it; call it before or after map"
             )
         return self._comm
 
@@ -3942,7 +4045,7 @@ class Parallelizer:
         return not running_here and (self._comm is None or self._drives_workers())
 
     def _in_task(self) -> bool:
-        return self._comm is not None and self._comm.in_task
+        return self._comm is not None and self._comm.in_task == threading.get_ident()
 
     def _map(
         self,
@@ -3961,7 +4064,7 @@ class Parallelizer:
                 callback(result)
                 results.append(result)
             return results if self.on_main else Parallelizer.InWorkerProcess
-        if self._in_task() and not self._main_is_alone():  # this process's own affair
+        if self._in_task():  # this process's own affair
             return SerialNonParallelizer()._map(task, data, vectorized, chunksize, None, False)
         options = (task, vectorized, chunksize, progress)
         if self._main_is_alone():
@@ -3978,7 +4081,7 @@ class Parallelizer:
         _check_chunksize(chunksize)
         if self.on_main or self._in_task():
             iter(data)  # refuses at once what cannot be iterated over
-        if self._in_task() and not self._main_is_alone():
+        if self._in_task():
             return SerialNonParallelizer()._imap(task, data, chunksize, ordered, False)
         options = (task, chunksize, ordered, progress)
         if not self._main_is_alone():
@@ -4331,7 +4434,7 @@ class _Task(NamedTuple):
         """The results of a chunk whose first item is the `start`-th of all."""
         if comm.rank == 0 and comm.size > 1:
             items = _private(items)
-        outer, comm.in_task = comm.in_task, True
+        outer, comm.in_task = comm.in_task, threading.get_ident()
         try:
             results = self._call_items(items, start)
         finally:

@@ -1674,6 +1674,36 @@ def test_stats_say_what_each_rank_did(p: Par) -> None:
     assert "\n" not in str(stats)
 
 
+def maps_again(x: int) -> list[int]:
+    inner: Any = Parallelizer.lookup(None)
+    return [*inner.map(square, [x, x + 1]), *inner.imap(square, range(2))]
+
+
+def maps_inside_a_map(*, parallelizer: Par) -> Any:
+    return parallelizer.map(maps_again, range(20)), list(parallelizer.imap(maps_again, range(20)))
+
+
+@BOTH_WAYS
+def test_map_inside_a_mapped_function_is_that_process_s_own(p: Par, way: Any) -> None:
+    wanted = [[x * x, (x + 1) ** 2, 0, 1] for x in range(20)]
+    expect(p, way(p, maps_inside_a_map), (wanted, wanted))
+
+
+def gathers_for_an_item(x: int) -> Any:
+    return Parallelizer.lookup(None).gather(x)
+
+
+def gathers_inside_a_map(*, parallelizer: Par) -> Any:
+    return parallelizer.map(gathers_for_an_item, range(20))
+
+
+def test_a_collective_inside_a_mapped_function_is_an_error(p: Par) -> None:
+    if p.nprocs > 1:
+        expect_failure(p, ContractError, gathers_inside_a_map)
+    else:
+        expect(p, p.run(gathers_inside_a_map), [[x] for x in range(20)])
+
+
 def maps_with_a_bar(*, parallelizer: Par) -> Any:
     result = parallelizer.map(square, range(5), progress=True)
     stream = list(parallelizer.imap(square, range(5), progress=True))
@@ -2024,6 +2054,83 @@ def catches_its_own(*, parallelizer: Par) -> Any:
 
 def test_an_exception_that_is_handled_disturbs_nobody(p: Par) -> None:
     expect(p, p.run(catches_its_own), list(range(p.nprocs)))
+
+
+def fails_inside(*, parallelizer: Par) -> None:
+    if parallelizer.id == 1:
+        raise JobError("inside", 1)
+    parallelizer.wait()
+
+
+def disagrees_inside(*, parallelizer: Par) -> None:
+    if parallelizer.id == 1:
+        parallelizer.wait()
+    else:
+        parallelizer.gather(0)
+
+
+def leaves_inside(*, parallelizer: Par) -> None:
+    if parallelizer.id == 0:
+        parallelizer.gather(0)
+
+
+def stays_inside(*, parallelizer: Par) -> None:
+    for _ in range(5):
+        parallelizer.wait()
+
+
+def nests(inner: Callable[..., Any], handled: bool, *, parallelizer: Par) -> None:
+    """Run `inner` on the first two; where all goes well there, the last one fails outside."""
+    if parallelizer.id == parallelizer.nprocs - 1 and inner is stays_inside:
+        raise JobError("outside", 1)
+    try:
+        parallelizer.run(inner, comm=[0, 1])
+    except JobError:
+        if not handled:
+            raise
+    parallelizer.wait()
+
+
+@pytest.mark.parametrize(
+    ("inner", "handled", "kind"),
+    [(fails_inside, False, "JobError"), (stays_inside, False, "JobError"),
+     (disagrees_inside, False, "ContractError"), (leaves_inside, False, "ContractError"),
+     (fails_inside, True, "JobError|ContractError")],
+)  # fmt: skip
+def test_faults_in_and_beside_a_nested_run(
+    p: Par, inner: Callable[..., Any], handled: bool, kind: str
+) -> None:
+    if p.nprocs < 3:
+        inner, handled, kind = fails_inside, False, "JobError|ValueError"  # of comm=[0, 1]
+    for _ in range(3):  # the first makes the communicator, where there is one
+        error = failure(p, nests, inner, handled)
+        expect(p, bool(re.fullmatch(kind, type(error).__name__)), True)
+        expect_to_work(p)
+
+
+def sends_across(*, parallelizer: Par) -> Any:
+    """Send outside what is received inside a nested run, and the other way round."""
+    if parallelizer.id == 1:
+        parallelizer.send("from outside", 0)
+    if parallelizer.id < 2:
+        return parallelizer.run(receives_across, comm=[0, 1]), (
+            parallelizer.receive(1, tag=1) if parallelizer.on_main else None
+        )
+    return None
+
+
+def receives_across(*, parallelizer: Par) -> Any:
+    if parallelizer.id == 1:
+        parallelizer.send("from inside", 0, tag=1)
+        return None
+    return parallelizer.receive(1)
+
+
+def test_messages_cross_the_bounds_of_a_nested_run(p: Par) -> None:
+    if p.nprocs > 1:
+        expect(p, p.run(sends_across), ("from outside", "from inside"))
+    else:
+        expect(p, type(failure(p, sends_across)), ValueError)  # of comm=[0, 1]
 
 
 def test_one_class_heads_the_errors() -> None:
@@ -2441,7 +2548,7 @@ def otherproject(tmp_path: Path) -> str:
 
 
 # What tests the module's own ways, on each engine; not what only multiplies dtypes and shapes.
-OF_A_COPY = "on_ and not (bitwise or folds or sizes or ecosystem or prints or agree or told)"
+OF_A_COPY = "on_ and (role or run or lookup or regist or object or imap or stats or exception)"
 
 
 @pytest.mark.timeout(200)
@@ -2696,6 +2803,17 @@ def test_a_shared_array_travels_as_a_handle_and_is_released(method: str) -> None
         assert open_descriptors() != before
         del shared
         assert open_descriptors() == before
+
+
+def gathers_shared(*, parallelizer: Par) -> Any:
+    shared = parallelizer.share(np.arange(12.0) if parallelizer.on_main else None)
+    blocks = parallelizer.gather(parallelizer.scatter(shared))
+    return blocks, parallelizer.gather(shared[:2]), parallelizer.gather(shared[[0, 1]])
+
+
+def test_shared_arrays_are_gathered_as_arrays(p: Par) -> None:
+    twos = np.tile([0.0, 1.0], p.nprocs)
+    expect(p, p.run(gathers_shared), (np.arange(12.0), twos, twos))
 
 
 def test_what_cannot_be_shared() -> None:
@@ -3154,6 +3272,55 @@ def test_too_few_descriptors_are_an_error_that_says_so() -> None:
         _, err = program.communicate(timeout=60)
         assert "ulimit -n" in err
         wait_until(lambda: not group_members(program.pid))
+
+
+def has_a_child_and_dies(path: str, *, parallelizer: Par) -> None:
+    if parallelizer.id == 1:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        child.start()
+        Path(path).write_text(str(child.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    parallelizer.wait()
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_death_is_told_though_a_grandchild_lives(method: str, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        error = failure(par, has_a_child_and_dies, str(tmp_path / "pid"))
+    assert isinstance(error, WorkerDied)
+    assert time.monotonic() - begun < 20
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+def test_threads_may_share_a_pool() -> None:
+    with MultiprocessingParallelizer(2, start_method="fork") as par:
+        results: dict[int, Any] = {}
+
+        def use(factor: int) -> None:
+            results[factor] = [par.map(square, range(factor * 10)) for _ in range(10)]
+
+        threads = [threading.Thread(target=use, args=(factor,)) for factor in (1, 2, 3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert results == {f: [[x * x for x in range(f * 10)]] * 10 for f in (1, 2, 3)}
+
+
+def finds_by_name(*, parallelizer: Par) -> Any:
+    return parallelizer.gather(Parallelizer.lookup("given later") is parallelizer)
+
+
+def test_workers_know_names_that_are_given_later() -> None:
+    with MultiprocessingParallelizer(2, start_method="fork") as par:
+        par.run(roll_call)
+        par.register("given later")
+        try:
+            assert par.run(finds_by_name) == [True, True]
+        finally:
+            Parallelizer.unregister("given later")
+        assert isinstance(failure(par, finds_by_name), LookupError)
 
 
 def test_fork_is_not_used_while_threads_run() -> None:
