@@ -2548,7 +2548,7 @@ def otherproject(tmp_path: Path) -> str:
 
 
 # What tests the module's own ways, on each engine; not what only multiplies dtypes and shapes.
-OF_A_COPY = "on_ and (role or run or lookup or regist or object or imap or stats or exception)"
+OF_A_COPY = "on_ and (role or quickstart or regist or hold or endless or stats or quits or unpacks)"
 
 
 @pytest.mark.timeout(200)
