@@ -2181,7 +2181,7 @@ class _Workers:
             while self.sentinels and time.monotonic() < deadline:
                 left = max(deadline - time.monotonic(), 0)
                 for handle in wait(list(self.sentinels), left):
-                    if handle in self.sentinels:  # not buried by its other one
+                    if isinstance(handle, int) and handle in self.sentinels:  # not twice
                         self.bury(handle)
         finally:
             self.kill(list(self.processes))
