@@ -1670,7 +1670,8 @@ def test_stats_say_what_each_rank_did(p: Par) -> None:
         assert 0 <= rank.waiting <= rank.collectives <= rank.seconds
     # Main copies what it broadcasts once, however many processes there are.
     expect(p, MIB <= stats[0].bytes_sent < 1.1 * MIB, p.nprocs > 1)
-    assert re.match(r"\d+ ranks, .* s: busy from .* MB sent, tasks \d+", str(stats))
+    assert re.match(r"\d+ ranks, .* s: busy from .* MB sent", str(stats))
+    expect(p, "tasks" in str(stats), True)  # on a rank that was too late for any, not
     assert "\n" not in str(stats)
 
 
