@@ -2309,9 +2309,14 @@ def _shielded_start(method: str | None) -> Iterator[None]:
     if _POSIX and method != "fork":
         # It unblocks the signal when it is started, so that must have happened before.
         importlib.import_module("multiprocessing.resource_tracker").ensure_running()
-    before = None
-    shield = _POSIX and threading.current_thread() is threading.main_thread()
+    held: list[int] = []
+    before: Any = None
+    handler = signal.getsignal(signal.SIGINT)
+    shield = _POSIX and _on_main_thread() and handler is not None  # or it could not be put back
     if shield:
+        # The mask is for the children, who inherit it. Here a thread of a BLAS library may still
+        # take the signal, upon which Python calls the handler on this one.
+        signal.signal(signal.SIGINT, lambda *_: held.append(1))
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with warnings.catch_warnings():
@@ -2319,8 +2324,11 @@ def _shielded_start(method: str | None) -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
             yield
     finally:
-        if before is not None:
+        if shield:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.signal(signal.SIGINT, handler)
+            if held:
+                signal.raise_signal(signal.SIGINT)
 
 
 def _worker_main(setup: _WorkerSetup) -> None:
@@ -2805,8 +2813,8 @@ class MPICommunicator(Communicator):
             self._everyone = self.members
             self._run_counts[self.members] += 1
             self.stamp = hash((self.members, self._run_counts[self.members]))
-            self._find_group(self.stamp)
             try:
+                self._find_group(self.stamp)
                 yield
             finally:
                 for key in [key for key in self._mail if key[2] == self.stamp]:
