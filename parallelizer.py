@@ -3299,6 +3299,10 @@ class Parallelizer:
         """Keywords that make another parallelizer like this one."""
         return {"timeout": self.timeout}
 
+    def _here(self) -> Parallelizer:
+        """What `lookup` and unpickling make of it: where processes are threads, this one's."""
+        return self
+
     def _new_key(self) -> str:
         return os.urandom(16).hex()
 
@@ -4166,7 +4170,9 @@ class Parallelizer:
             return Parallelizer.from_config(**{**key, **options})
         if isinstance(key, str):
             registered = Parallelizer._registry.get(key)
-            return Parallelizer.from_config(key, **options) if registered is None else registered
+            if registered is None:
+                return Parallelizer.from_config(key, **options)
+            return registered._here()
         if options:
             raise TypeError(f"options {sorted(options)} need the name of a backend, not {key!r}")
         if isinstance(key, Parallelizer):
@@ -4176,7 +4182,7 @@ class Parallelizer:
         for reference in reversed(Parallelizer._open):
             innermost = reference()
             if innermost is not None:
-                return innermost
+                return innermost._here()
         return _named_by_environment(os.environ.get("PARALLELIZER") or "serial")
 
     @staticmethod
@@ -4312,7 +4318,7 @@ def _restored(kind: type[Parallelizer], key: str, options: dict[str, Any]) -> Pa
         found = kind(**options)
         found._key = key
         Parallelizer._living[key] = found
-    return found
+    return found._here()
 
 
 def _share(array: Any) -> np.ndarray[Any, Any]:

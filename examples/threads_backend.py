@@ -12,6 +12,7 @@ import contextlib
 import math
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,11 +79,11 @@ class ThreadCommunicator(Communicator):
             self._mail[source, content[0], stamp].append(Parcel(content[1]))
         elif kind == "collective":
             self._arrived[source, stamp].append(content)
-            if content[0].verb == "return":
+            if content[0].verb == "return" and stamp == self.stamp:
                 self._busy.discard(source)
-        else:
+        elif stamp == self.stamp:  # else of a run that main has given up before
             self._busy.discard(source)
-            if kind == "failed" and stamp == self.stamp:
+            if kind == "failed":
                 self._failures[source] = content.exception()
 
     def _raise_failure(self) -> None:
@@ -163,9 +164,11 @@ class ThreadCommunicator(Communicator):
         super().begin_run()
         if self.process == 0:
             self._begin(self.stamp + 1)
+            command, self._command = self._command, None
+            assert command is not None
             self._busy = set(self.members[1:])
             for process in self._busy:
-                self._post(process, "command", self._command)
+                self._post(process, "command", copied(command))
 
     def finish_run(self, report: bytes) -> list[bytes]:
         self.enter("return")
@@ -178,24 +181,31 @@ class ThreadCommunicator(Communicator):
             failure = None if told else Failure.of(error, self.process, len(self._inboxes))
             self._post(0, "left" if told else "failed", failure)
             return error
-        self._failures.setdefault(0, error)
+        if not isinstance(error, RunEnded) or not self._failures:  # it may be an outer run's
+            self._failures[0] = error
         for process in self._busy:
             self._post(process, "abort", None)
-        while self._busy:  # a thread cannot be stopped: it leaves at its next verb
-            self._progress(math.inf)
+        # A thread cannot be stopped: it leaves at its next verb.
+        deadline = time.monotonic() + (self.timeout or math.inf)
+        while self._busy and time.monotonic() < deadline:
+            self._progress(deadline - time.monotonic())
         failures, self._failures = self._failures, {}
-        others = [failure for _, failure in sorted(failures.items()) if failure is not error]
-        return next((f for f in [*others, error] if not isinstance(f, RunEnded)), error)
+        return failures[min(failures)]
 
 
 class ThreadParallelizer(Parallelizer):
     """Runs on `nprocs` threads, of which the caller's is main.
 
-    An object that holds its parallelizer finds main's; use the one that a function is handed.
+    On a worker, `lookup` and objects that hold the parallelizer find the worker's own.
     """
+
+    _main: ThreadParallelizer | None = None  # of a worker's object, main's
+    _current = threading.local()  # in whose `worker` a worker's thread finds its object
 
     def __init__(self, nprocs: int = 2, *, timeout: float | None = None) -> None:
         super().__init__(timeout=timeout)
+        if nprocs < 1:
+            raise ValueError(f"nprocs must be a number of threads from 1, not {nprocs}")
         self._count = nprocs
         self._threads: list[threading.Thread] = []
 
@@ -205,25 +215,38 @@ class ThreadParallelizer(Parallelizer):
     def _drives_workers(self) -> bool:
         return True
 
+    def _here(self) -> Parallelizer:
+        main, worker = self._main or self, getattr(self._current, "worker", None)
+        return worker if worker is not None and worker._main is main else main
+
     def _start(self) -> None:
         inboxes: list[Inbox] = [queue.SimpleQueue() for _ in range(self._count)]
         tickets: Any = queue.SimpleQueue()
         self._comm, *others = [ThreadCommunicator(n, inboxes, tickets) for n in range(self._count)]
-        self._threads = [threading.Thread(target=self._work, args=(one,)) for one in others]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for one in others:
+                thread = threading.Thread(target=self._work, args=(one,), daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError:  # too many threads
+            self._stop()
+            raise
 
     def _work(self, communicator: ThreadCommunicator) -> None:
         """Be one of the workers, with a parallelizer of its own."""
         worker = ThreadParallelizer(self._count, timeout=self.timeout)
         worker._comm = communicator
+        worker._entered = 1  # so that a function's `with parallelizer` starts nothing
+        worker._main = self
+        self._current.worker = worker
         worker.serve()
 
     def _stop(self) -> None:
-        self._communicator().command(None)
-        for thread in self._threads:
-            thread.join()
-        self._comm = None
+        communicator, self._comm = self._communicator(), None
+        threads, self._threads = self._threads, []
+        communicator.command(None)
+        for thread in threads:
+            thread.join(self.timeout)
 
 
 def count_primes(start: int, stop: int) -> int:
