@@ -185,7 +185,7 @@ class Failure(NamedTuple):
     @classmethod
     def of(cls, error: BaseException, rank: int, size: int) -> Failure:
         """Of this process, which is `rank` of `size`."""
-        header = f"### rank {rank} of {size} on {_hostname()} (pid {os.getpid()})"
+        header = _headline(rank, size)
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         return cls(rank, _summary(error), f"{header}\n{''.join(lines)}", _dump_exception(error))
 
@@ -240,6 +240,11 @@ def _hostname() -> str:
     import socket
 
     return socket.gethostname()
+
+
+def _headline(rank: int, size: int) -> str:
+    """Heads a traceback of this process."""
+    return f"### rank {rank} of {size} on {_hostname()} (pid {os.getpid()})"
 
 
 def _summary(error: BaseException) -> str:
@@ -953,27 +958,30 @@ class Communicator(abc.ABC):
         self, ranks: Sequence[int], tag: int, doing: str, *, idle: bool = False
     ) -> tuple[int, Message]:
         """A message from one of `ranks`, as soon as there is one, and that rank."""
-        queues = [self._mail[self.members[rank], tag, self.stamp] for rank in ranks]
-
-        def arrived() -> Iterator[int]:
-            return (rank for rank, q in zip(ranks, queues, strict=True) if q and q[0].done())
-
         self._wait_until(
-            lambda: next(arrived(), None) is not None,
+            lambda: self._first_sender(ranks, tag) is not None,
             lambda: [self.members[rank] for rank in ranks],
             doing,
             idle=idle,
         )
-        rank = next(arrived())
-        message = queues[ranks.index(rank)].popleft().message
+        rank = self._first_sender(ranks, tag)
+        assert rank is not None
+        message = self._mail[self.members[rank], tag, self.stamp].popleft().message
         assert message is not None
         return rank, message
 
     def has_arrived(self, ranks: Sequence[int], tag: int) -> bool:
         """Whether `receive_any` would return at once."""
         self._handle_all()
-        queues = [self._mail[self.members[rank], tag, self.stamp] for rank in ranks]
-        return any(queue and queue[0].done() for queue in queues)
+        return self._first_sender(ranks, tag) is not None
+
+    def _first_sender(self, ranks: Sequence[int], tag: int) -> int | None:
+        """The first of `ranks` whose message is here as a whole."""
+        for rank in ranks:
+            queue = self._mail[self.members[rank], tag, self.stamp]
+            if queue and queue[0].done():
+                return rank
+        return None
 
     # -- the count of calls -------------------------------------------------------------------
 
@@ -2082,7 +2090,6 @@ class _Workers:
         self._method = method
         context = multiprocessing.get_context(method)
         self._timeout = parallelizer.timeout
-        self._threads = _ThreadLimit(parallelizer.threads_per_process, nprocs)
         self.owned = True
         self.processes: dict[int, Any] = {}
         self.sentinels: dict[int, int] = {}
@@ -2093,6 +2100,7 @@ class _Workers:
             self.slots = _shared_slots(nprocs)
         except OSError as why:
             raise _out_of_resources(nprocs, why) from why
+        self._threads = _ThreadLimit(parallelizer.threads_per_process, nprocs)
         self._ports = [_new_port(reader, [writer for _, writer in pipes]) for reader, _ in pipes]
         self.port = self._ports[0]
         if self.tickets is not None:
@@ -2172,9 +2180,9 @@ class _Workers:
 
     def close(self) -> None:
         """Wait for workers that were told to stop, kill those that do not, and free all else."""
-        self._threads.lift()
         from multiprocessing.connection import wait
 
+        self._threads.lift()
         self.owned = False
         try:
             deadline = time.monotonic() + _GRACE
@@ -2345,12 +2353,11 @@ def _worker_main(setup: _WorkerSetup) -> None:
     Parallelizer._registry.clear()
     Parallelizer._living.clear()
     Parallelizer._living[parallelizer._key] = parallelizer
-    _LISTENING.clear()  # a fork has inherited main's
     _set_thread_variables(setup.threads)
     if setup.method != "fork":
         _limit_threads(setup.threads, raising=True)
     if "numpy.random" in sys.modules:
-        # Likewise the state of this very generator.
+        # A fork has inherited the state of this very generator, too.
         np.random.seed(np.frombuffer(os.urandom(32), np.uint32))  # noqa: NPY002
     _listen(communicator)
     parallelizer.serve()
@@ -2642,8 +2649,7 @@ class MPICommunicator(Communicator):
         self._settle()
         # A note decides what this rank says, and MPI may need several calls to bring it in.
         for _ in range(1 if self.timeout is None else 50):
-            while self._take_message():
-                pass
+            self._handle_all()
         check = self._begin_check(needed, cargo, at)
         # Mostly the others are about to come, and to look around costs more than to try again.
         for _ in range(100):
@@ -2689,13 +2695,12 @@ class MPICommunicator(Communicator):
     def _give_up(self, check: _Check, late: WaitTimeout) -> None:
         """Tell the missing of the timeout; return if they came after all, to fail together."""
         self.tell_all(("failed", self.stamp))
-        if self.call.depth > 1:
-            self._unsettled = check
-            raise late
-        self._own_failure = late
-        if not self.listen(_GRACE, check.request.Test):
-            self._unsettled = check
-            raise late
+        if self.call.depth <= 1:  # of a nested run, the outer one takes care
+            self._own_failure = late
+            if self.listen(_GRACE, check.request.Test):
+                return
+        self._unsettled = check
+        raise late
 
     def listen(self, seconds: float, ready: Callable[[], object]) -> bool:
         """Handle what arrives until `ready`; False if that takes longer than `seconds`."""
@@ -3169,8 +3174,7 @@ class _JobEnd:
         if not speaks:
             communicator.listen(3 * _GRACE, lambda: False)
         sys.stdout.flush()
-        header = f"### rank {rank} of {size} on {_hostname()} (pid {os.getpid()})"
-        print(header, file=sys.stderr, flush=True)
+        print(_headline(rank, size), file=sys.stderr, flush=True)
         self._excepthook(kind, error, trace)
         sys.stderr.flush()
         time.sleep(4 * _SETTLING)  # a launcher may drop what it has not yet passed on
@@ -3428,11 +3432,14 @@ class Parallelizer:
                     result = work.call(self)
                 finally:
                     communicator.mark_function(executing=False)
-                report = communicator.report(time.perf_counter() - begun)
-                self._reports = communicator.finish_run(report)
+                self._finish_run(communicator, begun)
             except BaseException as error:  # whatever it is, the others must hear of it
                 _raise_final(communicator, error)
         return result
+
+    def _finish_run(self, communicator: Communicator, begun: float) -> None:
+        report = communicator.report(time.perf_counter() - begun)
+        self._reports = communicator.finish_run(report)
 
     @property
     def stats(self) -> RunStats | None:
@@ -3949,7 +3956,7 @@ class Parallelizer:
         >>> SerialNonParallelizer().map(np.sqrt, np.array([4.0, 9.0]), vectorized=True)
         array([2., 3.])
         """
-        task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), False, seed)
+        task = _Task.of(func, extra_args, extra_kwargs, seed)
         return self._map(task, data, vectorized, chunksize, callback, progress)
 
     @overload
@@ -4000,7 +4007,7 @@ class Parallelizer:
         >>> SerialNonParallelizer().starmap(pow, [(2, 3), (3, 2)])
         [8, 9]
         """
-        task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), True, seed)
+        task = _Task.of(func, extra_args, extra_kwargs, seed, starred=True)
         return self._map(task, data, vectorized, chunksize, callback, progress)
 
     def imap(
@@ -4027,7 +4034,7 @@ class Parallelizer:
         >>> next(squares), next(squares), next(squares)
         (0, 1, 4)
         """
-        task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), False, seed)
+        task = _Task.of(func, extra_args, extra_kwargs, seed)
         return self._imap(task, data, chunksize, True, progress)
 
     def imap_unordered(
@@ -4048,7 +4055,7 @@ class Parallelizer:
         >>> sorted(SerialNonParallelizer().imap_unordered(abs, [-1, 2]))
         [1, 2]
         """
-        task = _Task(func, tuple(extra_args), dict(extra_kwargs or {}), False, seed)
+        task = _Task.of(func, extra_args, extra_kwargs, seed)
         return self._imap(task, data, chunksize, False, progress)
 
     def _main_is_alone(self) -> bool:
@@ -4129,8 +4136,7 @@ class Parallelizer:
                     communicator.begin_run()
                     begun = time.perf_counter()
                     yield from _spmd_imap(*options, data=data, parallelizer=self)
-                    report = communicator.report(time.perf_counter() - begun)
-                    self._reports = communicator.finish_run(report)
+                    self._finish_run(communicator, begun)
                 except BaseException as error:  # of the user's loop, too
                     _raise_final(communicator, error)
                 finally:
@@ -4439,6 +4445,18 @@ class _Task(NamedTuple):
     extra_kwargs: dict[str, Any]
     starred: bool
     seed: Any
+
+    @classmethod
+    def of(
+        cls,
+        func: Callable[..., Any],
+        extra_args: Sequence[Any],
+        extra_kwargs: Mapping[str, Any] | None,
+        seed: Any,
+        *,
+        starred: bool = False,
+    ) -> _Task:
+        return cls(func, tuple(extra_args), dict(extra_kwargs or {}), starred, seed)
 
     def call(self, item: Any, **more: Any) -> Any:
         first = item if self.starred else (item,)
