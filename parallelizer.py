@@ -432,6 +432,10 @@ class Message(NamedTuple):
         """Bytes of the pickle and the buffers."""
         return len(self.pickled) + sum(buffer.nbytes for buffer in self.buffers)
 
+    def copy(self) -> Message:
+        """The same, with buffers of its own."""
+        return Message(self.pickled, [buffer.copy() for buffer in self.buffers])
+
     def head(self) -> bytes:
         """Number and sizes of the buffers, then the pickle: what must arrive first."""
         sizes = [buffer.nbytes for buffer in self.buffers]
@@ -714,6 +718,23 @@ def _shared_view(
 # ---------------------------------------------------------------------------------------------
 # Communicators: one transport per backend
 # ---------------------------------------------------------------------------------------------
+#
+# All of them speak one protocol, which `Communicator` holds; a transport moves the parcels. The
+# life of a run, of which main is process 0 and w any other process:
+#
+#                RUN n from main, or `run` called under MPI
+#         idle ---------------------------------------------> in function ---> STOP, or main's death
+#          ^      RETURN n or FAILED n to main                     |
+#          '-------------------------------------------------------'
+#
+#   all well      every w: RETURN n -> main, which has waited for all of them: run n is over
+#   w raises      w: FAILED n -> main; main: ABORT n -> the others, each of which leaves its
+#                 function at its next wait and answers RETURN n. Main raises the lowest rank's.
+#   main raises   main: ABORT n -> all, and so on as above
+#
+# Under MPI every process has called `run` itself and wants to know how it has ended, so that the
+# last word is OVER n from main to all. Whatever comes with the number of an earlier run is
+# dropped, so nothing needs to be cleared up between two runs.
 
 # Seconds of waiting after which a process asks those it waits for what they are doing. Two
 # rounds of the same answers, all waiting in a circle, are a deadlock.
@@ -728,8 +749,9 @@ _SETTLING = 0.05
 
 _MOST_TICKETS = 8192  # for the chunks of a map
 
+_WORDS = ("control", "return", "failed", "abort", "over")  # short, and heard as soon as whole
 _VERBS = (
-    "run", "stop", "return", "failed", "abort", "command", "exit",  # between runs
+    *_WORDS, "run", "stop",
     "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "imap",
     "share", "send",
 )  # fmt: skip
@@ -794,28 +816,72 @@ class _Wait(NamedTuple):
 
 
 class Parcel:
-    """A message of `send` on its way in, or here."""
+    """A message on its way, with the call that its sender makes, and in which run.
 
-    def __init__(self, message: Message | None = None) -> None:
+    At its receiver, a transport may hand over a parcel of which a part is still to come.
+    """
+
+    def __init__(self, run: int, call: Call, message: Message | None, tag: int = 0) -> None:
+        self.run = run
+        self.call = call
+        self.tag = tag  # of `send`
         self.message = message
+        self.pickled = b"" if message is None else message.pickled
+
+    def has_head(self) -> bool:
+        """Whether `pickled` is known."""
+        return True
 
     def done(self) -> bool:
-        """Whether it is here."""
+        """Whether all of it is here."""
         return self.message is not None
+
+    def place(self, buffers: Sequence[_Bytes] | None) -> None:
+        """Say where the buffers are to be written; None for memory of their own."""
+        if buffers is not None and self.message is not None:
+            for place, buffer in zip(buffers, self.message.buffers, strict=True):
+                place[:] = buffer
+            self.message = Message(self.pickled, buffers)
+
+    def discard(self) -> None:
+        """It has come for a run that is over."""
+
+    def copy(self) -> Parcel:
+        """The same, with buffers that are not the sender's own memory."""
+        assert self.message is not None
+        return Parcel(self.run, self.call, self.message.copy(), self.tag)
+
+
+_NOTHING = Message(b"-", [])
 
 
 class Communicator(abc.ABC):
-    """The transport of one backend: what a backend of one's own has to provide.
+    """The transport of one backend, and the protocol that all backends share.
 
     Messages are packed (`Message`), the root of every collective is rank 0, and processes are
     numbered twice: `rank` counts within the `members` of the current run, while a *process*
-    keeps its number for life. All of ``run`` but the calls below is `Parallelizer`'s, and waiting
-    and the watch over it are written here once: a wait ends when its message is there, when the
+    keeps its number for life; main is 0 in both. A wait ends when its message is there, when the
     run has failed elsewhere, when `timeout` has passed, or when those waited for are found to
     wait in turn for this process.
 
     Notes
     -----
+    A backend of one's own provides two methods:
+
+    ``_post(process, parcel)``
+        Send a `Parcel` to a process, without waiting. Parcels from one process to another keep
+        their order.
+    ``_progress(seconds)``
+        Hand what has arrived to ``self._deliver(sender, parcel)``, waiting at most so long for
+        something to arrive (`math.inf`: without limit). Every wait is a ``_wait_until(ready,
+        awaited)``, which calls it.
+
+    With these, everything works. A transport does better than the defaults in `_transmit`, if it
+    can wait for room, or does not need to copy; in the collectives, if it has better ones; and in
+    `open_tickets` and `take_ticket`, if it has a counter that all processes share. Who can hurry
+    or replace a process extends `_make_all_leave`. ``examples/threads_backend.py`` is a whole
+    backend.
+
     A run goes through these calls, on each process that takes part::
 
         main: command(message)                         else: next_command() -> message
@@ -823,30 +889,13 @@ class Communicator(abc.ABC):
         begin_run()            main sends the command on its way
         ... the function: for each verb enter(), then broadcast, scatter, gather, barrier, ...
         finish_run(report)     or, where the function or a verb has raised, fail_run(error)
-
-    A transport provides the abstract methods and these hooks, and may extend the others:
-
-    ``_progress(seconds)``
-        Take in what has arrived, waiting at most so long for something to arrive: messages of
-        collectives, to be kept until they are asked for; messages of `send`, to be put as
-        `Parcel` into ``_mail[sender, tag, stamp]``; what `_post_control` sent, to be handed to
-        `_on_control`; words about the end of the run. Every wait is a ``_wait_until(ready,
-        awaited)``, which calls it.
-    ``_send(message, process, tag)``, ``_post_control(process, content)``
-        See there.
-    ``_raise_failure()``
-        Raise `RunEnded` where the present run is known to have failed on another process: who
-        has failed has told main in `fail_run`, and main tells the others.
-
-    A message of a collective carries `call`, which says what its sender is about to do. Where the
-    receiver is about to do something else, it raises ``_disagreement(sender, call)``; what has
-    returned counts as one that calls "return". A message that is left over from an earlier run
-    is known by the `stamp` of that run, and dropped. ``examples/threads_backend.py`` is a whole
-    backend.
     """
+
+    spmd: ClassVar = False  # whether every process calls `run` itself, and there is no command
 
     def __init__(self, process: int, size: int, timeout: float | None = None) -> None:
         self.process = process
+        self.world_size = size
         self._set_members(tuple(range(size)))
         self.timeout = timeout
         self.call = Call(0, 0, "run")
@@ -856,13 +905,29 @@ class Communicator(abc.ABC):
         self.news = False  # a signal has come, and has not been heeded yet
         self.in_function = False
         self._broken = False
-        # By sender, tag and run: what comes late for a run that is over is never asked for.
+        # What has come: collective messages by sender, those of `send` by sender, tag and run.
+        self._arrived: collections.defaultdict[int, collections.deque[Parcel]]
+        self._arrived = collections.defaultdict(collections.deque)
         self._mail: collections.defaultdict[tuple[int, int, int], collections.deque[Parcel]]
         self._mail = collections.defaultdict(collections.deque)
-        self.stamp = 0  # of the current run
+        self._heard_from: set[int] = set()  # whose collective messages have not been looked at
+        self.run = 0  # number of the current run, or of the latest
+        self._in_run = False
+        self._command: Message | None = None
+        self._told: set[int] = set()  # on main: who takes part in the current run
+        # How runs end, by their numbers, as who has left one early may be ahead. On main: who has
+        # left, and who has failed; elsewhere: what main says of it.
+        self._left: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
+        self._failures: collections.defaultdict[int, dict[int, Failure | BaseException]]
+        self._failures = collections.defaultdict(dict)
+        self._verdicts: dict[int, Failure | None] = {}
+        self._called_off = 0  # the latest run that is known to have failed
+        self._unheard = False  # whether main may not know yet that this process has failed
+        self.spokesman: int | None = None  # who has failed, where all agree on that
         self.calls = 0  # of verbs, in all
         self.in_task: int | None = None  # the thread on which a function that `map` calls executes
         self.most_tickets = _MOST_TICKETS
+        self._turn = 0
         # For `RankStats`, of the current run.
         self.bytes_sent = self.tasks = 0
         self._collectives = self._waiting = self._entered_at = 0.0
@@ -870,7 +935,7 @@ class Communicator(abc.ABC):
         self._wait_number = 0
         self._circles: set[tuple[_Wait, ...]] = set()
         self._new_circles: set[tuple[_Wait, ...]] = set()
-        self._deadlock: tuple[_Wait, ...] | None = None
+        self._deadlock: tuple[_Wait, _Wait] | None = None  # this process's and the next one's
 
     def _set_members(self, members: tuple[int, ...]) -> None:
         self.members = members
@@ -880,77 +945,174 @@ class Communicator(abc.ABC):
     # -- what a transport provides ------------------------------------------------------------
 
     @abc.abstractmethod
+    def _post(self, process: int, parcel: Parcel) -> None:
+        """Send a parcel without waiting, whatever state the sending of others is in."""
+
+    @abc.abstractmethod
+    def _progress(self, seconds: float) -> None:
+        """Deliver what has arrived; wait for it at most so long."""
+
+    def _transmit(self, processes: Sequence[int], parcel: Parcel) -> None:
+        """Send a parcel to all of these; return when its buffers may be changed.
+
+        It may wait for room, but must not need a receiver that waits for this very parcel.
+        """
+        for process in processes:
+            self._post(process, parcel.copy())
+
+    def _handle_all(self) -> None:
+        """Deliver all that has arrived, without waiting."""
+        self._progress(0)
+
+    # -- collectives --------------------------------------------------------------------------
+
     def broadcast(self, message: Message | None) -> Message:
         """Rank 0's message on every rank; the others pass None."""
+        if message is None:
+            return self._from_main()
+        self._transmit(self.members[1:], self._outgoing(message))
+        return message
 
-    @abc.abstractmethod
     def scatter(self, messages: Sequence[Message] | None) -> Message:
         """The message at this rank's place in rank 0's sequence; the others pass None."""
+        if messages is None:
+            return self._from_main()
+        for process, message in zip(self.members[1:], messages[1:], strict=True):
+            self._transmit([process], self._outgoing(message))
+        return messages[0]
 
-    @abc.abstractmethod
     def gather(self, message: Message, plan: GatherPlan) -> list[Message] | None:
         """All messages in rank order on rank 0, None elsewhere; `plan` may place the buffers."""
+        if self.rank > 0:
+            self._transmit([0], self._outgoing(message))
+            return None
+        others = self._collect(self.members[1:])
+        self._wait_until(
+            lambda: all(parcel.has_head() for parcel in others.values()),
+            lambda: [process for process, parcel in others.items() if not parcel.has_head()],
+        )
+        places = plan.place([message.pickled, *(parcel.pickled for parcel in others.values())])
+        for rank, parcel in enumerate(others.values(), 1):
+            parcel.place(None if places is None else [places[rank]])
+        if places is not None:
+            places[0][:] = message.buffers[0]
+        return [message, *(self._complete(parcel, process) for process, parcel in others.items())]
 
-    def _send(self, message: Message, process: int, tag: int) -> None:
-        """Return when the message's buffers may be changed; must not need a waiting receiver."""
-        raise NotImplementedError
-
-    @abc.abstractmethod
     def barrier(self) -> None:
         """Return when every rank has called it."""
+        self.gather(_NOTHING, GatherPlan(False))
+        self.broadcast(_NOTHING if self.rank == 0 else None)
 
-    @abc.abstractmethod
     def open_tickets(self, count: int) -> None:
         """Called by all, before a broadcast: prepare tickets; only rank 0's `count` matters."""
+        self._turn = self.rank
 
-    @abc.abstractmethod
     def take_ticket(self, count: int) -> int | None:
-        """The next of the tickets 0 to `count` - 1, each handed out once; None after the last."""
+        """The next of the tickets 0 to `count` - 1, each handed out once; None after the last.
 
-    @abc.abstractmethod
-    def command(self, message: Message | None) -> None:
-        """On main, outside a run: have the serving members begin a run; None stops them."""
+        Here in turns that are fixed beforehand, for want of a counter that all share.
+        """
+        ticket, self._turn = self._turn, self._turn + self.size
+        return ticket if ticket < count else None
 
-    @abc.abstractmethod
-    def next_command(self) -> Message | None:
-        """Elsewhere: idle until main's next command."""
+    def _outgoing(self, message: Message, tag: int = 0, verb: str = "") -> Parcel:
+        """Of the present call, unless of `send`."""
+        self.bytes_sent += message.nbytes
+        return Parcel(self.run, Call(0, 0, verb) if verb else self.call, message, tag)
 
-    @abc.abstractmethod
-    def finish_run(self, report: bytes) -> list[bytes]:
-        """Return when every member has returned from the function; on rank 0 all their reports."""
+    def _from_main(self) -> Message:
+        return self._complete(self._next_from(0), 0)
 
-    @abc.abstractmethod
-    def fail_run(self, error: BaseException) -> BaseException:
-        """End the run on every member because of `error`; what `run` is to raise here."""
+    def _next_from(self, process: int) -> Parcel:
+        """The next collective message from `process`, which must belong to the present call."""
+        queue = self._arrived[process]
+        self._wait_until(lambda: queue, lambda: [process])
+        self._check_call(process)
+        return queue.popleft()
 
-    def _progress(self, seconds: float) -> None:
-        """Handle what has arrived; wait for it at most so long."""
-        raise NotImplementedError
+    def _check_call(self, process: int) -> None:
+        """Raise where `process` is not about to make the present call."""
+        queue = self._arrived[process]
+        if queue and (queue[0].run, queue[0].call) != (self.run, self.call):
+            raise self._disagreement(process, queue[0].call)
 
-    def _post_control(self, process: int, content: object) -> None:
-        """Hand a small object to `_on_control` of another process, in order with messages."""
-        raise NotImplementedError
+    def _collect(self, processes: Sequence[int]) -> dict[int, Parcel]:
+        """The next of each for the present call; an error as soon as any strays."""
+        missing = set(processes)
+        self._heard_from = {process for process in processes if self._arrived[process]}
 
-    def _raise_failure(self) -> None:
-        """Raise where the current run is known to have failed."""
-        return
+        def all_here() -> bool:
+            while self._heard_from:
+                process = self._heard_from.pop()
+                if process in missing:
+                    self._check_call(process)
+                    missing.discard(process)
+            return not missing
+
+        self._wait_until(all_here, lambda: sorted(missing))
+        return {process: self._arrived[process].popleft() for process in processes}
+
+    def _complete(self, parcel: Parcel, process: int) -> Message:
+        """The message, when all of it has come from `process`."""
+        self._wait_until(parcel.done, lambda: [process])
+        assert parcel.message is not None
+        return parcel.message
+
+    # -- what arrives -------------------------------------------------------------------------
+
+    def _deliver(self, source: int, parcel: Parcel) -> None:
+        """Take in a parcel: one of `_WORDS` when it is whole, all others as soon as they begin."""
+        verb = parcel.call.verb
+        if verb == "control":
+            self._on_control(pickle.loads(parcel.pickled))
+        elif parcel.run < self.run:
+            parcel.discard()
+        elif verb == "send":
+            self._mail[source, parcel.tag, parcel.run].append(parcel)
+        elif verb in ("failed", "abort", "over"):
+            self._on_verdict(source, parcel)
+        else:
+            self._arrived[source].append(parcel)
+            self._heard_from.add(source)
+            if verb == "return":
+                self._left[parcel.run].add(source)
+
+    def _on_verdict(self, source: int, parcel: Parcel) -> None:
+        """Hear that a run has failed, or how it has ended."""
+        run, failure = parcel.run, pickle.loads(parcel.pickled)
+        if parcel.call.verb == "failed":
+            self._left[run].add(source)
+            self._failures[run][source] = failure
+        elif parcel.call.verb == "over":
+            self._verdicts[run] = failure
+            if failure is None:
+                return
+        self._called_off = max(self._called_off, run)
+
+    def _tell(self, process: int, verb: str, content: object = None) -> None:
+        """Say one of `_WORDS`."""
+        message = Message(content if type(content) is bytes else pickle.dumps(content), [])
+        self._post(process, Parcel(self.run, self.call._replace(verb=verb), message))
+
+    def _tell_control(self, process: int, *content: object) -> None:
+        """Have `_on_control` called on another process."""
+        self._tell(process, "control", content)
 
     # -- messages from one rank to another -----------------------------------------------------
 
     def send(self, message: Message, rank: int, tag: int) -> None:
         """Return when the message's buffers may be changed."""
-        process = self.members[rank]
-        if process != self.process:
-            self._send(message, process, tag)
-            return
-        copies = [buffer.copy() for buffer in message.buffers]
-        self._mail[process, tag, self.stamp].append(Parcel(Message(message.pickled, copies)))
+        process, parcel = self.members[rank], self._outgoing(message, tag, "send")
+        if process == self.process:
+            self._deliver(process, parcel.copy())
+        else:
+            self._transmit([process], parcel)
 
     def receive(self, rank: int, tag: int) -> Message:
         """The oldest message from `rank` under `tag`; waits for it."""
         doing = f"receive({rank}, tag={tag})"
         own = self.members[rank] == self.process
-        if own and not self._mail[self.process, tag, self.stamp]:
+        if own and not self._mail[self.process, tag, self.run]:
             raise ContractError(f"rank {rank} waits in {doing} for what it has not sent itself")
         return self.receive_any([rank], tag, doing)[1]
 
@@ -966,7 +1128,7 @@ class Communicator(abc.ABC):
         )
         rank = self._first_sender(ranks, tag)
         assert rank is not None
-        message = self._mail[self.members[rank], tag, self.stamp].popleft().message
+        message = self._mail[self.members[rank], tag, self.run].popleft().message
         assert message is not None
         return rank, message
 
@@ -978,24 +1140,165 @@ class Communicator(abc.ABC):
     def _first_sender(self, ranks: Sequence[int], tag: int) -> int | None:
         """The first of `ranks` whose message is here as a whole."""
         for rank in ranks:
-            queue = self._mail[self.members[rank], tag, self.stamp]
+            queue = self._mail[self.members[rank], tag, self.run]
             if queue and queue[0].done():
                 return rank
         return None
 
-    # -- the count of calls -------------------------------------------------------------------
+    # -- the life of a run --------------------------------------------------------------------
+
+    def command(self, message: Message | None) -> None:
+        """On main, outside a run: have the serving members begin a run; None stops them."""
+        self._command = message
+        if message is None:
+            for process in self.members[1:]:
+                self._tell(process, "stop", b"-")
+
+    def next_command(self) -> Message | None:
+        """Elsewhere: idle until main's next command."""
+        while True:
+            self._wait_until(lambda: self._arrived[0], lambda: [0], "return")
+            parcel = self._arrived[0].popleft()
+            if parcel.call.verb == "stop":
+                return None
+            if parcel.call.verb != "run":
+                continue  # left over from a run that ended early
+            self._next_run(parcel.run)
+            self._in_run = True
+            try:
+                return self._complete(parcel, 0)
+            except RunEnded as ended:
+                self.fail_run(ended)
+
+    def sit_out(self) -> None:
+        """Count a run that this process takes no part in."""
+        self._next_run(self.run + 1)
+
+    def _next_run(self, run: int) -> None:
+        """Forget the runs before; what a quick sibling has already sent for this one stays."""
+        self.run = run
+        for key in [key for key in self._mail if key[2] < run]:
+            for parcel in self._mail.pop(key):
+                parcel.discard()
+        for queue in self._arrived.values():
+            while queue and queue[0].run < run:
+                queue.popleft().discard()
+        for by_run in (self._left, self._failures, self._verdicts):
+            for earlier in [number for number in by_run if number < run]:
+                del by_run[earlier]
 
     def begin_run(self) -> None:
-        """Before the function: forget what the run before has left."""
+        """Before the function: begin to count anew; main sends the command on its way."""
         self._history.clear()
-        self._broken = False
+        self._broken = self._unheard = False
         self.in_task = None
         self.bytes_sent = self.tasks = 0
         self._collectives = self._waiting = 0.0
+        command, self._command = self._command, None
+        if not self._in_run:
+            self._next_run(self.run + 1)
+            self._in_run = True
+        self._told = set(self.members[1:]) if self.spmd else set()
+        if self.process == 0:
+            self._handle_all()  # who died since the last run
+        self._raise_failure()
+        if command is not None:
+            self._begin_on_others(command)
 
-    def report(self, seconds: float) -> bytes:
-        """`RankStats` of this process, whose function has taken so long, for `finish_run`."""
-        return _REPORT.pack(seconds, self._collectives, self._waiting, self.bytes_sent, self.tasks)
+    def _begin_on_others(self, command: Message) -> None:
+        self._told = set(self.members[1:])
+        self._transmit(self.members[1:], Parcel(self.run, self.call, command))
+
+    def finish_run(self, report: bytes) -> list[bytes]:
+        """Return when every member has returned from the function; on rank 0 all their reports.
+
+        Where nobody but main needs to know (not `spmd`), the others return at once.
+        """
+        self.enter("return")
+        reports = [report]
+        if self.process > 0:
+            self._tell(0, "return", report)
+            if self.spmd:
+                self._wait_until(lambda: self.run in self._verdicts, lambda: [0])
+                self._raise_failure()
+        else:
+            reports += [parcel.pickled for parcel in self._collect(self.members[1:]).values()]
+            self._tell_verdict(None)
+        self._in_run = False
+        return reports
+
+    def fail_run(self, error: BaseException) -> BaseException:
+        """End the run on every member because of `error`; what `run` is to raise here."""
+        try:
+            return self._call_off(error) if self.process == 0 else self._leave_early(error)
+        finally:
+            self._in_run = False
+
+    def _call_off(self, error: BaseException) -> BaseException:
+        """On main: have all leave the run, and find the failure of the lowest rank."""
+        failures = self._failures[self.run]
+        if not isinstance(error, RunEnded) or not failures:  # it may be an outer run's
+            failures[0] = error
+        self._make_all_leave(error)
+        (self.spokesman, first), *others = sorted(failures.items())
+        self._tell_verdict(first)
+        raised = first.exception() if isinstance(first, Failure) else first
+        for rank, other in others:
+            summary = other.summary if isinstance(other, Failure) else _summary(other)
+            _add_note(raised, f"rank {rank} failed too: {summary}")
+        failures.clear()
+        return raised
+
+    def _make_all_leave(self, error: BaseException) -> None:
+        """On main: return when all have left the run, or have not within the time they get."""
+        self.listen(_SETTLING, lambda: not self._inside())
+        # Who has failed under MPI waits for a word that main knows.
+        for process in self.members[1:] if self.spmd else self._inside():
+            self._tell(process, "abort")
+            self._hurry(process)
+        if not self.listen(_GRACE, lambda: not self._inside()):
+            _logger().warning(
+                "rank(s) %s did not leave a failed run within %s s", self._inside(), _GRACE
+            )
+
+    def _inside(self) -> list[int]:
+        """On main: who has not left the run."""
+        return sorted(self._told - self._left[self.run])
+
+    def _hurry(self, process: int) -> None:  # noqa: B027 - not all transports can
+        """Make a process that computes look for what has arrived."""
+
+    def _tell_verdict(self, first: Failure | BaseException | None) -> None:
+        if self.spmd:
+            if isinstance(first, BaseException):
+                first = Failure.of(first, self.process, self.world_size)
+            for process in self.members[1:]:
+                self._tell(process, "over", first)
+
+    def _leave_early(self, error: BaseException) -> BaseException:
+        """Elsewhere: tell main; return what is to be raised, which under MPI main decides."""
+        if isinstance(error, RunEnded) or self._called_off >= self.run:
+            self._tell(0, "return", b"-")  # main only waits for this process to leave
+        else:
+            self._tell(0, "failed", Failure.of(error, self.process, self.world_size))
+            self._unheard = True
+        return self._hear_verdict(error) if self.spmd else error
+
+    def _hear_verdict(self, error: BaseException) -> BaseException:
+        """What all ranks raise; this one's own `error`, where main computes and does not hear."""
+        self.spokesman = None
+        if self.listen(_GRACE, lambda: self._called_off >= self.run):
+            self.listen(math.inf, lambda: self.run in self._verdicts)
+        failure = self._verdicts.get(self.run)
+        if failure is None:
+            return error
+        self.spokesman = failure.rank
+        return error if failure.rank == self.process else failure.exception()
+
+    def _raise_failure(self) -> None:
+        """Raise where the current run is known to have failed."""
+        if self._in_run and self._called_off >= self.run:
+            raise RunEnded
 
     @contextlib.contextmanager
     def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
@@ -1008,6 +1311,12 @@ class Communicator(abc.ABC):
         finally:
             self._set_members(members)
             self.call = call
+
+    def report(self, seconds: float) -> bytes:
+        """`RankStats` of this process, whose function has taken so long, for `finish_run`."""
+        return _REPORT.pack(seconds, self._collectives, self._waiting, self.bytes_sent, self.tasks)
+
+    # -- the user's function, and the calls it makes --------------------------------------------
 
     def mark_function(self, *, executing: bool) -> None:
         """Say that the user's function begins or ends on this process."""
@@ -1022,10 +1331,6 @@ class Communicator(abc.ABC):
         self._handle_all()
         self._raise_failure()
         self.interruptible = self.in_function
-
-    def _handle_all(self) -> None:
-        """Handle all that has arrived, without waiting."""
-        self._progress(0)
 
     def enter(self, verb: str) -> Communicator:
         """Begin a call of a verb; the result is the context that ends it."""
@@ -1076,18 +1381,16 @@ class Communicator(abc.ABC):
         doing: str = "",
         *,
         idle: bool = False,
-        watch: bool = True,
     ) -> None:
         """Handle what arrives until `ready`; `awaited` are the processes that can make it so.
 
-        An `idle` wait may last for ever; one without `watch` is not looked at for deadlocks, as
-        it must be where all the ranks rightly wait for each other.
+        An `idle` wait may last for ever, as every wait between runs may.
         """
         if ready():
             return
         begun = time.perf_counter()
-        look_around = _PATIENCE if watch else math.inf
-        timeout = math.inf if idle or self.timeout is None else self.timeout
+        look_around = _PATIENCE if self._in_run else math.inf
+        timeout = math.inf if idle or not self._in_run else self.timeout or math.inf
         self._begin_wait(ready, awaited, doing)
         try:
             while not ready():
@@ -1095,13 +1398,26 @@ class Communicator(abc.ABC):
                 waited = time.perf_counter() - begun
                 if waited >= timeout:
                     self._raise_timeout(awaited(), doing)
+                if self._deadlock is not None:
+                    raise _deadlock_error(*self._deadlock)
                 if waited >= look_around:
-                    look_around += _PATIENCE
+                    # Ever less often: who is the last to close a circle has just begun to wait.
+                    look_around *= 2
                     self._look_around()
                 self._progress(min(look_around, timeout) - waited)
         finally:
             self._describe_wait = lambda: None
             self._waiting += time.perf_counter() - begun
+
+    def listen(self, seconds: float, ready: Callable[[], object]) -> bool:
+        """Handle what arrives until `ready`, failed or not; False if that takes longer."""
+        deadline = time.monotonic() + seconds
+        while not ready():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._progress(left)
+        return True
 
     def _doing(self, doing: str) -> str:
         if doing or self.call.verb == "return":
@@ -1136,17 +1452,14 @@ class Communicator(abc.ABC):
 
     def _look_around(self) -> None:
         own = self._describe_wait()
-        if own is None:
-            return
-        if self._deadlock is not None:
-            raise _deadlock_error(own, self._deadlock[0])
-        self._circles, self._new_circles = self._new_circles, set()
-        self._ask(own.awaited, ())
+        if own is not None:
+            self._circles, self._new_circles = self._new_circles, set()
+            self._ask(own.awaited, ())
 
     def _ask(self, processes: Iterable[int], chain: tuple[_Wait, ...]) -> None:
         for process in itertools.islice(processes, 16):
             if process != self.process and all(wait.process != process for wait in chain):
-                self._post_control(process, ("ask", self.process, self._wait_number, chain))
+                self._tell_control(process, "ask", self.process, self._wait_number, chain)
 
     def _on_control(self, content: Any) -> None:
         kind, asker, number, chain = content
@@ -1154,12 +1467,12 @@ class Communicator(abc.ABC):
         if own is None:
             return
         if kind == "ask":
-            self._post_control(asker, ("tell", asker, number, (*chain, own)))
+            self._tell_control(asker, "tell", asker, number, (*chain, own))
         elif own.number == number:
             if self.process not in chain[-1].awaited:
                 self._ask(chain[-1].awaited, chain)
             elif chain in self._circles:
-                self._deadlock = chain
+                self._deadlock = own, chain[0]
             else:
                 self._new_circles.add(chain)
 
@@ -1168,57 +1481,24 @@ def _deadlock_error(own: _Wait, other: _Wait) -> ContractError:
     if own.doing == "return":
         own, other = other, own
     mine = f"rank {own.process} waits in {own.doing}"
-    if other.doing in ("return", "exit"):
-        ended = "returned" if other.doing == "return" else "ended its program"
-        return ContractError(f"rank {other.process} {ended} while {mine}")
+    if other.doing == "return":
+        return ContractError(f"rank {other.process} returned while {mine}")
     return ContractError(
         f"rank {other.process} waits in {other.doing} while {mine}: neither can go on"
     )
 
 
 class SerialCommunicator(Communicator):
-    """One process: every message is already where it belongs."""
+    """One process: there is nobody to wait for, or to send to."""
 
     def __init__(self) -> None:
         super().__init__(0, 1)
-        self._tickets: Iterator[int] = iter(())
+
+    def _post(self, process: int, parcel: Parcel) -> None:
+        raise AssertionError("there is one process")
 
     def _progress(self, seconds: float) -> None:
         """Nothing can arrive; but a signal meant for another parallelizer may ask."""
-
-    def broadcast(self, message: Message | None) -> Message:
-        assert message is not None
-        return message
-
-    def scatter(self, messages: Sequence[Message] | None) -> Message:
-        assert messages is not None
-        return messages[0]
-
-    def gather(self, message: Message, plan: GatherPlan) -> list[Message] | None:
-        return [message]
-
-    def barrier(self) -> None:
-        pass
-
-    def open_tickets(self, count: int) -> None:
-        self._tickets = iter(range(count))
-
-    def take_ticket(self, count: int) -> int | None:
-        return next(self._tickets, None)
-
-    def command(self, message: Message | None) -> None:
-        pass
-
-    def next_command(self) -> Message | None:
-        return None
-
-    def finish_run(self, report: bytes) -> list[bytes]:
-        self._mail.clear()
-        return [report]
-
-    def fail_run(self, error: BaseException) -> BaseException:
-        self._mail.clear()
-        return error
 
 
 # -- multiprocessing: pipes for small packets, shared slots for all else ------------------------
@@ -1230,39 +1510,29 @@ class SerialCommunicator(Communicator):
 # of them have released it. The copies in and out overlap, and of a broadcast all readers read
 # the same slots, so that main copies it once, however many workers there are.
 #
-# The life of a worker, and the end of a run (main is process 0, w any worker):
+# To the life of a run this adds:
 #
-#            start            RUN n from main                 STOP, or main's death
-#   (none) --------> idle ----------------------> in function -------------------> (gone)
-#                     ^  RETURN n, FAILED n to main   |
-#                     '-------------------------------'
-#
-#   all well      every w: RETURN n -> main, which has waited for all of them: run n is over
-#   w raises      w: FAILED n -> main; main: ABORT n -> the others, each of which leaves its
-#                 function at its next wait (or, computing in Python, by a signal) and answers
-#                 RETURN n; who has not within _GRACE is killed. Main raises the lowest rank's.
-#   main raises   main: ABORT n -> all, and so on as above
-#   w dies        main's wait returns for the sentinel of w as for a failure; as above. The dead
-#                 and the killed are started anew when the next run begins.
+#   w computes    ABORT comes with a signal, upon which w looks at its inbox; w is killed when it
+#                 has not left within _GRACE.
+#   w dies        main's wait returns for the sentinel of w as for a failure. The dead and the
+#                 killed are started anew when the next run begins.
 #   main dies     every w holds the reading end of a pipe that only main holds the writing end
 #                 of: its end-of-file kills w, by the kernel where that can be asked for (Linux),
 #                 else at the next wait of w.
 #
-# When run n + 1 begins, every living process has left run n, so all slots are free and what
-# still comes with a lower number is dropped unread.
+# When run n + 1 begins, every living process has left run n, so all slots are free.
 
 _POSIX = os.name == "posix"
 _PACKET = min(4096, select.PIPE_BUF) if _POSIX else 4096
 _SLOT_BYTES = 1 << 21
 _SLOTS = 2  # per sender: one is filled while the other is read
 
-_START, _DATA, _RELEASE, _CONTROL = range(4)
+_START, _DATA, _RELEASE = range(3)
 _PACKET_HEAD = struct.Struct("<HBHI")  # bytes of the packet, kind, source, run
 _START_HEAD = struct.Struct("<IBIBqI")  # stream, depth, number, verb, tag, bytes of the head
 _DATA_HEAD = struct.Struct("<IHI")  # stream, slot or _INLINE, bytes
 _RELEASE_HEAD = struct.Struct("<H")  # slot
 _INLINE = 0xFFFF
-_VERDICTS = ("return", "failed", "abort")
 _INLINE_BYTES = _PACKET - _PACKET_HEAD.size - max(_START_HEAD.size, _DATA_HEAD.size)
 
 
@@ -1436,30 +1706,27 @@ def _pipe_capacity(file: int) -> int:
 
 
 class _Incoming(Parcel):
-    """A message that arrives in pieces: first its head, then its buffers.
+    """A parcel that arrives in pieces: first its head, then its buffers.
 
     The buffers of a gather are `held` in their slots until their place in the result is known;
     all others get fresh memory as soon as the head is complete.
     """
 
-    def __init__(self, run: int, call: Call, head_bytes: int, held: bool) -> None:
-        super().__init__()
-        self.run = run
-        self.call = call
+    def __init__(self, run: int, call: Call, tag: int, head_bytes: int, held: bool) -> None:
+        super().__init__(run, call, None, tag)
         self._held = held
         self._head_bytes = head_bytes
         self._head = bytearray()
         self._unfilled: collections.deque[_Bytes] = collections.deque()
         self._backlog: collections.deque[tuple[_Bytes, Callable[[], None] | None]]
         self._backlog = collections.deque()
-        self.pickled = b""  # known when the head is complete
-        self.sizes: list[int] = []
-
-    def done(self) -> bool:
-        return self.message is not None and not self._unfilled
+        self._sizes: list[int] = []
 
     def has_head(self) -> bool:
         return bool(self.pickled)
+
+    def done(self) -> bool:
+        return self.message is not None and not self._unfilled
 
     def feed(self, data: bytes | _Bytes, release: Callable[[], None] | None = None) -> None:
         """Take the next piece; `release` is called when it has been copied."""
@@ -1475,7 +1742,7 @@ class _Incoming(Parcel):
         missing = self._head_bytes - len(self._head)
         self._head.extend(data[:missing])
         if len(self._head) == self._head_bytes:
-            self.sizes, self.pickled = _parse_head(bytes(self._head))
+            self._sizes, self.pickled = _parse_head(bytes(self._head))
             if not self._held:
                 self.place(None)
         return data[missing:]
@@ -1493,9 +1760,8 @@ class _Incoming(Parcel):
         return data
 
     def place(self, buffers: Sequence[_Bytes] | None) -> None:
-        """Say where the buffers are to be written; None for fresh memory."""
         if buffers is None:
-            buffers = [_allocate(size) for size in self.sizes]
+            buffers = [_allocate(size) for size in self._sizes]
         self.message = Message(self.pickled, buffers)
         self._unfilled.extend(buffer for buffer in buffers if buffer.nbytes)
         while self._backlog:
@@ -1521,48 +1787,19 @@ class PipeCommunicator(Communicator):
         self._slots = slots
         self._tickets = tickets
         self.most_tickets = tickets.most if tickets is not None else _MOST_TICKETS
-        self._turn = 0
-        self._run = 0
         self._stream = 0
         self._streams: dict[tuple[int, int], _Incoming] = {}
-        self._arrived: dict[int, collections.deque[_Incoming]] = {
-            member: collections.deque() for member in self.members
-        }
         self._outbox: dict[int, collections.deque[bytes]] = {
             member: collections.deque() for member in self.members
         }
         self._readers: list[set[int]] = [set() for _ in range(_SLOTS if slots else 0)]
 
     def _next_run(self, run: int) -> None:
-        """Forget the run before; what a quick sibling has already sent for this one stays."""
-        self._run = run
+        super()._next_run(run)
         self._readers = [set() for _ in self._readers]
-        self.stamp = run
-        for key in [key for key in self._mail if key[2] < run]:
-            del self._mail[key]
-        for queue in self._arrived.values():
-            kept = [incoming for incoming in queue if incoming.run >= run]
-            queue.clear()
-            queue.extend(kept)
         self._streams = {key: item for key, item in self._streams.items() if item.run >= run}
 
-    # -- packets ------------------------------------------------------------------------------
-
-    def _post(self, process: int, kind: int, body: bytes, run: int | None = None) -> None:
-        """Write a packet, or keep it for when the inbox has room; never blocks."""
-        size = _PACKET_HEAD.size + len(body)
-        head = _PACKET_HEAD.pack(size, kind, self.process, self._run if run is None else run)
-        queue = self._outbox[process]
-        if queue or not self._port.write(process, head + body):
-            queue.append(head + body)
-
-    def _flush(self, process: int) -> None:
-        packets = self._outbox[process]
-        while packets and self._port.write(process, packets[0]):
-            packets.popleft()
-
-    def _post_control(self, process: int, content: object) -> None:
-        self._post(process, _CONTROL, pickle.dumps(content))
+    # -- packets in ---------------------------------------------------------------------------
 
     def _progress(self, seconds: float) -> None:
         writers = [process for process, queue in self._outbox.items() if queue]
@@ -1583,42 +1820,37 @@ class PipeCommunicator(Communicator):
     def _on_packet(self, packet: bytes) -> None:
         _, kind, source, run = _PACKET_HEAD.unpack_from(packet)
         body = packet[_PACKET_HEAD.size :]
-        if kind == _CONTROL:
-            self._on_control(pickle.loads(body))
-        elif run < self._run:
-            pass  # left over from a run that has ended
-        elif kind == _START:
+        if kind == _START:
             self._on_start(source, run, body)
         elif kind == _DATA:
             self._on_data(source, run, body)
-        else:
+        elif run == self.run:
             self._readers[_RELEASE_HEAD.unpack(body)[0]].discard(source)
 
     def _on_start(self, source: int, run: int, body: bytes) -> None:
         stream, depth, number, verb, tag, head_bytes = _START_HEAD.unpack_from(body)
         call = Call(depth, number, _VERBS[verb])
         # What comes to main in a collective is a gather's.
-        held = self.process == 0 and call.verb not in ("send", *_VERDICTS)
-        incoming = _Incoming(run, call, head_bytes, held)
-        self._streams[source, stream] = incoming
-        if call.verb == "send":
-            self._mail[source, tag, run].append(incoming)
-        elif call.verb not in ("failed", "abort"):
-            self._arrived[source].append(incoming)
+        held = self.process == 0 and call.verb not in ("send", *_WORDS)
+        incoming = _Incoming(run, call, tag, head_bytes, held)
+        if run >= self.run:
+            self._streams[source, stream] = incoming
+        if call.verb not in _WORDS:
+            self._deliver(source, incoming)
         self._feed(source, stream, incoming, body[_START_HEAD.size :])
 
     def _on_data(self, source: int, run: int, body: bytes) -> None:
         stream, slot, size = _DATA_HEAD.unpack_from(body)
         incoming = self._streams.get((source, stream))
         if incoming is None:
-            return
+            return  # left over from a run that has ended
         if slot == _INLINE:
             self._feed(source, stream, incoming, body[_DATA_HEAD.size :])
             return
         assert self._slots is not None
         data = self._slots.slot(source, slot)[:size]
         # The sender may be ahead: in a run that this process has yet to begin.
-        release = functools.partial(self._post, source, _RELEASE, _RELEASE_HEAD.pack(slot), run)
+        release = functools.partial(self._write, source, _RELEASE, run, _RELEASE_HEAD.pack(slot))
         self._feed(source, stream, incoming, data, release)
 
     def _feed(
@@ -1632,37 +1864,59 @@ class PipeCommunicator(Communicator):
         incoming.feed(data, release)
         if incoming.done():
             self._streams.pop((source, stream), None)
-            if incoming.call.verb in _VERDICTS:
-                self._on_verdict(source, incoming)
+            if incoming.call.verb in _WORDS:
+                self._deliver(source, incoming)
 
-    def _on_verdict(self, source: int, incoming: _Incoming) -> None:
-        """Hear a word about the end of the run, which may come before all else has been read."""
+    # -- packets out --------------------------------------------------------------------------
 
-    # -- messages -----------------------------------------------------------------------------
+    def _write(self, process: int, kind: int, run: int, body: bytes) -> None:
+        """Write a packet, or keep it for when the inbox has room; never blocks."""
+        packet = _PACKET_HEAD.pack(_PACKET_HEAD.size + len(body), kind, self.process, run) + body
+        queue = self._outbox[process]
+        if queue or not self._port.write(process, packet):
+            queue.append(packet)
 
-    def _transmit(self, processes: Sequence[int], call: Call, tag: int, message: Message) -> None:
-        """Send one message to all of `processes`, through the same slots."""
+    def _flush(self, process: int) -> None:
+        packets = self._outbox[process]
+        while packets and self._port.write(process, packets[0]):
+            packets.popleft()
+
+    def _post(self, process: int, parcel: Parcel) -> None:
+        start, parts = self._start_of(parcel)
+        for chunk in _chunks(parts, _INLINE_BYTES):
+            piece = b"".join(part.tobytes() for part in chunk)
+            if start:
+                self._write(process, _START, parcel.run, start + piece)
+                start = b""
+            else:
+                head = _DATA_HEAD.pack(self._stream, _INLINE, len(piece))
+                self._write(process, _DATA, parcel.run, head + piece)
+
+    def _start_of(self, parcel: Parcel) -> tuple[bytes, list[_Bytes]]:
+        """The head of a parcel's first packet, and all that follows it."""
+        assert parcel.message is not None
         self._stream += 1
-        head = message.head()
-        self.bytes_sent += message.nbytes
+        head, call = parcel.message.head(), parcel.call
         start = _START_HEAD.pack(
-            self._stream, call.depth, call.number, _VERBS.index(call.verb), tag, len(head)
+            self._stream, call.depth, call.number, _VERBS.index(call.verb), parcel.tag, len(head)
         )
-        parts = [buffer for buffer in message.buffers if buffer.nbytes]
-        if len(head) + sum(part.nbytes for part in parts) <= _INLINE_BYTES:
-            whole = b"".join([start, head, *(part.tobytes() for part in parts)])
-            self._post_all(processes, _START, whole)
-            return
-        self._post_all(processes, _START, start)
-        for chunk in _chunks(
-            [_as_bytes(head), *parts], _SLOT_BYTES if self._readers else _INLINE_BYTES
-        ):
-            self._transmit_chunk(processes, chunk)
+        return start, [_as_bytes(head), *(part for part in parcel.message.buffers if part.nbytes)]
 
-    def _transmit_chunk(self, processes: Sequence[int], chunk: list[_Bytes]) -> None:
+    def _transmit(self, processes: Sequence[int], parcel: Parcel) -> None:
+        """Send to all of these, through the same slots."""
+        start, parts = self._start_of(parcel)
+        if sum(part.nbytes for part in parts) <= _INLINE_BYTES:
+            self._write_all(processes, _START, start + b"".join(part.tobytes() for part in parts))
+            return
+        self._write_all(processes, _START, start)
+        stream = self._stream  # as to wait for room may come to send words
+        for chunk in _chunks(parts, _SLOT_BYTES if self._readers else _INLINE_BYTES):
+            self._transmit_chunk(processes, stream, chunk)
+
+    def _transmit_chunk(self, processes: Sequence[int], stream: int, chunk: list[_Bytes]) -> None:
         size = sum(piece.nbytes for piece in chunk)
         if self._slots is None:
-            body = _DATA_HEAD.pack(self._stream, _INLINE, size) + b"".join(
+            body = _DATA_HEAD.pack(stream, _INLINE, size) + b"".join(
                 piece.tobytes() for piece in chunk
             )
         else:
@@ -1672,8 +1926,8 @@ class PipeCommunicator(Communicator):
                 slot[position : position + piece.nbytes] = piece
                 position += piece.nbytes
             self._readers[index].update(processes)
-            body = _DATA_HEAD.pack(self._stream, index, size)
-        self._post_all(processes, _DATA, body)
+            body = _DATA_HEAD.pack(stream, index, size)
+        self._write_all(processes, _DATA, body)
 
     def _free_slot(self) -> int:
         self._wait_until(
@@ -1683,10 +1937,10 @@ class PipeCommunicator(Communicator):
         )
         return self._readers.index(set())
 
-    def _post_all(self, processes: Sequence[int], kind: int, body: bytes) -> None:
+    def _write_all(self, processes: Sequence[int], kind: int, body: bytes) -> None:
         for process in processes:
             self._await_room(process)
-            self._post(process, kind, body)
+            self._write(process, kind, self.run, body)
 
     def _await_room(self, process: int) -> None:
         """Not to pile up packets here while their reader is busy."""
@@ -1694,95 +1948,14 @@ class PipeCommunicator(Communicator):
         if queue:
             self._wait_until(lambda: not queue, lambda: [process], "send")
 
-    def _next_from(self, process: int) -> _Incoming:
-        """The next collective message from `process`, which must belong to the present call."""
-        queue = self._arrived[process]
-        self._wait_until(lambda: queue, lambda: [process])
-        if queue[0].call != self.call:
-            raise self._disagreement(process, queue[0].call)
-        return queue.popleft()
-
-    def _complete(self, incoming: _Incoming, process: int) -> Message:
-        self._wait_until(incoming.done, lambda: [process])
-        assert incoming.message is not None
-        return incoming.message
-
-    def broadcast(self, message: Message | None) -> Message:
-        if self.rank > 0:
-            return self._complete(self._next_from(self.members[0]), self.members[0])
-        assert message is not None
-        self._transmit(self.members[1:], self.call, 0, message)
-        return message
-
-    def scatter(self, messages: Sequence[Message] | None) -> Message:
-        if self.rank > 0:
-            return self._complete(self._next_from(self.members[0]), self.members[0])
-        assert messages is not None
-        for process, message in zip(self.members[1:], messages[1:], strict=True):
-            self._transmit([process], self.call, 0, message)
-        return messages[0]
-
-    def gather(self, message: Message, plan: GatherPlan) -> list[Message] | None:
-        if self.rank > 0:
-            self._transmit([self.members[0]], self.call, 0, message)
-            return None
-        arriving = self._collect(self.members[1:])
-        self._wait_until(
-            lambda: all(incoming.has_head() for incoming in arriving.values()),
-            lambda: [p for p, incoming in arriving.items() if not incoming.has_head()],
-        )
-        places = plan.place([message.pickled, *(i.pickled for i in arriving.values())])
-        for rank, incoming in enumerate(arriving.values(), 1):
-            incoming.place(None if places is None else [places[rank]])
-        if places is not None:
-            places[0][:] = message.buffers[0]
-        return [message, *(self._complete(i, p) for p, i in arriving.items())]
-
-    def _collect(self, processes: Sequence[int]) -> dict[int, _Incoming]:
-        """The first word of each for the present call, as soon as it comes from any."""
-        queues = [self._arrived[process] for process in processes]
-        self._wait_until(
-            lambda: all(queues) or self._strayed(processes),
-            lambda: [process for process in processes if not self._arrived[process]],
-        )
-        return {process: self._next_from(process) for process in processes}
-
-    def _strayed(self, processes: Sequence[int]) -> bool:
-        for process in processes:
-            queue = self._arrived[process]
-            if queue and queue[0].call != self.call:
-                raise self._disagreement(process, queue[0].call)
-        return False
-
-    def barrier(self) -> None:
-        nothing = Message(b"-", [])
-        self.gather(nothing, GatherPlan(False))
-        self.broadcast(nothing if self.rank == 0 else None)
-
-    def _send(self, message: Message, process: int, tag: int) -> None:
-        self._transmit([process], Call(0, 0, "send"), tag, message)
-
     def open_tickets(self, count: int) -> None:
-        self._turn = self.rank
+        super().open_tickets(count)
         if self.process == 0 and self._tickets is not None:
             self._tickets.open(count)
 
     def take_ticket(self, count: int) -> int | None:
-        if self._tickets is not None:
-            return self._tickets.take()
-        # On Windows, whose pipes cannot be read without blocking, in turns, fixed beforehand.
-        ticket, self._turn = self._turn, self._turn + self.size
-        return ticket if ticket < count else None
-
-    def _post_verdict(self, process: int, verb: str, report: bytes = b"-") -> None:
-        """Tell the end of the run without waiting, whatever state the sending is in."""
-        call = self.call._replace(verb=verb)
-        head = Message(report, []).head()
-        self._stream += 1
-        start = _START_HEAD.pack(
-            self._stream, call.depth, call.number, _VERBS.index(verb), 0, len(head)
-        )
-        self._post(process, _START, start + head)
+        # None on Windows, whose pipes cannot be read without blocking.
+        return self._tickets.take() if self._tickets is not None else super().take_ticket(count)
 
 
 def _chunks(parts: Iterable[_Bytes], most: int) -> Iterator[list[_Bytes]]:
@@ -1809,9 +1982,6 @@ class _WorkerEnd(PipeCommunicator):
         super().__init__(setup.process, setup.port, setup.slots, setup.tickets, setup.timeout)
         self._main_pid = setup.main_pid
         self._life = setup.life.fileno()
-        self._in_run = False
-        self._aborted = -1
-        self._unheard = False  # a failure, by a main that computes
 
     def _handles(self) -> Iterable[int]:
         return (self._life,)
@@ -1819,63 +1989,13 @@ class _WorkerEnd(PipeCommunicator):
     def _on_handle(self, handle: int) -> None:
         os._exit(1)  # main is gone, and nobody is left to hear of it
 
-    def _on_verdict(self, source: int, incoming: _Incoming) -> None:
-        self._aborted = incoming.run
-
-    def _raise_failure(self) -> None:
-        if self._in_run and self._aborted == self._run:
-            raise RunEnded
-
-    def command(self, message: Message | None) -> None:
-        raise AssertionError("commands come from main")
-
     def next_command(self) -> Message | None:
-        queue = self._arrived[0]
         if self._unheard:
             # Main may be about to come to a verb, or to an exception of its own.
             self._progress(_SETTLING)
-            if not queue and self._aborted < self._run:
+            if not self._arrived[0] and self._called_off < self.run:
                 _interrupt(self._main_pid)
-            self._unheard = False
-        while True:
-            self._wait_until(lambda: queue, lambda: [0], "return", idle=True, watch=False)
-            incoming = queue.popleft()
-            if incoming.call.verb == "stop":
-                return None
-            if incoming.call.verb != "run":
-                continue  # left over from a run that ended early
-            self._next_run(incoming.run)
-            self._in_run = True
-            try:
-                return self._complete(incoming, 0)
-            except RunEnded as ended:
-                self.fail_run(ended)
-
-    def begin_run(self) -> None:
-        super().begin_run()
-        self._raise_failure()
-
-    def finish_run(self, report: bytes) -> list[bytes]:
-        self.enter("return")
-        self._post_verdict(0, "return", report)
-        self._in_run = False
-        return [report]
-
-    def fail_run(self, error: BaseException) -> BaseException:
-        try:
-            self._raise_failure()
-            if not isinstance(error, RunEnded):
-                failure = Failure.of(error, self.process, len(self._port.outboxes))
-                packed = Message(pickle.dumps(failure), [])
-                self._transmit([0], self.call._replace(verb="failed"), 0, packed)
-                self._unheard = True
-                return error
-        except RunEnded:
-            pass  # main knows of a failure already, and only waits for this process to leave
-        finally:
-            self._in_run = False
-        self._post_verdict(0, "return")
-        return error
+        return super().next_command()
 
 
 class _MainEnd(PipeCommunicator):
@@ -1884,10 +2004,6 @@ class _MainEnd(PipeCommunicator):
     def __init__(self, workers: _Workers, timeout: float | None) -> None:
         super().__init__(0, workers.port, workers.slots, workers.tickets, timeout)
         self._workers = workers
-        self._command: Message | None = None
-        self._failures: dict[int, BaseException] = {}
-        self._begun: set[int] = set()  # workers that were told of the run
-        self._ended: set[int] = set()  # and those that have left it, or are gone
         _listen(self)
 
     def _handles(self) -> Iterable[int]:
@@ -1899,94 +2015,36 @@ class _MainEnd(PipeCommunicator):
         if handle not in self._workers.sentinels:
             return  # buried by its other one
         process, error = self._workers.bury(handle)
-        if process in self.members and process not in self._ended:
-            self._failures[process] = error
-        self._ended.add(process)
+        if process in self.members and process not in self._left[self.run]:
+            self._failures[self.run][process] = error
+            self._called_off = self.run
+        self._left[self.run].add(process)
         for readers in self._readers:
             readers.discard(process)
 
-    def _on_verdict(self, source: int, incoming: _Incoming) -> None:
-        self._ended.add(source)
-        if incoming.call.verb == "failed":
-            assert incoming.message is not None
-            failure: Failure = pickle.loads(incoming.message.pickled)
-            self._failures[source] = failure.exception()
-
-    def _raise_failure(self) -> None:
-        if self._failures:
-            raise RunEnded
-
-    def command(self, message: Message | None) -> None:
-        self._command = message
-
-    def next_command(self) -> Message | None:
-        raise AssertionError("main gives the commands")
-
-    def begin_run(self) -> None:
-        super().begin_run()
-        command, self._command = self._command, None
-        assert command is not None
-        self._failures, self._begun, self._ended = {}, set(), set()
-        self._next_run(self._run + 1)
-        self._progress(0)
-        self._raise_failure()  # who died since the last run
+    def _begin_on_others(self, command: Message) -> None:
         self._workers.start_missing()
-        self._begun.update(self.members[1:])
-        self._transmit(self.members[1:], Call(self.call.depth, 0, "run"), 0, command)
+        super()._begin_on_others(command)
+
+    def _make_all_leave(self, error: BaseException) -> None:
+        doomed = list(self._workers.processes)
+        try:
+            if not self._broken and not isinstance(error, KeyboardInterrupt):
+                super()._make_all_leave(error)
+                doomed = self._inside()
+        finally:  # a second Ctrl-C dooms them all
+            self._workers.kill(doomed)
+
+    def _hurry(self, process: int) -> None:
+        _interrupt(self._workers.processes[process].pid)
 
     def close(self) -> None:
         _stop_listening(self)
         if self._workers.owned:
             try:
-                for process in self._workers.processes:
-                    self._post_verdict(process, "stop")
+                self.command(None)
             finally:  # also after a Ctrl-C
                 self._workers.close()
-
-    def finish_run(self, report: bytes) -> list[bytes]:
-        self.enter("return")
-        arrived = self._collect(self.members[1:]).values()
-        return [report, *(incoming.pickled for incoming in arrived)]
-
-    def fail_run(self, error: BaseException) -> BaseException:
-        if not isinstance(error, RunEnded) or not self._failures:  # it may be an outer run's
-            self._failures[0] = error
-        try:
-            if self._broken or isinstance(error, KeyboardInterrupt):
-                self._workers.kill(list(self._workers.processes))
-            else:
-                self._abort()
-        except BaseException:  # a second Ctrl-C
-            self._workers.kill(list(self._workers.processes))
-            raise
-        failures, self._failures = self._failures, {}
-        (_, first), *others = sorted(failures.items())
-        for rank, other in others:
-            _add_note(first, f"rank {rank} failed too: {_summary(other)}")
-        return first
-
-    def _abort(self) -> None:
-        """Make every worker leave the run; return when all have, or have been killed."""
-
-        def remaining() -> list[int]:
-            return sorted(self._begun - self._ended)
-
-        def listen(seconds: float) -> None:
-            deadline = time.monotonic() + seconds
-            while remaining() and time.monotonic() < deadline:
-                self._progress(deadline - time.monotonic())
-
-        listen(_SETTLING)
-        for process in remaining():
-            self._post_verdict(process, "abort")
-            _interrupt(self._workers.processes[process].pid)
-        listen(_GRACE)
-        if remaining():
-            _logger().warning(
-                "worker(s) %s did not leave a failed run within %s s and are replaced",
-                remaining(), _GRACE,
-            )  # fmt: skip
-            self._workers.kill(remaining())
 
 
 # Ignored by default and used by nobody else to speak of, so it can be sent without harm.
@@ -2375,52 +2433,35 @@ def _die_with_main(life: Any) -> Any:
     return own
 
 
-# -- MPI: buffer verbs behind a check -----------------------------------------------------------
+# -- MPI: letters, and buffer verbs for what is large --------------------------------------------
 #
-# Every collective opens with a *check*: a small Iallreduce of what each rank is about to call.
-# Nobody enters a buffer verb, which cannot be interrupted, before all are known to come along.
-# A rank whose function has raised joins the check in place of its next call, so that the check
-# is also how the others hear of it; that ends the run on all ranks in the same place:
+# What a parcel says of itself, and the parts of its message that fit into _EAGER_BYTES, make a
+# *letter*, which the receiver probes for; longer parts follow as they are, from array to array.
 #
-#            function                       check                          settling
-#   rank 0   ... gather #3  ------->  code of gather #3  --.
-#   rank 1   ... raises     ------->  0 = "I failed"     ---+-->  Bcast of the exception of the
-#   rank 2   ... told       ------->  1 = "I was told"   --'      lowest failed rank; complete
-#                                                                 what is half sent; Ibarrier
+# A broadcast's letter goes down a binomial tree. Its longer parts go by Bcast, which cannot be
+# interrupted, so that all ranks *agree* before: word goes up the tree that all are here, and down
+# again that all may go on. Main decides, as it also is who calls a run off: whoever has been
+# counted on stays until it has heard either. The blocks of gather and scatter go straight
+# between main and the others.
 #
-# A rank in `receive` is in no check; the failed rank sends it (and all others) a note. A failed
-# rank whose peers are still computing after _GRACE raises alone and settles at its next call;
-# if nobody handles its exception, `_JobEnd` aborts the job. So 1,000 ranks cost a check of
-# log2(1000) = 10 steps per collective, and a failure 1,000 notes of a few bytes.
+# A process that computes is told nothing, as MPI has no signals across hosts: it learns of a
+# failure at its next verb. If that is main, the failed rank raises alone after _GRACE; if nobody
+# handles its exception, `_JobEnd` aborts the job.
 #
-# A nested run on some of the ranks has checks of its own group. It begins by a meeting, at which
-# rank 0 of them decides whether all go in; it ends, on each rank, by one more check: as "return",
-# or, where the rank leaves by an exception, as "I left", upon which all the others leave too.
-# Whoever has offered a check stays until it is complete, so that nobody goes on alone. The
-# exception then ends the outer run, as above.
-#
-# What 1,000 ranks cost, on paper: a check is one allreduce of 512 bytes, so 10 steps of one
-# message each way, some tens of microseconds on a cluster's network. An object that fits into it
-# (488 bytes of `broadcast`) costs nothing beyond; a larger one a Bcast, which MPI pipelines or
-# arranges as a tree. `gather` and `scatter` of small objects add one Gather or Scatter of equal
-# cells (of 1,000 kB in all if the largest object has 1 kB), and of arrays one message from or to
-# each rank, so that main moves each byte once: 1,000 x the block. `reduce` and `allreduce` hold
-# 1,000 values on main, as they fold in rank order. `map` broadcasts its data, takes a ticket per
-# chunk by a Fetch_and_op on main's memory (8,192 chunks at most), and gathers the results. A rank
-# holds three communicators, and nothing per other rank.
+# What 1,000 ranks cost, on paper: a broadcast takes 10 steps of one letter each, an array 20 more
+# and a Bcast; `gather` and `scatter` have main handle 1,000 letters, some 10 ms, and move each
+# byte once; a run ends with a letter from each rank and one to each, some 20 ms. `reduce` and
+# `allreduce` hold 1,000 values on main, as they fold in rank order. `map` broadcasts its data,
+# takes a ticket per chunk by a Fetch_and_op on main's memory (8,192 chunks at most), and gathers
+# the results. A failure costs main three letters to each rank. A rank holds two communicators,
+# and nothing per other rank.
 
-_FAILED, _TOLD, _LEFT, _CALLED = 0, 1, 2, 16  # codes in a check; calls count from _CALLED
-_CHECK_HEAD = struct.Struct("=qqq")  # smallest code, largest code, bytes needed
-_CHECK_BYTES = 512
-_HOLD_BYTES = _CHECK_BYTES - _CHECK_HEAD.size
-_FOLD_HEAD = struct.Struct("<BIQ")  # what comes ahead, number of buffers, bytes of the pickle
-_ALL_AHEAD, _PICKLE_AHEAD, _SIZES_AHEAD = range(3)
-_EAGER_BYTES = 1 << 13  # up to here a message goes ahead as a whole
-_PIECE_BYTES = 1 << 30  # of a large buffer, as counts end at 2**31 - 1 before MPI 4
-_ADDRESS = struct.Struct("<qq")  # of a message from rank to rank: stamp of its run, tag
-_RANK_BITS = 20
-_HIGHEST_CODE = (1 << (62 - _RANK_BITS)) - 1
-_CONTROL_TAG, _MESSAGE_TAG, _SEND_TAG, _COLLECTIVE_TAG = range(1, 5)
+_EAGER_BYTES = 1 << 13  # up to here the parts of a message ride in its letter
+_PIECE_BYTES = 1 << 30  # of a longer part, as counts end at 2**31 - 1 before MPI 4
+_LETTER = struct.Struct("<qIIBqII")  # run, depth, number, verb, tag, bulk tag, number of parts
+_BULK_TAGS = 1 << 14  # MPI promises 2**15
+_MOST_UNDER_WAY = 256  # letters that nobody has taken in yet
+_COUNTERS = 64  # of tickets, by the number of the run
 
 
 def _import_mpi() -> Any:
@@ -2434,160 +2475,114 @@ def _import_mpi() -> Any:
         ) from why
 
 
-class _Folded(NamedTuple):
-    """A message as MPI sends it: what goes ahead, and the parts that follow as they are."""
-
-    ahead: bytes
-    parts: list[_Bytes]
-
-    @classmethod
-    def of(cls, message: Message) -> _Folded:
-        pickled, buffers = message
-        if not buffers and len(pickled) <= _EAGER_BYTES:
-            return cls(_FOLD_HEAD.pack(_ALL_AHEAD, 0, len(pickled)) + pickled, [])
-        sizes = [buffer.nbytes for buffer in buffers]
-        parts: list[_Bytes] = []
-        if len(pickled) + sum(sizes) <= _EAGER_BYTES:
-            ahead, what = b"".join([pickled, *map(bytes, buffers)]), _ALL_AHEAD
-        elif len(pickled) <= _EAGER_BYTES:
-            ahead, what, parts = pickled, _PICKLE_AHEAD, list(buffers)
-        else:
-            ahead, what, parts = b"", _SIZES_AHEAD, [_as_bytes(pickled), *buffers]
-        head = _FOLD_HEAD.pack(what, len(sizes), len(pickled))
-        return cls(head + struct.pack(f"<{len(sizes)}Q", *sizes) + ahead, parts)
+def _riding(sizes: Sequence[int]) -> int:
+    """How many of the parts of a message, the pickle first, ride in its letter."""
+    return sum(end <= _EAGER_BYTES for end in itertools.accumulate(sizes))
 
 
-class _MPIParcel(Parcel):
-    """The other end of a `_Folded`, from the bytes that came ahead, which may be padded."""
+def _pieces(parts: Iterable[_Bytes]) -> Iterator[_Bytes]:
+    for part in parts:
+        for start in range(0, part.nbytes, _PIECE_BYTES):
+            yield part[start : start + _PIECE_BYTES]
 
-    def __init__(self, ahead: bytes) -> None:
-        super().__init__()
-        self._what, count, length = _FOLD_HEAD.unpack_from(ahead)
-        self._sizes = struct.unpack_from(f"<{count}Q", ahead, _FOLD_HEAD.size)
-        start = _FOLD_HEAD.size + 8 * count
-        if self._what == _SIZES_AHEAD:
-            self._sizes, length = (length, *self._sizes), 0
-        self.pickled = ahead[start : start + length]  # empty where it follows
-        self._buffers = ahead[start + length :]
-        self._parts: list[_Bytes] = []
+
+class _Letter(Parcel):
+    """A parcel that has come by MPI, whose longer parts `follow` when asked for."""
+
+    def __init__(
+        self, content: bytearray, follow: Callable[[int, Sequence[_Bytes]], list[Any]]
+    ) -> None:
+        run, depth, number, verb, tag, self.bulk, count = _LETTER.unpack_from(content)
+        super().__init__(run, Call(depth, number, _VERBS[verb]), None, tag)
+        self.content = content
+        self._sizes = struct.unpack_from(f"<{count}Q", content, _LETTER.size)
+        self._riding = _riding(self._sizes)
+        self._start = _LETTER.size + 8 * count
+        if self._riding:
+            self.pickled = bytes(content[self._start : self._start + self._sizes[0]])
+        self._follow = follow
         self._requests: list[Any] = []
+        self._parts: list[_Bytes] = []
+        if self.is_whole():
+            self.place(None)
 
-    def accept(
-        self, place: _Bytes | None, receive: Callable[[list[_Bytes]], list[Any]]
-    ) -> list[Any]:
-        """Receive the parts, into `place` where that is given; what is to be waited for."""
-        self._parts = [_allocate(size) for size in self._sizes] if place is None else [place]
-        if self._what != _ALL_AHEAD:
-            self._requests = receive(self._parts)
-            return self._requests
-        start = 0
-        for part in self._parts:
-            part[:] = np.frombuffer(self._buffers, np.uint8, part.nbytes, start)
+    def is_whole(self) -> bool:
+        """Whether no parts follow."""
+        return self._riding == len(self._sizes)
+
+    def place(self, buffers: Sequence[_Bytes] | None) -> None:
+        if self.message is not None:
+            super().place(buffers)
+            return
+        fresh = buffers or [_allocate(size) for size in self._sizes[1:]]
+        self._parts = [_allocate(self._sizes[0]), *fresh]
+        start = self._start
+        for part in self._parts[: self._riding]:
+            part[:] = np.frombuffer(self.content, np.uint8, part.nbytes, start)
             start += part.nbytes
-        return []
-
-    def complete(self) -> Message:
-        """Once the parts are there."""
-        if self._what == _SIZES_AHEAD:
-            self.pickled = self._parts.pop(0).tobytes()
-        self.message = Message(self.pickled, self._parts)
-        return self.message
+        self._requests = self._follow(self.bulk, self._parts[self._riding :])
+        self.done()
 
     def done(self) -> bool:
-        if self.message is None and all(request.Test() for request in self._requests):
-            self.complete()
+        if self.message is None and self._parts and all(r.Test() for r in self._requests):
+            self.message = Message(self._parts[0].tobytes(), self._parts[1:])
         return self.message is not None
 
-
-def _pieces(part: _Bytes) -> Iterator[_Bytes]:
-    for start in range(0, part.nbytes, _PIECE_BYTES):
-        yield part[start : start + _PIECE_BYTES]
-
-
-def _code(call: Call) -> int:
-    return _CALLED + (call.depth << 35) + (call.number << 5) + _VERBS.index(call.verb)
-
-
-def _call_of(code: int) -> Call:
-    code -= _CALLED
-    return Call(code >> 35, (code >> 5) & ((1 << 30) - 1), _VERBS[code & 31])
-
-
-class _Check(NamedTuple):
-    """A check under way, or left behind by a rank that did not wait for its end."""
-
-    group: Any
-    sent: bytearray
-    result: bytearray
-    request: Any
+    def discard(self) -> None:
+        # What has been sent must be taken in, or it would be taken for something else.
+        if not self._parts and self.bulk:
+            self.place(None)
 
 
 class MPICommunicator(Communicator):
     """The transport of MPI, by mpi4py's buffer verbs."""
+
+    spmd = True
 
     def __init__(self, mpi: Any, comm: Any = None, timeout: float | None = None) -> None:
         comm = mpi.COMM_WORLD if comm is None else comm
         super().__init__(comm.Get_rank(), comm.Get_size(), timeout)
         self._mpi = mpi
         # Apart from the user's own messages, and from each other.
-        self._world, self._notes, self._bulk = comm.Dup(), comm.Dup(), comm.Dup()
-        self._group = self._world
-        self._groups = {self.members: self._world}
+        self._letters, self._bulk = comm.Dup(), comm.Dup()
+        self._groups = {self.members: self._bulk}
         self._counters: dict[tuple[int, ...], Any] = {}
-        self._run_counts: collections.Counter[tuple[int, ...]] = collections.Counter()
         self._status = mpi.Status()
-        self._empty_check = np.full(_CHECK_BYTES // 8, np.iinfo(np.int64).max).tobytes()
         self._spins = 0
-        self._checking = False
-        self._noted: set[int] = set()  # stamps of runs that are known to have failed
-        self._own_failure: BaseException | None = None
-        self._verdict: BaseException | None = None
-        self._unsettled: _Check | None = None
-        self._everyone = self.members  # of the outermost run
-        self._left = False  # whether the checks of the present nested run are over
-        self._kept: list[_Check] = []  # offered to a nested run whose others are long in coming
-        # Meetings by number: who has come, on their rank 0, and what was decided, elsewhere.
-        self._meetings: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
-        self._decisions: dict[int, bool] = {}
-        self._failing = False  # whether this rank has left a run that is not settled yet
-        self._sending: list[tuple[list[Any], object]] = []
-        self.spokesman: int | None = None  # who tells the user of the latest failure
+        self._bulk_tag = 0
+        # Requests, and what must not go before they are done.
+        self._under_way: collections.deque[tuple[list[Any], object]] = collections.deque()
+        # Of the end of the program: who has come to theirs, and who tells of an error.
+        self._exited: set[int] = set()
+        self._leaving = self._all_left = False
         self.dying: set[int] = set()
 
-    @property
-    def world_size(self) -> int:
-        size: int = self._world.Get_size()
-        return size
-
-    # -- waiting ------------------------------------------------------------------------------
-
-    def _begin_wait(
-        self, ready: Callable[[], object], awaited: Callable[[], Iterable[int]], doing: str
-    ) -> None:
-        super()._begin_wait(ready, awaited, doing)
-        self._spins = 0
+    # -- what arrives -------------------------------------------------------------------------
 
     def _progress(self, seconds: float) -> None:
-        if not self._take_message():
+        if self._take_letter():
+            self._spins = 0
+        else:
             self._rest(seconds)
 
     def _handle_all(self) -> None:
-        while self._take_message():
+        while self._take_letter():
             pass
 
-    def _take_message(self) -> bool:
-        """Receive and handle one message; False where none is there."""
+    def _take_letter(self) -> bool:
+        """Receive and deliver one letter; False where none is there."""
         status = self._status
-        if not self._notes.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, status):
+        if not self._letters.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, status):
             return False
-        self._spins = 0
         content = bytearray(status.Get_count(self._mpi.BYTE))
-        source, tag = status.Get_source(), status.Get_tag()
-        self._notes.Recv([content, self._mpi.BYTE], source, tag)
-        if tag == _CONTROL_TAG:
-            self._on_control(pickle.loads(content))
-        else:
-            self._on_message(source, bytes(content))
+        source = status.Get_source()
+        self._letters.Recv([content, self._mpi.BYTE], source)
+        letter = _Letter(content, functools.partial(self._receive_parts, source))
+        verb = letter.call.verb
+        # A gather's parts have their places, and a broadcast's come when all ranks are there.
+        if letter.bulk and (verb == "send" or self.process > 0):
+            letter.place(None)
+        self._deliver(source, letter)
         return True
 
     def _rest(self, seconds: float) -> None:
@@ -2598,502 +2593,191 @@ class MPICommunicator(Communicator):
         elif hasattr(os, "sched_yield"):
             os.sched_yield()
 
+    def _begin_wait(
+        self, ready: Callable[[], object], awaited: Callable[[], Iterable[int]], doing: str
+    ) -> None:
+        super()._begin_wait(ready, awaited, doing)
+        self._spins = 0
+
+    def _receive_parts(self, source: int, bulk: int, parts: Sequence[_Bytes]) -> list[Any]:
+        if bulk == 0:
+            self._broadcast_parts(parts)
+            return []
+        return self._keep([
+            self._bulk.Irecv([piece, self._mpi.BYTE], source, bulk) for piece in _pieces(parts)
+        ], parts)  # fmt: skip
+
     def _on_control(self, content: Any) -> None:
-        if content[0] == "failed":
-            self._noted.add(content[1])
-        elif content[0] == "dying":
-            self.dying.add(content[1])
-        elif content[0] == "here":
-            self._meetings[content[1]].add(content[2])
-            if self._failing:
-                self._refuse_meetings()
-        elif content[0] == "decided":
-            self._decisions[content[1]] = content[2]
+        kind, *about = content
+        if kind == "dying":
+            self.dying.update(about)
+        elif kind == "exit":
+            self._exited.update(about)
+        elif kind == "all left":
+            self._all_left = True
         else:
             super()._on_control(content)
 
-    def _on_message(self, source: int, content: bytes) -> None:
-        stamp, tag = _ADDRESS.unpack_from(content)
-        parcel = _MPIParcel(content[_ADDRESS.size :])
-        parcel.accept(None, lambda parts: self._receive_bulk(parts, source, _SEND_TAG))
-        self._mail[source, tag, stamp].append(parcel)
+    def _raise_failure(self) -> None:
+        super()._raise_failure()
+        for process in self._exited.intersection(self.members):
+            raise ContractError(
+                f"rank {process} ended its program while rank {self.process} {self.call}"
+            )
 
-    def _post_control(self, process: int, content: object) -> None:
-        data = pickle.dumps(content)
-        request = self._notes.Isend([data, self._mpi.BYTE], process, _CONTROL_TAG)
-        self._remember([request], data)
+    # -- what is sent -------------------------------------------------------------------------
 
-    def _remember(self, requests: list[Any], data: object) -> None:
-        """Keep what is being sent alive until it is."""
-        self._sending = [item for item in self._sending if not self._sent(item[0])]
-        self._sending.append((requests, data))
+    def _letter(self, parcel: Parcel, bulk: int) -> tuple[bytearray, list[_Bytes]]:
+        """A parcel as a letter, and the parts that follow it."""
+        assert parcel.message is not None
+        (depth, number, verb), (pickled, buffers) = parcel.call, parcel.message
+        sizes = [len(pickled), *(buffer.nbytes for buffer in buffers)]
+        riding = _riding(sizes)
+        head = _LETTER.pack(
+            parcel.run, depth, number, _VERBS.index(verb), parcel.tag,
+            bulk if riding < len(sizes) else 0, len(sizes),
+        )  # fmt: skip
+        parts = [_as_bytes(pickled), *buffers]
+        rides = [struct.pack(f"<{len(sizes)}Q", *sizes), *(p.tobytes() for p in parts[:riding])]
+        return bytearray(b"".join([head, *rides])), parts[riding:]
+
+    def _post(self, process: int, parcel: Parcel) -> None:
+        self._begin_sending(process, parcel, post=True)
+
+    def _transmit(self, processes: Sequence[int], parcel: Parcel) -> None:
+        self._finish_sending([(p, self._begin_sending(p, parcel)) for p in processes])
+
+    def _finish_sending(self, sending: Sequence[tuple[int, list[Any]]]) -> None:
+        """Return when all of this is sent, and not too many letters are under way."""
+        self._wait_until(
+            lambda: all(self._sent(requests) for _, requests in sending) and self._has_room(),
+            lambda: [process for process, requests in sending if not self._sent(requests)],
+            f"sending in {self._doing('')}",
+        )
+
+    def _begin_sending(self, process: int, parcel: Parcel, post: bool = False) -> list[Any]:
+        """Send a letter on its way, and what follows it; the requests of that."""
+        self._bulk_tag = self._bulk_tag % _BULK_TAGS + 1
+        letter, parts = self._letter(parcel, self._bulk_tag)
+        self._send_letter(process, letter, post=post)
+        return self._keep([
+            self._bulk.Isend([piece, self._mpi.BYTE], process, self._bulk_tag)
+            for piece in _pieces(parts)
+        ], parts)  # fmt: skip
+
+    def _send_letter(self, process: int, letter: bytearray, *, post: bool = False) -> None:
+        # Of a synchronous one it is known when it has been taken in, so that they do not pile up.
+        send = self._letters.Isend if post else self._letters.Issend
+        self._keep([send([letter, self._mpi.BYTE], process)], letter)
+
+    def _keep(self, requests: list[Any], data: object) -> list[Any]:
+        """Keep alive what is on its way."""
+        while self._under_way and self._sent(self._under_way[0][0]):
+            self._under_way.popleft()
+        if requests:
+            self._under_way.append((requests, data))
+        return requests
 
     def _sent(self, requests: list[Any]) -> bool:
         done: bool = self._mpi.Request.Testall(requests)
         return done
 
-    def _raise_failure(self) -> None:
-        if self._verdict is not None or (not self._checking and self.stamp in self._noted):
-            raise RunEnded
+    def _has_room(self) -> bool:
+        """Whether not too much is under way."""
+        most = _MOST_UNDER_WAY + self.world_size
+        if len(self._under_way) > most:
+            still = (item for item in self._under_way if not self._sent(item[0]))
+            self._under_way = collections.deque(still)
+        return len(self._under_way) <= most
 
-    # -- checks -------------------------------------------------------------------------------
+    # -- collectives --------------------------------------------------------------------------
 
-    def _check(
-        self, needed: int = 0, cargo: bytes = b"", at: int = 0, *, idle: bool = False
-    ) -> tuple[int, bytes]:
-        """Return when all ranks make the present call: the most that any needed, and the hold.
+    def _tree(self) -> tuple[int, list[int]]:
+        """The parent and the children of this rank in a binomial tree, as processes."""
+        reach = self.rank & -self.rank or self.size
+        steps = (1 << level for level in reversed(range((reach - 1).bit_length())))
+        children = [self.rank + step for step in steps if self.rank + step < self.size]
+        return self.members[self.rank & (self.rank - 1)], [self.members[rank] for rank in children]
 
-        The hold has `_HOLD_BYTES`, into which each rank puts its `cargo` at its own place; what
-        needs more room than there is, travels after the check.
-        """
-        self._settle()
-        # A note decides what this rank says, and MPI may need several calls to bring it in.
-        for _ in range(1 if self.timeout is None else 50):
-            self._handle_all()
-        check = self._begin_check(needed, cargo, at)
-        # Mostly the others are about to come, and to look around costs more than to try again.
-        for _ in range(100):
-            if check.request.Test():
-                return self._conclude(check)
-        self._checking = True
-        try:
-            others = [process for process in self.members if process != self.process]
-            self._wait_until(
-                check.request.Test, lambda: others, self._doing(""), idle=idle, watch=False
-            )
-        except WaitTimeout as late:
-            self._give_up(check, late)
-        except BaseException:
-            self._unsettled = check
-            raise
-        finally:
-            self._checking = False
-        return self._conclude(check)
-
-    def _begin_check(self, needed: int = 0, cargo: bytes = b"", at: int = 0) -> _Check:
-        told = self.stamp in self._noted
-        return self._offer(self._group, _TOLD if told else _code(self.call), needed, cargo, at)
-
-    def _offer(
-        self, group: Any, code: int, needed: int = 0, cargo: bytes = b"", at: int = 0
-    ) -> _Check:
-        """Take part in a check with this code, or with a failure of this rank's own."""
-        if self._own_failure is not None:
-            code = _FAILED
-        rank = group.Get_rank()
-        low, high = code << _RANK_BITS | rank, (_HIGHEST_CODE - code) << _RANK_BITS | rank
-        # Of all that the ranks put into a place, the smallest number comes out: the cargo's.
-        sent = bytearray(self._empty_check)
-        _CHECK_HEAD.pack_into(sent, 0, low, high, -needed)
-        start = _CHECK_HEAD.size + at
-        sent[start : start + len(cargo)] = cargo
-        result = bytearray(_CHECK_BYTES)
-        kind = self._mpi.INT64_T
-        request = group.Iallreduce([sent, kind], [result, kind], self._mpi.MIN)
-        return _Check(group, sent, result, request)
-
-    def _give_up(self, check: _Check, late: WaitTimeout) -> None:
-        """Tell the missing of the timeout; return if they came after all, to fail together."""
-        self.tell_all(("failed", self.stamp))
-        if self.call.depth <= 1:  # of a nested run, the outer one takes care
-            self._own_failure = late
-            if self.listen(_GRACE, check.request.Test):
-                return
-        self._unsettled = check
-        raise late
-
-    def listen(self, seconds: float, ready: Callable[[], object]) -> bool:
-        """Handle what arrives until `ready`; False if that takes longer than `seconds`."""
-        deadline = time.monotonic() + seconds
-        self._spins = 0
-        while not ready():
-            if time.monotonic() > deadline:
-                return False
-            self._progress(deadline - time.monotonic())
-        return True
-
-    def _conclude(self, check: _Check) -> tuple[int, bytes]:
-        """Act on a completed check: return what it carries, or raise what it says."""
-        mask = (1 << _RANK_BITS) - 1
-        low, high, needed = _CHECK_HEAD.unpack_from(check.result)
-        first, last = low >> _RANK_BITS, _HIGHEST_CODE - (high >> _RANK_BITS)
-        if self.call.depth > 1 and (first != last or first < _CALLED):
-            self._left = True
-            if first < _CALLED:
-                raise RunEnded
-            raise self._mismatch(first, low & mask, last, high & mask)
-        if first == _TOLD:  # who told had already made its call, and timed out in it
-            again = self._offer(check.group, _TOLD)
-            self._wait_idly(again.request.Test)
-            return self._conclude(again)
-        if first == _FAILED:
-            self._learn(check.group, low & mask)
-            raise RunEnded
-        if first != last:
-            self._verdict = self._mismatch(first, low & mask, last, high & mask)
-            raise self._verdict
-        return -needed, bytes(check.result[_CHECK_HEAD.size :])
-
-    def _mismatch(self, first: int, low: int, last: int, high: int) -> ContractError:
-        """All ranks word it alike, so it does not matter who tells."""
-        calls = sorted([(self.members[low], _call_of(first)), (self.members[high], _call_of(last))])
-        ending = [item for item in calls if item[1].verb in ("return", "exit")]
-        (teller, told), (other, call) = calls if not ending or calls[0] in ending else calls[::-1]
-        self.spokesman = None if told.verb == "exit" else min(teller, other)
-        if told.verb == "return" and call.verb != "return":
-            return ContractError(
-                f"rank {teller} {told} while rank {other} waits in {call.verb} #{call.number}"
-            )
-        if told.verb == "exit":
-            return ContractError(f"rank {teller} ended its program while rank {other} {call}")
-        return ContractError(f"rank {other} {call} where rank {teller} {told}")
-
-    def _learn(self, group: Any, rank: int) -> None:
-        """Hear the exception of the lowest failed rank."""
-        data = b""
-        if group.Get_rank() == rank:
-            assert self._own_failure is not None
-            failure = Failure.of(self._own_failure, self.process, self.world_size)
-            data = pickle.dumps(failure)
-        size = np.array([len(data)], np.int64)
-        group.Bcast(size, rank)
-        buffer = bytearray(data) or bytearray(int(size[0]))
-        group.Bcast([buffer, self._mpi.BYTE], rank)
-        self._verdict = pickle.loads(buffer).exception()
-        if group.Get_rank() == rank:
-            self._verdict = self._own_failure
-        self.spokesman = self.members[rank] if group.Get_rank() != rank else self.process
-
-    def _settle(self) -> None:
-        """Take part in the end of a run that this rank has left early."""
-        if self._unsettled is None:
-            return
-        check, self._unsettled = self._unsettled, None
-        self._wait_idly(check.request.Test)
-        try:
-            self._conclude(check)
-        except (RunEnded, ContractError):
-            self._leave_failed_run(check.group)
-        else:
-            self.abort("a rank that had given up waiting was needed after all", 1)
-
-    def _wait_idly(self, ready: Callable[[], object]) -> None:
-        self.listen(math.inf, ready)
-
-    def _leave_failed_run(self, group: Any) -> None:
-        """Complete what is half sent: every rank takes in what comes until all have done so."""
-        self._failing = False  # all have left all meetings, and may come to those of the next run
-        self._wait_idly(lambda: all(self._sent(requests) for requests, _ in self._sending))
-        # Every rank gets here, and counts on from the same number: not all may have begun the run.
-        members = next(members for members, known in self._groups.items() if known is group)
-        count = np.array([self._run_counts[members]], np.int64)
-        highest = np.empty_like(count)
-        self._wait_idly(group.Iallreduce(count, highest, self._mpi.MAX).Test)
-        self._run_counts[members] = int(highest[0])
-        self._noted.discard(self.stamp)
-        self._own_failure = self._verdict = None
-
-    def tell_all(self, content: object) -> None:
-        for process in self._everyone:
-            if process != self.process:
-                self._post_control(process, content)
-
-    def abort(self, text: str, status: int) -> NoReturn:
-        sys.stdout.flush()
-        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
-        self._mpi.COMM_WORLD.Abort(status)
-        os._exit(status)
-
-    # -- runs ---------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
-        if self.call.depth > 0:
-            with self._nested(ranks):
-                yield
-            return
-        self._settle()
-        outer = self._group, self.stamp, self._everyone
-        with super().restricted_to(ranks):
-            self._everyone = self.members
-            self._run_counts[self.members] += 1
-            self.stamp = hash((self.members, self._run_counts[self.members]))
-            try:
-                self._find_group(self.stamp)
-                yield
-            finally:
-                for key in [key for key in self._mail if key[2] == self.stamp]:
-                    del self._mail[key]
-                self._group, self.stamp, self._everyone = outer
-
-    @contextlib.contextmanager
-    def _nested(self, ranks: Sequence[int]) -> Iterator[None]:
-        """A run within a run: as `restricted_to`, with an end that all its ranks come to."""
-        outer, left = self._group, self._left
-        meeting = hash((self.stamp, self.call.depth, self.call.number, *ranks))
-        with super().restricted_to(ranks):
-            self._meet(meeting)
-            self._find_group()
-            self._left = False
-            try:
-                yield
-                self.enter("return")
-                self._check()
-            except BaseException as error:
-                self._leave_nested(error)
-                raise
-            finally:
-                self._group, self._left = outer, left
-
-    def _leave_nested(self, error: BaseException) -> None:
-        """Join one more check of the nested run, unless that is how this rank came to leave it."""
-        if self._left:
-            return
-        if not isinstance(error, RunEnded):
-            # Whether it is caught on this rank or not: the others have no part in that.
-            self._own_failure = error
-            self.tell_all(("failed", self.stamp))
-        interrupted, self._unsettled = self._unsettled, None
-        check = interrupted or self._offer(self._group, _LEFT)
-        if not self.listen(_GRACE, check.request.Test):
-            self._kept.append(check)
-        elif interrupted:
-            with contextlib.suppress(RunEnded, ContractError):
-                self._conclude(check)
-                self.abort("a rank that had given up waiting was needed after all", 1)
-
-    def _find_group(self, meeting: int | None = None) -> None:
-        """The communicator of the members, which they make together when they first need it."""
-        if self.members not in self._groups:
-            if meeting is not None:
-                self._meet(meeting)
-            group = self._world.Get_group().Incl(list(self.members))
-            self._groups[self.members] = self._world.Create_group(group)
-        self._group = self._groups[self.members]
-
-    def _meet(self, meeting: int) -> None:
-        """Return when all members are here, and stay; raise where rank 0 has left instead.
-
-        To create a communicator cannot be interrupted, so nobody may turn back after rank 0 has
-        decided, whatever is heard meanwhile.
-        """
-        self._raise_failure()
-        others = set(self.members[1:])
+    def _agree(self) -> None:
+        """Return when all ranks have made the present call, and none may leave it any more."""
+        parent, children = self._tree()
+        self._collect(children)
         if self.rank > 0:
-            self._post_control(self.members[0], ("here", meeting, self.process))
-            self._checking = True
-            try:
-                self._wait_until(
-                    lambda: meeting in self._decisions, lambda: self.members[:1], "run", idle=True
-                )
-            finally:
-                self._checking = False
-            if not self._decisions.pop(meeting):
-                if self.call.depth > 1:
-                    raise RunEnded
-                raise WaitTimeout("rank 0 gave up waiting for all ranks to begin this run")
-            return
+            self._post(parent, Parcel(self.run, self.call, _NOTHING))
+            self._await_consent(parent)
+        else:
+            self._handle_all()
+            self._raise_failure()  # of who has been there, but gave up
+        for child in children:
+            self._post(child, Parcel(self.run, self.call, _NOTHING))
+
+    def _await_consent(self, parent: int) -> None:
         try:
-            self._wait_until(
-                lambda: self._meetings[meeting] >= others,
-                lambda: others - self._meetings[meeting],
-                "run",
-            )
-        except BaseException:
-            self._refuse_meetings()
+            self._next_from(parent)
+        except RunEnded:
             raise
-        del self._meetings[meeting]
-        for process in others:
-            self._post_control(process, ("decided", meeting, True))
+        except BaseException as error:
+            # Main may be counting on this rank, which therefore stays until main knows of it.
+            self._tell(0, "failed", Failure.of(error, self.process, self.world_size))
+            queue = self._arrived[parent]
+            self.listen(_GRACE, lambda: queue or self._called_off >= self.run)
+            if not queue:
+                raise
+            queue.popleft()  # all go on together, and main then ends the run
 
-    def _refuse_meetings(self) -> None:
-        for meeting, come in self._meetings.items():
-            for process in come:
-                self._post_control(process, ("decided", meeting, False))
-        self._meetings.clear()
-
-    def command(self, message: Message | None) -> None:
-        self.call = Call(0, 0, "command")
-        self._broadcast(message or Message(b"", []), idle=False)
-
-    def next_command(self) -> Message | None:
-        self.call = Call(0, 0, "command")
-        message = self._broadcast(None, idle=True)
-        return message if message.pickled else None
-
-    def finish_run(self, report: bytes) -> list[bytes]:
-        self.enter("return")
-        return self._gather_ahead(report) or [report]
-
-    def fail_run(self, error: BaseException) -> BaseException:
-        self._failing = True
-        self._refuse_meetings()
-        if self._verdict is None and not isinstance(error, RunEnded):
-            self.tell_all(("failed", self.stamp))
-            self._own_failure = error
-        if self._verdict is None and not self._hear_verdict():
-            self.spokesman = None
-            return error
-        verdict = self._verdict
-        assert verdict is not None
-        self._leave_failed_run(self._group)
-        return verdict
-
-    def _hear_verdict(self) -> bool:
-        """Join the check that ends the run; False where a failed rank need not wait for it."""
-        if self._unsettled is None:
-            self._unsettled = self._begin_check()
-        check = self._unsettled
-        if self._own_failure is None:
-            self._wait_idly(check.request.Test)
-        elif not self.listen(_GRACE, check.request.Test):
-            return False
-        self._unsettled = None
-        with contextlib.suppress(RunEnded, ContractError):
-            self._conclude(check)
-        return True
-
-    # -- messages -----------------------------------------------------------------------------
-
-    def _fold(self, message: Message) -> _Folded:
-        self.bytes_sent += message.nbytes
-        return _Folded.of(message)
-
-    def _receive_bulk(self, parts: Iterable[_Bytes], source: int, tag: int) -> list[Any]:
-        return [
-            self._bulk.Irecv([piece, self._mpi.BYTE], source, tag)
-            for part in parts
-            for piece in _pieces(part)
-        ]
-
-    def _send_bulk(self, parts: Iterable[_Bytes], process: int, tag: int) -> list[Any]:
-        return [
-            self._bulk.Isend([piece, self._mpi.BYTE], process, tag)
-            for part in parts
-            for piece in _pieces(part)
-        ]
-
-    def _send(self, message: Message, process: int, tag: int) -> None:
-        ahead, parts = self._fold(message)
-        head = _ADDRESS.pack(self.stamp, tag) + ahead
-        requests = [self._notes.Isend([head, self._mpi.BYTE], process, _MESSAGE_TAG)]
-        requests += self._send_bulk(parts, process, _SEND_TAG)
-        self._remember(requests, (head, parts))
-        self._wait_until(
-            lambda: self._sent(requests), lambda: [process], f"send({process}, tag={tag})"
-        )
-
-    def _broadcast(self, message: Message | None, idle: bool) -> Message:
-        if message is not None:
-            ahead, parts = self._fold(message)
-            needed = len(ahead)
-            self._check(needed, ahead if needed <= _HOLD_BYTES else b"", idle=idle)
-            self._broadcast_parts([_as_bytes(ahead)] if needed > _HOLD_BYTES else [])
-            self._broadcast_parts(parts)
-            return message
-        needed, hold = self._check(idle=idle)
-        if needed > _HOLD_BYTES:
-            long = _allocate(needed)
-            self._broadcast_parts([long])
-            hold = long.tobytes()
-        parcel = _MPIParcel(hold)
-        parcel.accept(None, self._broadcast_parts)
-        return parcel.complete()
-
-    def _broadcast_parts(self, parts: Iterable[_Bytes]) -> list[Any]:
-        for part in parts:
-            for piece in _pieces(part):
-                self._group.Bcast([piece, self._mpi.BYTE])
-        return []  # there is nothing to be waited for
+    def _group(self) -> Any:
+        """The communicator of the members, who have agreed and make it when they first need it."""
+        if self.members not in self._groups:
+            group = self._letters.Get_group().Incl(list(self.members))
+            self._groups[self.members] = self._letters.Create_group(group)
+        return self._groups[self.members]
 
     def broadcast(self, message: Message | None) -> Message:
-        return self._broadcast(message, idle=False)
+        parent, children = self._tree()
+        if message is None:
+            letter = self._next_from(parent)
+            assert isinstance(letter, _Letter)
+            self._send_down(children, letter.content, letter.is_whole())
+            if not letter.is_whole():
+                letter.place(None)
+            return self._complete(letter, parent)
+        content, parts = self._letter(self._outgoing(message), 0)
+        self._send_down(children, content, not parts)
+        self._broadcast_parts(parts)
+        return message
+
+    def _send_down(self, children: Sequence[int], content: bytearray, whole: bool) -> None:
+        """Pass a letter on; all ranks agree where parts of it are to follow."""
+        for child in children:
+            self._send_letter(child, content)
+        self._finish_sending([])
+        if not whole:
+            self._agree()
+
+    def _broadcast_parts(self, parts: Iterable[_Bytes]) -> None:
+        for piece in _pieces(parts):
+            self._group().Bcast([piece, self._mpi.BYTE])
 
     def scatter(self, messages: Sequence[Message] | None) -> Message:
-        room = self._room()
         if messages is None:
-            needed, hold = self._check()
-            start = self.rank * room
-            parcel = _MPIParcel(
-                hold[start : start + room] if needed <= room else self._scatter_ahead(needed)
-            )
-            source = self.members[0]
-            self._finish(
-                parcel.accept(
-                    None, lambda parts: self._receive_bulk(parts, source, _COLLECTIVE_TAG)
-                )
-            )
-            return parcel.complete()
-        folded = [self._fold(message) for message in messages]
-        needed = max(len(one.ahead) for one in folded)
-        cells = b"".join(one.ahead.ljust(max(needed, room), b"-") for one in folded)
-        self._check(needed, cells if needed <= room else b"")
-        if needed > room:
-            self._scatter_ahead(needed, cells)
-        requests = []
-        for process, one in zip(self.members[1:], folded[1:], strict=True):
-            requests += self._send_bulk(one.parts, process, _COLLECTIVE_TAG)
-        self._finish(requests)
+            return self._from_main()
+        # All at once, not one after the other.
+        pairs = zip(self.members[1:], messages[1:], strict=True)
+        self._finish_sending([(p, self._begin_sending(p, self._outgoing(m))) for p, m in pairs])
         return messages[0]
 
-    def _room(self) -> int:
-        """Bytes of each rank's own place in a check's hold: whole words, as these are compared."""
-        return _HOLD_BYTES // self.size // 8 * 8
-
-    def _scatter_ahead(self, size: int, cells: bytes | None = None) -> bytes:
-        own = bytearray(size)
-        self._group.Scatter(cells and [cells, size, self._mpi.BYTE], [own, self._mpi.BYTE])
-        return bytes(own)
-
-    def gather(self, message: Message, plan: GatherPlan) -> list[Message] | None:
-        ahead, parts = self._fold(message)
-        aheads = self._gather_ahead(ahead)
-        if aheads is None:
-            self._finish(self._send_bulk(parts, self.members[0], _COLLECTIVE_TAG))
-            return None
-        parcels = [_MPIParcel(one) for one in aheads]
-        places = plan.place([message.pickled, *(parcel.pickled for parcel in parcels[1:])])
-        if places is not None:
-            places[0][:] = message.buffers[0]
-        requests = []
-        for rank, parcel in enumerate(parcels[1:], 1):
-            receive = functools.partial(
-                self._receive_bulk, source=self.members[rank], tag=_COLLECTIVE_TAG
-            )
-            requests += parcel.accept(None if places is None else places[rank], receive)
-        self._finish(requests)
-        return [message, *(parcel.complete() for parcel in parcels[1:])]
-
-    def _gather_ahead(self, ahead: bytes) -> list[bytes] | None:
-        """On rank 0 the bytes of each, padded, by a check and, if need be, more."""
-        room = self._room()
-        cargo = ahead if len(ahead) <= room else b""
-        needed, hold = self._check(len(ahead), cargo, self.rank * room)
-        if needed > room:
-            room, whole = needed, bytearray(needed * self.size if self.rank == 0 else 0)
-            cells = [whole, room, self._mpi.BYTE] if self.rank == 0 else None
-            self._group.Gather([ahead.ljust(room, b"-"), self._mpi.BYTE], cells)
-            hold = bytes(whole)
-        if self.rank > 0:
-            return None
-        return [hold[rank * room : (rank + 1) * room] for rank in range(self.size)]
-
-    def _finish(self, requests: list[Any]) -> None:
-        """Wait for transfers between ranks that are all known to take part."""
-        if requests:
-            self._mpi.Request.Waitall(requests)
-
     def barrier(self) -> None:
-        self._check()
+        self._agree()
 
-    # -- tickets: a counter in main's memory, counted up from afar (MPI-3 one-sided) --------------
+    # -- tickets: counters in main's memory, counted up from afar (MPI-3 one-sided) ---------------
 
     def open_tickets(self, count: int) -> None:
-        self._check()
         if self.members not in self._counters:
-            window = self._mpi.Win.Allocate(8 if self.rank == 0 else 0, 8, comm=self._group)
-            window.Lock_all()
-            self._counters[self.members] = window
+            self._agree()
+            size = 8 * _COUNTERS if self.rank == 0 else 0
+            self._counters[self.members] = self._mpi.Win.Allocate(size, 8, comm=self._group())
+            self._counters[self.members].Lock_all()
         if self.rank == 0:
             self._count(self._mpi.REPLACE, 0)
 
@@ -3103,37 +2787,65 @@ class MPICommunicator(Communicator):
 
     def _count(self, operation: Any, operand: int) -> int:
         """Fetch the counter and change it."""
-        window = self._counters[self.members]
+        window, kind = self._counters[self.members], self._mpi.INT64_T
         # Both must live until the flush.
         given, found = np.array([operand], np.int64), np.empty(1, np.int64)
-        window.Fetch_and_op([given, self._mpi.INT64_T], [found, self._mpi.INT64_T], 0, op=operation)
+        # Each run has a counter of its own, as a rank may be late to leave the one before.
+        place = self.run % _COUNTERS
+        window.Fetch_and_op([given, kind], [found, kind], 0, place, op=operation)
         window.Flush(0)
         return int(found[0])
 
-    def begin_leaving(self) -> Callable[[], object]:
-        """At the end of the program: a test whether all ranks have come to theirs, too."""
-        self.call = Call(0, 0, "exit")
-        if self._unsettled is None:
-            self._unsettled = self._begin_check()
-        test: Callable[[], object] = self._unsettled.request.Test
-        return test
+    # -- commands, and the end of the program ---------------------------------------------------
 
-    def leave_job(self) -> bool:
-        """At the end of the program: wait for the others' end; False if they go on."""
-        ended = self.begin_leaving()
-        self._checking = True
-        others = [process for process in self.members if process != self.process]
-        self._wait_until(ended, lambda: others, "exit", idle=True, watch=False)
-        assert self._unsettled is not None
-        check, self._unsettled = self._unsettled, None
-        try:
-            self._conclude(check)
-        except (ParallelizerError, RunEnded):
-            return False
+    def command(self, message: Message | None) -> None:
+        """Down the tree to all ranks, which count the run whether they take part in it or not."""
+        self._next_run(self.run + 1)
+        self.call = Call(0, 0, "run")
+        self.broadcast(message or Message(b"", []))
+        self._in_run = message is not None
+
+    def next_command(self) -> Message | None:
+        self._in_run = False
+        self._next_run(self.run + 1)
+        self.call = Call(0, 0, "run")
+        message = self.broadcast(None)
+        self._in_run = bool(message.pickled)
+        return message if message.pickled else None
+
+    def tell_all(self, *content: object) -> None:
+        for process in range(self.world_size):
+            if process != self.process:
+                self._tell_control(process, *content)
+
+    def abort(self, text: str, status: int) -> NoReturn:
+        sys.stdout.flush()
+        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+        self._mpi.COMM_WORLD.Abort(status)
+        os._exit(status)
+
+    def begin_leaving(self) -> Callable[[], bool]:
+        """At the end of the program: tell main, and main all; whether all have come to theirs."""
+        if not self._leaving:
+            self._leaving = True
+            if self.process == 0:
+                self.tell_all("exit", 0)
+            else:
+                self._tell_control(0, "exit", self.process)
+        return self._have_all_left
+
+    def _have_all_left(self) -> bool:
+        if self.process == 0 and len(self._exited) == self.world_size - 1 and not self._all_left:
+            self._all_left = True
+            self.tell_all("all left")
+        return self._all_left
+
+    def leave_job(self) -> None:
+        """At the end of the program: wait for the others' end."""
+        self.listen(math.inf, self.begin_leaving())
         for window in self._counters.values():
             window.Unlock_all()
             window.Free()
-        return True
 
 
 class _JobEnd:
@@ -3165,7 +2877,7 @@ class _JobEnd:
         rank, size = communicator.process, communicator.world_size
         speaks = communicator.spokesman in (None, rank)
         if speaks:
-            communicator.tell_all(("dying", rank))
+            communicator.tell_all("dying", rank)
         if communicator.spokesman is None:  # nothing is agreed: the lowest rank speaks
             patience = _GRACE / 2 if rank > 0 else _GRACE / 10
             speaks = not communicator.listen(
@@ -3185,13 +2897,10 @@ class _JobEnd:
         status = self._status if self._calls == communicator.calls else None
         code = 0 if status is None else status if isinstance(status, int) else 1
         if code != 0:
-            communicator.tell_all(("dying", -1))  # hush all the others
+            communicator.tell_all("dying", -1)  # hush all the others
             if not communicator.listen(_GRACE, communicator.begin_leaving()):
                 communicator.abort(_exit_notice(communicator.process, code), code)
-        if not communicator.leave_job():
-            if code == 0:  # who waits for this rank tells the user
-                communicator.listen(3 * _GRACE, lambda: False)
-            communicator.abort(_exit_notice(communicator.process, code), code or 1)
+        communicator.leave_job()
 
 
 def _exit_notice(rank: int, code: int) -> str:
@@ -3399,6 +3108,7 @@ class Parallelizer:
         communicator = self._communicator()
         ranks = _checked_ranks(comm, communicator.size)
         if communicator.rank not in ranks:
+            communicator.sit_out()
             return Parallelizer.InWorkerProcess
         if self._drives_workers():
             communicator.command(work.pack(ranks, self._names()))
