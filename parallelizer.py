@@ -964,6 +964,10 @@ class Communicator(abc.ABC):
         """Deliver all that has arrived, without waiting."""
         self._progress(0)
 
+    def _is_soon(self, ready: Callable[[], object]) -> bool:
+        """A first try, before a wait, where to wait costs much."""
+        return False
+
     # -- collectives --------------------------------------------------------------------------
 
     def broadcast(self, message: Message | None) -> Message:
@@ -1038,6 +1042,8 @@ class Communicator(abc.ABC):
 
     def _collect(self, processes: Sequence[int]) -> dict[int, Parcel]:
         """The next of each for the present call; an error as soon as any strays."""
+        if not processes:
+            return {}
         missing = set(processes)
         self._heard_from = {process for process in processes if self._arrived[process]}
 
@@ -1386,7 +1392,7 @@ class Communicator(abc.ABC):
 
         An `idle` wait may last for ever, as every wait between runs may.
         """
-        if ready():
+        if ready() or self._is_soon(ready):
             return
         begun = time.perf_counter()
         look_around = _PATIENCE if self._in_run else math.inf
@@ -2437,26 +2443,29 @@ def _die_with_main(life: Any) -> Any:
 #
 # What a parcel says of itself, and the parts of its message that fit into _EAGER_BYTES, make a
 # *letter*, which the receiver probes for; longer parts follow as they are, from array to array.
+# So the blocks of gather and scatter go straight between main and the others, and a broadcast
+# goes down a binomial tree.
 #
-# A broadcast's letter goes down a binomial tree. Its longer parts go by Bcast, which cannot be
-# interrupted, so that all ranks *agree* before: word goes up the tree that all are here, and down
-# again that all may go on. Main decides, as it also is who calls a run off: whoever has been
-# counted on stays until it has heard either. The blocks of gather and scatter go straight
-# between main and the others.
+# From _BCAST_BYTES on, a broadcast goes by Bcast, which cannot be interrupted, so that all ranks
+# *agree* before: word goes up the tree that all are here, and down again that all may go on.
+# Main decides, as it also is who calls a run off: whoever has been counted on stays until it has
+# heard either.
 #
 # A process that computes is told nothing, as MPI has no signals across hosts: it learns of a
 # failure at its next verb. If that is main, the failed rank raises alone after _GRACE; if nobody
 # handles its exception, `_JobEnd` aborts the job.
 #
-# What 1,000 ranks cost, on paper: a broadcast takes 10 steps of one letter each, an array 20 more
-# and a Bcast; `gather` and `scatter` have main handle 1,000 letters, some 10 ms, and move each
-# byte once; a run ends with a letter from each rank and one to each, some 20 ms. `reduce` and
-# `allreduce` hold 1,000 values on main, as they fold in rank order. `map` broadcasts its data,
-# takes a ticket per chunk by a Fetch_and_op on main's memory (8,192 chunks at most), and gathers
-# the results. A failure costs main three letters to each rank. A rank holds two communicators,
-# and nothing per other rank.
+# What 1,000 ranks cost, on paper: a broadcast takes 10 steps of one letter each, `wait` 20, a
+# large array 30 and a Bcast; `gather` and `scatter` have main handle 1,000 letters, some 10 ms,
+# and move each byte once; a run ends with a letter from each rank and one to each, some 20 ms.
+# `reduce` and `allreduce` hold 1,000 values on main, as they fold in rank order. `map` broadcasts
+# its data, takes a ticket per chunk by a Fetch_and_op on main's memory (8,192 chunks at most),
+# and gathers the results. A failure costs main three letters to each rank. A rank holds two
+# communicators, and nothing per other rank.
 
 _EAGER_BYTES = 1 << 13  # up to here the parts of a message ride in its letter
+_BCAST_BYTES = 1 << 23
+_LARGE = b"L"  # begins the letter that announces a Bcast; no pickle of protocol 2 or later does
 _PIECE_BYTES = 1 << 30  # of a longer part, as counts end at 2**31 - 1 before MPI 4
 _LETTER = struct.Struct("<qIIBqII")  # run, depth, number, verb, tag, bulk tag, number of parts
 _BULK_TAGS = 1 << 14  # MPI promises 2**15
@@ -2480,8 +2489,8 @@ def _riding(sizes: Sequence[int]) -> int:
     return sum(end <= _EAGER_BYTES for end in itertools.accumulate(sizes))
 
 
-def _pieces(parts: Iterable[_Bytes]) -> Iterator[_Bytes]:
-    for part in parts:
+def _pieces(parts: Iterable[bytes | _Bytes]) -> Iterator[_Bytes]:
+    for part in map(_as_bytes, parts):
         for start in range(0, part.nbytes, _PIECE_BYTES):
             yield part[start : start + _PIECE_BYTES]
 
@@ -2492,23 +2501,18 @@ class _Letter(Parcel):
     def __init__(
         self, content: bytearray, follow: Callable[[int, Sequence[_Bytes]], list[Any]]
     ) -> None:
-        run, depth, number, verb, tag, self.bulk, count = _LETTER.unpack_from(content)
+        run, depth, number, verb, tag, self._bulk_tag, count = _LETTER.unpack_from(content)
         super().__init__(run, Call(depth, number, _VERBS[verb]), None, tag)
-        self.content = content
+        self._content = content
         self._sizes = struct.unpack_from(f"<{count}Q", content, _LETTER.size)
-        self._riding = _riding(self._sizes)
-        self._start = _LETTER.size + 8 * count
-        if self._riding:
-            self.pickled = bytes(content[self._start : self._start + self._sizes[0]])
+        self._start = start = _LETTER.size + 8 * count
         self._follow = follow
         self._requests: list[Any] = []
         self._parts: list[_Bytes] = []
-        if self.is_whole():
-            self.place(None)
-
-    def is_whole(self) -> bool:
-        """Whether no parts follow."""
-        return self._riding == len(self._sizes)
+        if self._sizes[0] <= _EAGER_BYTES:
+            self.pickled = bytes(content[start : start + self._sizes[0]])
+            if count == 1:
+                self.message = Message(self.pickled, [])
 
     def place(self, buffers: Sequence[_Bytes] | None) -> None:
         if self.message is not None:
@@ -2516,12 +2520,11 @@ class _Letter(Parcel):
             return
         fresh = buffers or [_allocate(size) for size in self._sizes[1:]]
         self._parts = [_allocate(self._sizes[0]), *fresh]
-        start = self._start
-        for part in self._parts[: self._riding]:
-            part[:] = np.frombuffer(self.content, np.uint8, part.nbytes, start)
+        riding, start = _riding(self._sizes), self._start
+        for part in self._parts[:riding]:
+            part[:] = np.frombuffer(self._content, np.uint8, part.nbytes, start)
             start += part.nbytes
-        self._requests = self._follow(self.bulk, self._parts[self._riding :])
-        self.done()
+        self._requests = self._follow(self._bulk_tag, self._parts[riding:])
 
     def done(self) -> bool:
         if self.message is None and self._parts and all(r.Test() for r in self._requests):
@@ -2530,7 +2533,7 @@ class _Letter(Parcel):
 
     def discard(self) -> None:
         # What has been sent must be taken in, or it would be taken for something else.
-        if not self._parts and self.bulk:
+        if self.message is None and not self._parts:
             self.place(None)
 
 
@@ -2569,6 +2572,13 @@ class MPICommunicator(Communicator):
         while self._take_letter():
             pass
 
+    def _is_soon(self, ready: Callable[[], object]) -> bool:
+        for _ in range(100):
+            self._take_letter()
+            if ready():
+                return True
+        return False
+
     def _take_letter(self) -> bool:
         """Receive and deliver one letter; False where none is there."""
         status = self._status
@@ -2578,10 +2588,8 @@ class MPICommunicator(Communicator):
         source = status.Get_source()
         self._letters.Recv([content, self._mpi.BYTE], source)
         letter = _Letter(content, functools.partial(self._receive_parts, source))
-        verb = letter.call.verb
-        # A gather's parts have their places, and a broadcast's come when all ranks are there.
-        if letter.bulk and (verb == "send" or self.process > 0):
-            letter.place(None)
+        if self.process > 0 or letter.call.verb in ("send", *_WORDS):
+            letter.place(None)  # else it is a gather's, whose buffers have their places
         self._deliver(source, letter)
         return True
 
@@ -2599,12 +2607,9 @@ class MPICommunicator(Communicator):
         super()._begin_wait(ready, awaited, doing)
         self._spins = 0
 
-    def _receive_parts(self, source: int, bulk: int, parts: Sequence[_Bytes]) -> list[Any]:
-        if bulk == 0:
-            self._broadcast_parts(parts)
-            return []
+    def _receive_parts(self, source: int, tag: int, parts: Sequence[_Bytes]) -> list[Any]:
         return self._keep([
-            self._bulk.Irecv([piece, self._mpi.BYTE], source, bulk) for piece in _pieces(parts)
+            self._bulk.Irecv([piece, self._mpi.BYTE], source, tag) for piece in _pieces(parts)
         ], parts)  # fmt: skip
 
     def _on_control(self, content: Any) -> None:
@@ -2620,32 +2625,43 @@ class MPICommunicator(Communicator):
 
     def _raise_failure(self) -> None:
         super()._raise_failure()
-        for process in self._exited.intersection(self.members):
-            raise ContractError(
-                f"rank {process} ended its program while rank {self.process} {self.call}"
-            )
+        for process in self._exited:
+            if process in self.members:
+                raise ContractError(
+                    f"rank {process} ended its program while rank {self.process} {self.call}"
+                )
 
     # -- what is sent -------------------------------------------------------------------------
 
-    def _letter(self, parcel: Parcel, bulk: int) -> tuple[bytearray, list[_Bytes]]:
-        """A parcel as a letter, and the parts that follow it."""
-        assert parcel.message is not None
-        (depth, number, verb), (pickled, buffers) = parcel.call, parcel.message
-        sizes = [len(pickled), *(buffer.nbytes for buffer in buffers)]
-        riding = _riding(sizes)
-        head = _LETTER.pack(
-            parcel.run, depth, number, _VERBS.index(verb), parcel.tag,
-            bulk if riding < len(sizes) else 0, len(sizes),
-        )  # fmt: skip
-        parts = [_as_bytes(pickled), *buffers]
-        rides = [struct.pack(f"<{len(sizes)}Q", *sizes), *(p.tobytes() for p in parts[:riding])]
-        return bytearray(b"".join([head, *rides])), parts[riding:]
-
     def _post(self, process: int, parcel: Parcel) -> None:
-        self._begin_sending(process, parcel, post=True)
+        self._begin_sending(process, parcel, self._letters.Isend)
 
     def _transmit(self, processes: Sequence[int], parcel: Parcel) -> None:
         self._finish_sending([(p, self._begin_sending(p, parcel)) for p in processes])
+
+    def _begin_sending(
+        self, process: int, parcel: Parcel, send: Callable[..., Any] | None = None
+    ) -> list[Any]:
+        """Send a letter on its way, and what follows it; the requests of that."""
+        assert parcel.message is not None
+        (depth, number, verb), (pickled, buffers) = parcel.call, parcel.message
+        parts: list[Any] = [pickled, *buffers]
+        sizes = [len(part) for part in parts]
+        riding = _riding(sizes)
+        self._bulk_tag = tag = self._bulk_tag % _BULK_TAGS + 1
+        head = _LETTER.pack(
+            parcel.run, depth, number, _VERBS.index(verb), parcel.tag, tag, len(sizes)
+        )
+        letter = b"".join([head, struct.pack(f"<{len(sizes)}Q", *sizes), *parts[:riding]])
+        # Of a synchronous one it is known when it has been taken in, so that they do not pile up.
+        send = send or self._letters.Issend
+        self._keep([send([letter, self._mpi.BYTE], process)], letter)
+        if riding == len(parts):
+            return []
+        return self._keep([
+            self._bulk.Isend([piece, self._mpi.BYTE], process, tag)
+            for piece in _pieces(parts[riding:])
+        ], parts)  # fmt: skip
 
     def _finish_sending(self, sending: Sequence[tuple[int, list[Any]]]) -> None:
         """Return when all of this is sent, and not too many letters are under way."""
@@ -2655,27 +2671,11 @@ class MPICommunicator(Communicator):
             f"sending in {self._doing('')}",
         )
 
-    def _begin_sending(self, process: int, parcel: Parcel, post: bool = False) -> list[Any]:
-        """Send a letter on its way, and what follows it; the requests of that."""
-        self._bulk_tag = self._bulk_tag % _BULK_TAGS + 1
-        letter, parts = self._letter(parcel, self._bulk_tag)
-        self._send_letter(process, letter, post=post)
-        return self._keep([
-            self._bulk.Isend([piece, self._mpi.BYTE], process, self._bulk_tag)
-            for piece in _pieces(parts)
-        ], parts)  # fmt: skip
-
-    def _send_letter(self, process: int, letter: bytearray, *, post: bool = False) -> None:
-        # Of a synchronous one it is known when it has been taken in, so that they do not pile up.
-        send = self._letters.Isend if post else self._letters.Issend
-        self._keep([send([letter, self._mpi.BYTE], process)], letter)
-
     def _keep(self, requests: list[Any], data: object) -> list[Any]:
         """Keep alive what is on its way."""
         while self._under_way and self._sent(self._under_way[0][0]):
             self._under_way.popleft()
-        if requests:
-            self._under_way.append((requests, data))
+        self._under_way.append((requests, data))
         return requests
 
     def _sent(self, requests: list[Any]) -> bool:
@@ -2692,25 +2692,26 @@ class MPICommunicator(Communicator):
 
     # -- collectives --------------------------------------------------------------------------
 
-    def _tree(self) -> tuple[int, list[int]]:
-        """The parent and the children of this rank in a binomial tree, as processes."""
+    def _set_members(self, members: tuple[int, ...]) -> None:
+        super()._set_members(members)
+        # In a binomial tree, whose root is rank 0.
         reach = self.rank & -self.rank or self.size
         steps = (1 << level for level in reversed(range((reach - 1).bit_length())))
-        children = [self.rank + step for step in steps if self.rank + step < self.size]
-        return self.members[self.rank & (self.rank - 1)], [self.members[rank] for rank in children]
+        self._parent = members[self.rank & (self.rank - 1)]
+        self._children = [members[self.rank + s] for s in steps if self.rank + s < self.size]
 
     def _agree(self) -> None:
         """Return when all ranks have made the present call, and none may leave it any more."""
-        parent, children = self._tree()
-        self._collect(children)
+        self._collect(self._children)
+        word = Parcel(self.run, self.call, _NOTHING)
         if self.rank > 0:
-            self._post(parent, Parcel(self.run, self.call, _NOTHING))
-            self._await_consent(parent)
+            self._post(self._parent, word)
+            self._await_consent(self._parent)
         else:
             self._handle_all()
             self._raise_failure()  # of who has been there, but gave up
-        for child in children:
-            self._post(child, Parcel(self.run, self.call, _NOTHING))
+        for child in self._children:
+            self._post(child, word)
 
     def _await_consent(self, parent: int) -> None:
         try:
@@ -2734,28 +2735,35 @@ class MPICommunicator(Communicator):
         return self._groups[self.members]
 
     def broadcast(self, message: Message | None) -> Message:
-        parent, children = self._tree()
         if message is None:
-            letter = self._next_from(parent)
-            assert isinstance(letter, _Letter)
-            self._send_down(children, letter.content, letter.is_whole())
-            if not letter.is_whole():
-                letter.place(None)
-            return self._complete(letter, parent)
-        content, parts = self._letter(self._outgoing(message), 0)
-        self._send_down(children, content, not parts)
+            received = self._down_the_tree(None)
+            if not received.pickled.startswith(_LARGE):
+                return received
+            sizes = struct.unpack(f"<{(len(received.pickled) - 1) // 8}Q", received.pickled[1:])
+            parts = [_allocate(size) for size in sizes]
+            self._broadcast_parts(parts)
+            return Message(parts[0].tobytes(), parts[1:])
+        if message.nbytes < _BCAST_BYTES:
+            return self._down_the_tree(message)
+        parts = [_as_bytes(message.pickled), *message.buffers]
+        announced = struct.pack(f"<{len(parts)}Q", *map(len, parts))
+        self._down_the_tree(Message(_LARGE + announced, []))
+        self.bytes_sent += message.nbytes
         self._broadcast_parts(parts)
         return message
 
-    def _send_down(self, children: Sequence[int], content: bytearray, whole: bool) -> None:
-        """Pass a letter on; all ranks agree where parts of it are to follow."""
-        for child in children:
-            self._send_letter(child, content)
-        self._finish_sending([])
-        if not whole:
-            self._agree()
+    def _down_the_tree(self, message: Message | None) -> Message:
+        if message is None:
+            message = self._complete(self._next_from(self._parent), self._parent)
+            parcel = Parcel(self.run, self.call, message)
+        else:
+            parcel = self._outgoing(message)
+        if self._children:
+            self._transmit(self._children, parcel)
+        return message
 
     def _broadcast_parts(self, parts: Iterable[_Bytes]) -> None:
+        self._agree()
         for piece in _pieces(parts):
             self._group().Bcast([piece, self._mpi.BYTE])
 
