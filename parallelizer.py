@@ -811,6 +811,7 @@ class _Wait(NamedTuple):
 
     process: int
     number: int
+    call: Call
     doing: str
     awaited: tuple[int, ...]
 
@@ -935,7 +936,7 @@ class Communicator(abc.ABC):
         self._wait_number = 0
         self._circles: set[tuple[_Wait, ...]] = set()
         self._new_circles: set[tuple[_Wait, ...]] = set()
-        self._deadlock: tuple[_Wait, _Wait] | None = None  # this process's and the next one's
+        self._deadlock: tuple[_Wait, ...] | None = None  # each waits for the next one
 
     def _set_members(self, members: tuple[int, ...]) -> None:
         self.members = members
@@ -1225,13 +1226,19 @@ class Communicator(abc.ABC):
         if self.process > 0:
             self._tell(0, "return", report)
             if self.spmd:
-                self._wait_until(lambda: self.run in self._verdicts, lambda: [0])
+                self._wait_until(self._is_over, lambda: [0])
                 self._raise_failure()
         else:
             reports += [parcel.pickled for parcel in self._collect(self.members[1:]).values()]
             self._tell_verdict(None)
         self._in_run = False
         return reports
+
+    def _is_over(self) -> bool:
+        """Whether main has said how the run has ended; an error if a collective goes on."""
+        while self._heard_from:
+            self._check_call(self._heard_from.pop())
+        return self.run in self._verdicts
 
     def fail_run(self, error: BaseException) -> BaseException:
         """End the run on every member because of `error`; what `run` is to raise here."""
@@ -1405,7 +1412,7 @@ class Communicator(abc.ABC):
                 if waited >= timeout:
                     self._raise_timeout(awaited(), doing)
                 if self._deadlock is not None:
-                    raise _deadlock_error(*self._deadlock)
+                    raise _deadlock_error(self._deadlock)
                 if waited >= look_around:
                     # Ever less often: who is the last to close a circle has just begun to wait.
                     look_around *= 2
@@ -1439,7 +1446,7 @@ class Communicator(abc.ABC):
         def describe() -> _Wait | None:
             if ready():
                 return None
-            return _Wait(self.process, number, told, tuple(awaited()))
+            return _Wait(self.process, number, self.call, told, tuple(awaited()))
 
         self._describe_wait = describe
         self._circles, self._new_circles, self._deadlock = set(), set(), None
@@ -1478,19 +1485,30 @@ class Communicator(abc.ABC):
             if self.process not in chain[-1].awaited:
                 self._ask(chain[-1].awaited, chain)
             elif chain in self._circles:
-                self._deadlock = own, chain[0]
+                self._deadlock = (own, *chain)
             else:
                 self._new_circles.add(chain)
 
 
-def _deadlock_error(own: _Wait, other: _Wait) -> ContractError:
-    if own.doing == "return":
-        own, other = other, own
-    mine = f"rank {own.process} waits in {own.doing}"
+def _deadlock_error(circle: tuple[_Wait, ...]) -> ContractError:
+    """Tell of a circle in which each waits for the next, by the two who show best what is wrong."""
+
+    def disagree(one: _Wait, other: _Wait) -> bool:
+        return one.call[:2] == other.call[:2] and one.call != other.call
+
+    waiter, other = min(
+        zip(circle, (*circle[1:], circle[0]), strict=True),
+        key=lambda two: (two[0].doing == "return", not disagree(*two), two[1].doing != "return"),
+    )
+    waits = f"rank {waiter.process} waits in {waiter.doing}"
     if other.doing == "return":
-        return ContractError(f"rank {other.process} returned while {mine}")
+        return ContractError(f"rank {other.process} returned while {waits}")
+    if disagree(waiter, other):
+        return ContractError(
+            f"rank {other.process} {other.call} where rank {waiter.process} {waiter.call}"
+        )
     return ContractError(
-        f"rank {other.process} waits in {other.doing} while {mine}: neither can go on"
+        f"rank {other.process} waits in {other.doing} while {waits}: neither can go on"
     )
 
 
