@@ -3529,6 +3529,11 @@ class Parallelizer:
             )
         return self._comm
 
+    def _calling(self, verb: str) -> contextlib.AbstractContextManager[Communicator, None]:
+        """The same, as the context of the call; one process need not keep in step with itself."""
+        comm = self._speaking(verb)
+        return comm.enter(verb) if comm.size > 1 else contextlib.nullcontext(comm)
+
     # -- messages -----------------------------------------------------------------------------
 
     def broadcast(self, data: _T) -> _T:
@@ -3543,14 +3548,13 @@ class Parallelizer:
         >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.broadcast("hello"))
         'hello'
         """
-        comm = self._speaking("broadcast")
-        if comm.size == 1:
-            return data
-        with comm.enter("broadcast"):
+        with self._calling("broadcast") as comm:
             return self._from_main(comm, lambda: data)
 
     def _from_main(self, comm: Communicator, make: Callable[[], _T]) -> _T:
         """What main makes, on every process; where main cannot, its exception on every one."""
+        if comm.size == 1:
+            return make()
         if comm.rank > 0:
             value: _T = _accept(comm.broadcast(None))
             return value
@@ -3589,10 +3593,9 @@ class Parallelizer:
 
         On three processes the blocks are ``range(0, 4)``, ``range(4, 7)`` and ``range(7, 10)``.
         """
-        comm = self._speaking("scatter")
-        if comm.size == 1:
-            return _split(data, 1)[0]  # type: ignore[no-any-return]
-        with comm.enter("scatter"):
+        with self._calling("scatter") as comm:
+            if comm.size == 1:
+                return _split(data, 1)[0]  # type: ignore[no-any-return]
             if comm.rank > 0:
                 return _accept(comm.scatter(None))  # type: ignore[no-any-return]
             try:
@@ -3633,14 +3636,13 @@ class Parallelizer:
 
         On three processes these are ``[0, 1, 2]`` and ``array([0, 1, 2, 0, 1, 2, 0, 1, 2])``.
         """
-        comm = self._speaking("gather")
-        if comm.size == 1:
-            return _combine([_plain(data)], concatenate)
-        with comm.enter("gather"):
+        with self._calling("gather") as comm:
             return self._gather(comm, data, concatenate)
 
     def _gather(self, comm: Communicator, data: Any, concatenate: bool | None) -> Any:
         data = _plain(data)
+        if comm.size == 1:
+            return _combine([data], concatenate)
         if type(data) is np.ndarray and data.ndim > 0 and concatenate is not False:
             data = np.ascontiguousarray(data)
         plan = GatherPlan(concatenate)
@@ -3663,10 +3665,7 @@ class Parallelizer:
         >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.allgather("x"))
         ['x']
         """
-        comm = self._speaking("allgather")
-        if comm.size == 1:
-            return _combine([_plain(data)], concatenate)
-        with comm.enter("allgather"):
+        with self._calling("allgather") as comm:
             values = self._gather(comm, data, False)
             return self._from_main(comm, lambda: _combine(values, concatenate))
 
@@ -3695,11 +3694,8 @@ class Parallelizer:
 
         On three processes it is 8.
         """
-        comm = self._speaking("reduce")
         fold = _reduction(op)
-        if comm.size == 1:
-            return data
-        with comm.enter("reduce"):
+        with self._calling("reduce") as comm:
             values = self._gather(comm, data, False)
             return functools.reduce(fold, values) if comm.rank == 0 else values
 
@@ -3711,11 +3707,8 @@ class Parallelizer:
         >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.allreduce(np.ones(2)))
         array([1., 1.])
         """
-        comm = self._speaking("allreduce")
         fold = _reduction(op)
-        if comm.size == 1:
-            return data
-        with comm.enter("allreduce"):
+        with self._calling("allreduce") as comm:
             values = self._gather(comm, data, False)
             return self._from_main(comm, lambda: functools.reduce(fold, values))
 
@@ -3746,9 +3739,8 @@ class Parallelizer:
         >>> SerialNonParallelizer().run(remind_oneself)
         'tea'
         """
-        comm = self._speaking("send")
-        loc, tag = _checked_address(loc, tag, comm.size)
-        with comm.enter("send"):
+        with self._calling("send") as comm:
+            loc, tag = _checked_address(loc, tag, comm.size)
             comm.send(_pack(data, f"what rank {comm.rank} sends"), loc, tag)
 
     def receive(self, loc: int, tag: int = 0) -> Any:
@@ -3763,9 +3755,8 @@ class Parallelizer:
         --------
         See `send`.
         """
-        comm = self._speaking("receive")
-        loc, tag = _checked_address(loc, tag, comm.size)
-        with comm.enter("receive"):
+        with self._calling("receive") as comm:
+            loc, tag = _checked_address(loc, tag, comm.size)
             return _unpack(comm.receive(loc, tag), f"what rank {loc} sent")
 
     def wait(self) -> None:
@@ -3775,9 +3766,8 @@ class Parallelizer:
         --------
         >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.wait())
         """
-        comm = self._speaking("wait")
-        if comm.size > 1:
-            with comm.enter("wait"):
+        with self._calling("wait") as comm:
+            if comm.size > 1:
                 comm.barrier()
 
     def share(self, array: Any) -> np.ndarray[Any, Any]:
