@@ -285,23 +285,6 @@ def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(starts))
 
 
-def _sliceable(data: Any) -> Any:
-    """`data` itself where it can be split by slicing, an iterator as a list, else `TypeError`."""
-    if isinstance(data, np.ndarray):
-        if data.ndim > 0:
-            return _plain(data)
-    elif isinstance(data, Iterator):
-        return list(data)
-    elif all(hasattr(data, name) for name in ("__len__", "__getitem__")) and not isinstance(
-        data, Mapping
-    ):
-        return data
-    raise TypeError(
-        f"scatter splits arrays with a first axis, sequences with slices, and iterators, but main "
-        f"passed {_describe(data)}; broadcast it instead, or put it in a list"
-    )
-
-
 def _plain(data: Any) -> Any:
     """An array that does not lie in a process's own memory as one that says nothing of that."""
     return np.asarray(data) if isinstance(data, (np.memmap, _SharedArray)) else data
@@ -315,7 +298,13 @@ def _describe(data: Any) -> str:
 
 def _split(data: Any, parts: int) -> list[Any]:
     """Blocks of `data`; of arrays they are views, but for read-only ones, which are copied."""
-    data = _sliceable(data)
+    data = list(data) if isinstance(data, Iterator) else _plain(data)
+    sized = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not sized or isinstance(data, Mapping) or (isinstance(data, np.ndarray) and not data.ndim):
+        raise TypeError(
+            f"scatter splits arrays with a first axis, sequences with slices, and iterators, but "
+            f"main passed {_describe(data)}; broadcast it instead, or put it in a list"
+        )
     blocks = [data[start:stop] for start, stop in _block_bounds(len(data), parts)]
     if isinstance(data, np.ndarray) and not data.flags.writeable:
         # Of items without bytes, numpy copies the dtype U0 as U1; pickle does not.
@@ -344,37 +333,32 @@ class _ArraySpec(NamedTuple):
         return data.reshape(self.shape, order=self.order)
 
 
-def _common_layout(
-    specs: Sequence[tuple[np.dtype[Any], tuple[int, ...]]],
-) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
-    """Dtype and shape of the concatenation of such arrays along axis 0, None if they don't fit.
+def _fitting(blocks: Sequence[Any]) -> tuple[Sequence[Any], np.dtype[Any], list[int]] | None:
+    """Which of some arrays, or specs, to concatenate, dtype and shape; None if they don't fit.
 
     Empty blocks never stand in the way: they count only where all blocks are empty, and then
     the first one decides.
     """
-    if any(len(shape) == 0 for _, shape in specs):
+    if any(type(block) not in (np.ndarray, _ArraySpec) or not block.shape for block in blocks):
         return None
-    filled = [(dtype, shape) for dtype, shape in specs if shape[0] > 0] or list(specs[:1])
-    dtype, (_, *trailing) = filled[0]
-    if any(other != dtype or list(shape[1:]) != trailing for other, shape in filled):
+    filled = [block for block in blocks if block.shape[0] > 0] or blocks[:1]
+    (dtype, trailing), *others = [(block.dtype, block.shape[1:]) for block in filled]
+    if any(other != (dtype, trailing) for other in others):
         return None
-    return dtype, (sum(shape[0] for _, shape in filled), *trailing)
+    return filled, dtype, [sum(block.shape[0] for block in filled), *trailing]
 
 
 def _combine(values: list[Any], concatenate: bool | None) -> Any:
     """What `gather` makes of the values in rank order (see there)."""
     if concatenate is False:
         return values
-    layout = None
-    if all(type(value) is np.ndarray for value in values):
-        layout = _common_layout([(value.dtype, value.shape) for value in values])
-    if layout is not None:
+    fitting = _fitting(values)
+    if fitting is not None:
         if len(values) == 1:
             return values[0]
-        filled = [value for value in values if len(value) > 0]
+        filled, dtype, shape = fitting
         # Into an array made for it, as concatenate would make the byte order native.
-        out = np.empty(layout[1], layout[0]) if layout[0].itemsize else None
-        return np.concatenate(filled or values[:1], out=out)
+        return np.concatenate(filled, out=np.empty(shape, dtype) if dtype.itemsize else None)
     if concatenate:
         raise ValueError(
             "gather(concatenate=True) needs arrays that agree in dtype and trailing shape, but "
@@ -579,12 +563,10 @@ class GatherPlan:
         if self._concatenate is False:
             return None
         specs = [spec for spec in map(_bare_spec, pickles) if spec and spec.order == "C"]
-        if len(specs) < len(pickles):
+        fitting = _fitting(specs) if len(specs) == len(pickles) else None
+        if fitting is None:
             return None
-        layout = _common_layout([(spec.dtype, spec.shape) for spec in specs])
-        if layout is None:
-            return None
-        dtype, shape = layout
+        _, dtype, shape = fitting
         self.result = np.empty(shape, dtype)
         target = self.result.reshape(-1).view(np.uint8)
         ends = list(itertools.accumulate(spec.nbytes for spec in specs))
