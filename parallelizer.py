@@ -631,29 +631,23 @@ class _SharedMemory:
         if known is not None:
             return known
         try:
-            file = os.open(handle.path, os.O_RDONLY)
+            with open(handle.path, "rb") as file:  # noqa: PTH123 - pathlib is slow to import
+                if os.fstat(file.fileno()).st_ino != handle.inode or _hostname() != handle.host:
+                    raise FileNotFoundError(handle.path)
+                return cls(handle, file.fileno())
         except OSError as why:
-            raise _lost_share(handle) from why
-        try:
-            if os.fstat(file).st_ino != handle.inode or _hostname() != handle.host:
-                raise _lost_share(handle)
-            return cls(handle, file)
-        finally:
-            os.close(file)
+            raise ParallelizerError(
+                f"a shared array of {handle.nbytes} bytes is not to be found: it was shared on "
+                f"{handle.host}, and has been released there, or this is another machine; keep a "
+                f"reference to it for as long as it is in use, and share it on all machines "
+                f"together"
+            ) from why
 
 
 def _release_file(file: int, path: str) -> None:
     os.close(file)
     if not path.startswith("/proc/"):
         os.unlink(path)  # noqa: PTH108 - pathlib is slow to import
-
-
-def _lost_share(handle: _Handle) -> ParallelizerError:
-    return ParallelizerError(
-        f"a shared array of {handle.nbytes} bytes is not to be found: it was shared on "
-        f"{handle.host}, and has been released there, or this is another machine; keep a "
-        f"reference to it for as long as it is in use, and share it on all machines together"
-    )
 
 
 class _SharedArray(np.ndarray[Any, Any]):
@@ -681,11 +675,7 @@ class _SharedArray(np.ndarray[Any, Any]):
 
 
 def _shared_view(
-    handle: _Handle,
-    offset: int,
-    dtype: np.dtype[Any],
-    shape: tuple[int, ...],
-    strides: tuple[int, ...] | None = None,
+    handle: _Handle, offset: int, dtype: np.dtype[Any], shape: Any, strides: Any
 ) -> _SharedArray:
     memory = _SharedMemory.attach(handle)
     array = _SharedArray(shape, dtype, memory.mapped, offset, strides)
