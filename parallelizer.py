@@ -3195,7 +3195,7 @@ class Parallelizer:
     InMainProcess: ClassVar = _Elsewhere.InMainProcess
 
     _registry: ClassVar[dict[str, Parallelizer]] = {}
-    _open: ClassVar[list[weakref.ref[Parallelizer]]] = []
+    _open: ClassVar[list[weakref.ref[Parallelizer]]] = []  # innermost first
     _living: ClassVar[weakref.WeakValueDictionary[str, Parallelizer]] = (
         weakref.WeakValueDictionary()
     )
@@ -3246,14 +3246,12 @@ class Parallelizer:
         if self._entered == 0:
             self._start()
         self._entered += 1
-        self._open.append(weakref.ref(self))
+        self._open.insert(0, weakref.ref(self))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for position in reversed(range(len(self._open))):
-            if self._open[position]() is self:
-                del self._open[position]
-                break
+        with contextlib.suppress(ValueError):  # a worker's are its own
+            self._open.remove(weakref.ref(self))
         self._entered -= 1
         if self._entered == 0:
             self._end_stream()
@@ -4147,10 +4145,8 @@ class Parallelizer:
             return key
         if key is not None:
             raise TypeError(f"lookup needs a Parallelizer, a name, a mapping or None, not {key!r}")
-        for reference in reversed(Parallelizer._open):
-            innermost = reference()
-            if innermost is not None:
-                return innermost._here()
+        for innermost in _opened():
+            return innermost._here()
         return _named_by_environment(os.environ.get("PARALLELIZER") or "serial")
 
     @staticmethod
@@ -4276,12 +4272,15 @@ def _restricted(func: Callable[..., _R], *, on_main: bool) -> Callable[..., _R]:
     return restricted
 
 
+def _opened() -> list[Parallelizer]:
+    """Those that are open on this process, innermost first."""
+    return [found for reference in Parallelizer._open if (found := reference()) is not None]
+
+
 def _restored(kind: type[Parallelizer], key: str, options: dict[str, Any]) -> Parallelizer:
     """What a pickled parallelizer is on this process: itself, the one that runs, or one alike."""
-    found = Parallelizer._living.get(key)
-    if found is None:
-        running = [reference() for reference in reversed(Parallelizer._open)]
-        found = next((p for p in running if type(p) is kind), None)
+    alike = (opened for opened in _opened() if type(opened) is kind)
+    found = Parallelizer._living.get(key) or next(alike, None)
     if found is None:
         found = kind(**options)
         found._key = key
