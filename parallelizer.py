@@ -3800,18 +3800,12 @@ class Parallelizer:
             return
         file = kwargs.pop("file", None) or sys.stdout
         flush = kwargs.pop("flush", False)
-        text = io.StringIO()
-        if self.on_main:
-            print(*args, file=text, **kwargs)
-            whole = text.getvalue()
-        else:
-            end = kwargs.pop("end", None)
-            print(*args, file=text, end="", **kwargs)
-            lines = text.getvalue().split("\n")
-            whole = "\n".join(f"[rank {self.id}] {line}" for line in lines)
-            whole += "\n" if end is None else end
+        lines = io.StringIO()
+        print(*args, file=lines, **kwargs)
+        lines.seek(0)
+        head = "" if self.on_main else f"[rank {self.id}] "
         # In one write, so that the lines of several processes do not mix.
-        file.write(whole)
+        file.write("".join(head + line for line in lines))
         if flush or not self.on_main:
             file.flush()
 
