@@ -4301,15 +4301,13 @@ def _share_in_run(array: Any = None, *, parallelizer: Parallelizer) -> Any:
         return view
     hosts = parallelizer.allgather(_hostname())
     leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
-    copies = []
+    handle = b""
     if comm.rank in leaders:
         with comm.restricted_to(leaders):
-            if len(leaders) > 1:
-                array = parallelizer.broadcast(array)
-            copies = [_share(array)]
-    handles = parallelizer.allgather([pickle.dumps(copy) for copy in copies])
-    mine = handles[hosts.index(hosts[comm.rank])]
-    shared = copies[0] if copies else pickle.loads(mine[0])
+            copy = _share(parallelizer.broadcast(array))
+        handle = pickle.dumps(copy)
+    handles = parallelizer.allgather(handle)
+    shared = pickle.loads(handles[hosts.index(hosts[comm.rank])])
     parallelizer.wait()  # before it is attached to, nobody may let go
     return shared
 
