@@ -3330,7 +3330,7 @@ class Parallelizer:
             raise TypeError(f"run needs a function, not {_describe(func)}")
         work = _Work(func, args, kwargs)
         if self._runner == threading.get_ident():
-            return self._run_nested(work, comm, main_kwargs)  # type: ignore[no-any-return]
+            return self._run(work, comm, main_kwargs, nested=True)  # type: ignore[no-any-return]
         if not self._lock.acquire(timeout=-1 if self.timeout is None else self.timeout):
             raise WaitTimeout(
                 f"run waited {self.timeout} s for a run of another thread to end; if that waits "
@@ -3340,11 +3340,9 @@ class Parallelizer:
             with self:
                 self._refuse_during_imap("run")
                 self._runner = threading.get_ident()
-                try:
-                    return self._run_outermost(work, comm, main_kwargs)  # type: ignore[no-any-return]
-                finally:
-                    self._runner = None
+                return self._run(work, comm, main_kwargs, nested=False)  # type: ignore[no-any-return]
         finally:
+            self._runner = None
             self._lock.release()
 
     def apply(self, func: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
@@ -3363,32 +3361,36 @@ class Parallelizer:
             )
         return self.run(func, *args, **kwargs)
 
-    def _run_outermost(
-        self, work: _Work, comm: Sequence[int] | None, main_kwargs: Mapping[str, Any] | None
+    def _run(
+        self,
+        work: _Work,
+        comm: Sequence[int] | None,
+        main_kwargs: Mapping[str, Any] | None,
+        *,
+        nested: bool,
     ) -> Any:
         communicator = self._communicator()
         ranks = _checked_ranks(comm, communicator.size)
         if communicator.rank not in ranks:
             return Parallelizer.InWorkerProcess
-        if self._drives_workers():
-            communicator.command(work.pack(ranks, self._names()))
+        if not nested:
+            self._command(communicator, ranks, work)
         if communicator.rank == 0:
-            work = work.with_more(main_kwargs)
-        return self._execute(communicator, ranks, work)
-
-    def _run_nested(
-        self, work: _Work, comm: Sequence[int] | None, main_kwargs: Mapping[str, Any] | None
-    ) -> Any:
-        communicator = self._communicator()
-        if communicator.rank == 0:
-            work = work.with_more(main_kwargs)
+            work = work._replace(kwargs={**work.kwargs, **(main_kwargs or {})})
+        if not nested:
+            return self._execute(communicator, ranks, work)
         if comm is None:
             return work.call(self)
-        ranks = _checked_ranks(comm, communicator.size)
-        if communicator.rank not in ranks:
-            return Parallelizer.InWorkerProcess
         with communicator.restricted_to(ranks):
             return work.call(self)
+
+    def _command(self, communicator: Communicator, ranks: Sequence[int], work: _Work) -> None:
+        """Have these ranks take part in a run, where they wait to be told."""
+        if self._drives_workers():
+            packed = _pack(tuple(work), "the function that is run or mapped, or its arguments")
+            # All can read whom it is meant for, and by which names main is registered.
+            head = pickle.dumps((list(ranks), self._names(), packed.pickled))
+            communicator.command(Message(head, packed.buffers))
 
     def _execute(self, communicator: Communicator, ranks: Sequence[int], work: _Work) -> Any:
         """Take this process's part in a run, and in its end on all of them."""
@@ -3460,21 +3462,18 @@ class Parallelizer:
             self._runner = runner
 
     def _obey(self, communicator: Communicator, message: Message) -> None:
-        ranks, names, packed = _unpack_command(message)
-        self._be_known_as(names)
-        # Main has been told of a failure and raises it; a worker goes on to serve.
-        with contextlib.suppress(BaseException):
-            if communicator.process in ranks:
-                self._execute(communicator, ranks, _Work(_run_packed, (packed,), {}))
-
-    def _names(self) -> list[str]:
-        return [name for name, held in self._registry.items() if held is self]
-
-    def _be_known_as(self, names: Iterable[str]) -> None:
-        """On a worker: be registered as main is."""
+        ranks, names, pickled = pickle.loads(message.pickled)
         for name in self._names():
             del self._registry[name]
         self._registry.update(dict.fromkeys(names, self))
+        work = _Work(_run_packed, (Message(pickled, message.buffers),), {})
+        # Main has been told of a failure and raises it; a worker goes on to serve.
+        with contextlib.suppress(BaseException):
+            if communicator.process in ranks:
+                self._execute(communicator, ranks, work)
+
+    def _names(self) -> list[str]:
+        return [name for name, held in self._registry.items() if held is self]
 
     def _communicator(self) -> Communicator:
         if self._comm is None:
@@ -4082,8 +4081,7 @@ class Parallelizer:
             communicator = self._communicator()
             ranks = range(communicator.size)
             options = (task, chunksize, ordered, progress)
-            if self._drives_workers():
-                communicator.command(_Work(_spmd_imap, options, {}).pack(ranks, self._names()))
+            self._command(communicator, ranks, _Work(_spmd_imap, options, {}))
             communicator.timeout = self.timeout
             with communicator.restricted_to(ranks):
                 try:
@@ -4370,19 +4368,6 @@ class _Work(NamedTuple):
 
     def call(self, parallelizer: Parallelizer) -> Any:
         return self.func(*self.args, parallelizer=parallelizer, **self.kwargs)
-
-    def with_more(self, kwargs: Mapping[str, Any] | None) -> _Work:
-        return self._replace(kwargs={**self.kwargs, **kwargs}) if kwargs else self
-
-    def pack(self, ranks: Sequence[int], names: list[str]) -> Message:
-        """As a command to these ranks, who can read that they are meant before all else."""
-        packed = _pack(tuple(self), "the function that is run or mapped, or its arguments")
-        return Message(pickle.dumps((list(ranks), names, packed.pickled)), packed.buffers)
-
-
-def _unpack_command(message: Message) -> tuple[list[int], list[str], Message]:
-    ranks, names, pickled = pickle.loads(message.pickled)
-    return ranks, names, Message(pickled, message.buffers)
 
 
 def _run_packed(packed: Message, *, parallelizer: Parallelizer) -> Any:
