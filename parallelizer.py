@@ -3328,7 +3328,7 @@ class Parallelizer:
         """
         if not callable(func):
             raise TypeError(f"run needs a function, not {_describe(func)}")
-        work = _Work(func, args, kwargs)
+        work = functools.partial(func, *args, **kwargs)
         if self._runner == threading.get_ident():
             return self._run(work, comm, main_kwargs, nested=True)  # type: ignore[no-any-return]
         if not self._lock.acquire(timeout=-1 if self.timeout is None else self.timeout):
@@ -3363,7 +3363,7 @@ class Parallelizer:
 
     def _run(
         self,
-        work: _Work,
+        work: Callable[..., Any],
         comm: Sequence[int] | None,
         main_kwargs: Mapping[str, Any] | None,
         *,
@@ -3376,23 +3376,27 @@ class Parallelizer:
         if not nested:
             self._command(communicator, ranks, work)
         if communicator.rank == 0:
-            work = work._replace(kwargs={**work.kwargs, **(main_kwargs or {})})
+            work = functools.partial(work, **(main_kwargs or {}))
         if not nested:
             return self._execute(communicator, ranks, work)
         if comm is None:
-            return work.call(self)
+            return work(parallelizer=self)
         with communicator.restricted_to(ranks):
-            return work.call(self)
+            return work(parallelizer=self)
 
-    def _command(self, communicator: Communicator, ranks: Sequence[int], work: _Work) -> None:
+    def _command(
+        self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
+    ) -> None:
         """Have these ranks take part in a run, where they wait to be told."""
         if self._drives_workers():
-            packed = _pack(tuple(work), "the function that is run or mapped, or its arguments")
+            packed = _pack(work, "the function that is run or mapped, or its arguments")
             # All can read whom it is meant for, and by which names main is registered.
             head = pickle.dumps((list(ranks), self._names(), packed.pickled))
             communicator.command(Message(head, packed.buffers))
 
-    def _execute(self, communicator: Communicator, ranks: Sequence[int], work: _Work) -> Any:
+    def _execute(
+        self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
+    ) -> Any:
         """Take this process's part in a run, and in its end on all of them."""
         communicator.timeout = self.timeout  # of one that several parallelizers may share
         with communicator.restricted_to(ranks):
@@ -3401,7 +3405,7 @@ class Parallelizer:
                 begun = time.perf_counter()
                 communicator.mark_function(executing=True)
                 try:
-                    result = work.call(self)
+                    result = work(parallelizer=self)
                 finally:
                     communicator.mark_function(executing=False)
                 self._finish_run(communicator, begun)
@@ -3466,7 +3470,7 @@ class Parallelizer:
         for name in self._names():
             del self._registry[name]
         self._registry.update(dict.fromkeys(names, self))
-        work = _Work(_run_packed, (Message(pickled, message.buffers),), {})
+        work = functools.partial(_run_packed, Message(pickled, message.buffers))
         # Main has been told of a failure and raises it; a worker goes on to serve.
         with contextlib.suppress(BaseException):
             if communicator.process in ranks:
@@ -4029,6 +4033,8 @@ class Parallelizer:
         progress: bool,
     ) -> Any:
         _check_chunksize(chunksize)
+        if self._in_task():  # this process's own affair
+            return SerialNonParallelizer()._map(task, data, vectorized, chunksize, callback, False)
         if callback is not None and not vectorized:
             results = []
             size = chunksize or max(1, operator.length_hint(data) // (32 * (self.nprocs or 1)))
@@ -4036,13 +4042,14 @@ class Parallelizer:
                 callback(result)
                 results.append(result)
             return results if self.on_main else Parallelizer.InWorkerProcess
-        if self._in_task():  # this process's own affair
-            return SerialNonParallelizer()._map(task, data, vectorized, chunksize, None, False)
-        options = (task, vectorized, chunksize, progress)
-        if self._main_is_alone():
-            result = self.run(_spmd_map, *options, main_kwargs={"data": data})
+        if vectorized:
+            work = functools.partial(_map_blocks, task)
         else:
-            result = _spmd_map(*options, data=data, parallelizer=self)
+            work = functools.partial(_map_items, task, chunksize, progress)
+        if self._main_is_alone():
+            result = self.run(work, main_kwargs={"data": data})
+        else:
+            result = work(data=data, parallelizer=self)
         if callback is not None and self.on_main:
             callback(result)  # of blocks there is one result
         return result
@@ -4055,22 +4062,16 @@ class Parallelizer:
             iter(data)  # refuses at once what cannot be iterated over
         if self._in_task():
             return SerialNonParallelizer()._imap(task, data, chunksize, ordered, False)
-        options = (task, chunksize, ordered, progress)
+        work = functools.partial(_spmd_imap, task, chunksize, ordered, progress)
         if not self._main_is_alone():
-            return _spmd_imap(*options, data=data, parallelizer=self)
+            return work(data=data, parallelizer=self)
         itself: list[Callable[[], Any]] = []
-        stream = self._imap_alone(*options, data, itself)
+        stream = self._imap_alone(work, data, itself)
         itself.append(weakref.ref(stream))
         return stream
 
     def _imap_alone(
-        self,
-        task: _Task,
-        chunksize: int,
-        ordered: bool,
-        progress: bool,
-        data: Any,
-        itself: list[Callable[[], Any]],
+        self, work: Callable[..., Iterator[Any]], data: Any, itself: list[Callable[[], Any]]
     ) -> Iterator[Any]:
         """A run whose function, on main, is interrupted by what the user does with the results."""
         # Not to keep open what its own `with` statement closes.
@@ -4080,14 +4081,13 @@ class Parallelizer:
             self._stream, self._streaming = itself[0], True
             communicator = self._communicator()
             ranks = range(communicator.size)
-            options = (task, chunksize, ordered, progress)
-            self._command(communicator, ranks, _Work(_spmd_imap, options, {}))
+            self._command(communicator, ranks, work)
             communicator.timeout = self.timeout
             with communicator.restricted_to(ranks):
                 try:
                     communicator.begin_run()
                     begun = time.perf_counter()
-                    yield from _spmd_imap(*options, data=data, parallelizer=self)
+                    yield from work(data=data, parallelizer=self)
                     self._finish_run(communicator, begun)
                 except BaseException as error:  # of the user's loop, too
                     _raise_final(communicator, error)
@@ -4359,20 +4359,9 @@ def _raise_final(communicator: Communicator, error: BaseException) -> NoReturn:
         del final, error  # their tracebacks hold this frame
 
 
-class _Work(NamedTuple):
-    """A call that `run` makes on every process."""
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def call(self, parallelizer: Parallelizer) -> Any:
-        return self.func(*self.args, parallelizer=parallelizer, **self.kwargs)
-
-
 def _run_packed(packed: Message, *, parallelizer: Parallelizer) -> Any:
-    work = _Work(*_unpack(packed, "the function of a run, or its arguments,"))
-    return work.call(parallelizer)
+    work = _unpack(packed, "the function of a run, or its arguments,")
+    return work(parallelizer=parallelizer)
 
 
 class _Task(NamedTuple):
@@ -4436,21 +4425,7 @@ def _spawned_rng(seed: Any, *key: int) -> np.random.Generator:
     return np.random.default_rng(child)
 
 
-def _spmd_map(
-    task: _Task,
-    vectorized: bool,
-    chunksize: int | None,
-    progress: bool,
-    *,
-    parallelizer: Parallelizer,
-    data: Any = None,
-) -> Any:
-    if vectorized:
-        return _map_blocks(task, data, parallelizer)
-    return _map_items(task, data, chunksize, progress, parallelizer)
-
-
-def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
+def _map_blocks(task: _Task, *, parallelizer: Parallelizer, data: Any = None) -> Any:
     if task.seed is not None:
         raise ValueError("seed= gives each item its own generator, so it needs vectorized=False")
     if parallelizer.on_main and (isinstance(data, Mapping) or not hasattr(data, "__getitem__")):
@@ -4473,7 +4448,12 @@ def _joined(results: list[Any]) -> Any:
 
 
 def _map_items(
-    task: _Task, data: Any, chunksize: int | None, progress: bool, parallelizer: Parallelizer
+    task: _Task,
+    chunksize: int | None,
+    progress: bool,
+    *,
+    parallelizer: Parallelizer,
+    data: Any = None,
 ) -> Any:
     comm = parallelizer._communicator()
     main = comm.rank == 0
@@ -4481,14 +4461,16 @@ def _map_items(
     if main and not isinstance(data, (list, tuple, range, str, bytes, np.ndarray)):
         data = list(data)
     bounds = _guided_bounds(len(data), comm, chunksize) if main else []
+    tickets: Iterable[int] = range(len(bounds))
     if comm.size > 1:
         with comm.enter("map"):
             comm.open_tickets(len(bounds))
         chunksize, data = parallelizer.broadcast((chunksize, data))
         bounds = _guided_bounds(len(data), comm, chunksize)
+        tickets = iter(lambda: comm.take_ticket(len(bounds)), None)
     done = []
     with _bar(len(data), progress and main) as reached:
-        for start, stop in _taken(bounds, comm):
+        for start, stop in map(bounds.__getitem__, tickets):
             done.append((start, task.compute(data[start:stop], start, comm)))
             reached(stop)
         reached(len(data))
@@ -4507,14 +4489,6 @@ def _private(items: Any) -> Any:
     if isinstance(items, (range, str, bytes)) or _IMMUTABLE.issuperset(map(type, items)):
         return items
     return _loads(_dumps(items))
-
-
-def _taken(bounds: list[tuple[int, int]], comm: Communicator) -> Iterator[tuple[int, int]]:
-    """The chunks that fall to this process, one after the other."""
-    if comm.size == 1:
-        return iter(bounds)
-    tickets = iter(lambda: comm.take_ticket(len(bounds)), None)
-    return (bounds[ticket] for ticket in tickets)
 
 
 def _guided_bounds(length: int, comm: Communicator, chunksize: int | None) -> list[tuple[int, int]]:
