@@ -3210,10 +3210,9 @@ class Parallelizer:
         self._entered = 0
         self._lock = threading.RLock()  # a run at a time
         self._runner: int | None = None  # the thread that runs
-        self._streaming = False  # whether an `imap` of main alone goes on
-        self._stream: Callable[[], Any] = lambda: None  # that one, or one before
+        self._stream: Callable[[], Any] = lambda: None  # the `imap` of main alone that goes on
         self._reports: list[bytes] = []  # of the latest run, by rank
-        self._key = self._new_key()
+        self._key = os.urandom(16).hex()
         self._living[self._key] = self
 
     # -- roles and life -----------------------------------------------------------------------
@@ -3276,9 +3275,6 @@ class Parallelizer:
     def _here(self) -> Parallelizer:
         """What `lookup` and unpickling make of it: where processes are threads, this one's."""
         return self
-
-    def _new_key(self) -> str:
-        return os.urandom(16).hex()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """On another process it is the parallelizer that runs there."""
@@ -3439,11 +3435,11 @@ class Parallelizer:
     def _end_stream(self) -> None:
         """Give up an `imap` that has not come to its end."""
         stream = self._stream()
-        if stream is not None and self._streaming:
+        if stream is not None:
             stream.close()
 
     def _refuse_during_imap(self, what: str) -> None:
-        if self._streaming:
+        if self._stream() is not None:
             raise ContractError(
                 f"{what} was called while an imap goes on, which keeps the workers busy; let that "
                 f"come to its end first, or close() it"
@@ -4078,7 +4074,7 @@ class Parallelizer:
         opened = contextlib.nullcontext() if self._entered else self
         with self._lock, opened:
             self._refuse_during_imap("imap")
-            self._stream, self._streaming = itself[0], True
+            self._stream = itself[0]
             communicator = self._communicator()
             ranks = range(communicator.size)
             self._command(communicator, ranks, work)
@@ -4092,7 +4088,7 @@ class Parallelizer:
                 except BaseException as error:  # of the user's loop, too
                     _raise_final(communicator, error)
                 finally:
-                    self._streaming = False
+                    self._stream = lambda: None
 
     # -- finding a parallelizer ---------------------------------------------------------------
 
@@ -4603,7 +4599,6 @@ class _Dealer:
         self._supply = dict.fromkeys(range(1, comm.size), 0)  # chunks that each worker has
         self._dealt: collections.deque[int] = collections.deque()  # chunks not yet yielded
         self._done: dict[int, list[Any]] = {}  # results by the first item of their chunk
-        self._more = True
 
     def results(self, total: int | None, progress: bool) -> Iterator[Any]:
         with _bar(total, progress) as reached:
@@ -4644,10 +4639,9 @@ class _Dealer:
 
     def _draw(self) -> tuple[int, list[Any]] | None:
         """A new chunk, if there is one and not too much is under way."""
-        if not self._more or len(self._dealt) >= _WINDOW * self._comm.size:
+        if len(self._dealt) >= _WINDOW * self._comm.size:
             return None
         chunk = next(self._chunks, None)
-        self._more = chunk is not None
         if chunk is not None:
             self._dealt.append(chunk[0])
         return chunk
