@@ -4211,8 +4211,8 @@ class Parallelizer:
         See `add_arguments`.
         """
         mode = _automatic_mode() if namespace.backend == "auto" else namespace.backend
-        counted = mode == "multiprocessing" and namespace.nprocs is not None
-        return Parallelizer.from_config(mode, **({"nprocs": namespace.nprocs} if counted else {}))
+        options = {"nprocs": namespace.nprocs} if mode == "multiprocessing" else {}
+        return Parallelizer.from_config(mode, **options)
 
     # -- functions for main or workers only -----------------------------------------------------
 
@@ -4731,7 +4731,7 @@ class MultiprocessingParallelizer(Parallelizer):
             if not hasattr(nprocs, "__index__"):
                 raise TypeError(f"nprocs must be a number of processes or None, not {nprocs!r}")
             nprocs = operator.index(nprocs)
-            if not 1 <= nprocs < _MOST_PROCESSES:
+            if not 1 <= nprocs < 2**15:
                 raise ValueError(f"nprocs must be a number of processes from 1, not {nprocs}")
         if start_method not in (None, *_start_methods()):
             raise ValueError(
@@ -4773,9 +4773,6 @@ class MultiprocessingParallelizer(Parallelizer):
 
     def _drives_workers(self) -> bool:
         return True
-
-
-_MOST_PROCESSES = 1 << 15
 
 
 def _start_methods() -> list[str]:
@@ -4823,14 +4820,12 @@ def _cgroup_cpus() -> list[int]:
     """Quota over period, rounded up (Linux, docs.kernel.org: cgroup-v2 and sched-bwc)."""
     from pathlib import Path
 
-    with contextlib.suppress(OSError, ValueError):  # v2
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return [math.ceil(int(quota) / int(period))]
-    with contextlib.suppress(OSError, ValueError):  # v1
-        quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text()
-        period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text()
-        if int(quota) > 0:
-            return [math.ceil(int(quota) / int(period))]
+    folder = Path("/sys/fs/cgroup")
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((folder / name).read_text() for name in files).split()
+            if int(quota) > 0:  # else there is none, which v2 calls "max"
+                return [math.ceil(int(quota) / int(period))]
     return []
 
 
@@ -4924,12 +4919,11 @@ def _named_by_environment(text: str) -> Parallelizer:
 
 def _launched_ranks() -> int:
     """How many ranks an MPI launcher says that it has started; 1 without a launcher."""
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "").isdigit():
-        return int(os.environ["SLURM_NTASKS"])
-    return 1
+    names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"]
+    if "SLURM_STEP_ID" in os.environ:
+        names.append("SLURM_NTASKS")
+    told = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
+    return int(told[0]) if told else 1
 
 
 def _automatic_mode() -> str:
