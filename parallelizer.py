@@ -4998,16 +4998,14 @@ def _client_or_server(
 # ---------------------------------------------------------------------------------------------
 
 
+def _content(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    return value.dtype, value.shape, value.tolist() if value.dtype.hasobject else value.tobytes()
+
+
 def _expect(found: Any, wanted: Any) -> None:
-    same = type(found) is type(wanted)
-    if isinstance(wanted, np.ndarray) and same:
-        same = (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-        same = same and (
-            found.tolist() == wanted.tolist()
-            if wanted.dtype.hasobject
-            else found.tobytes() == wanted.tobytes()
-        )
-    if not same or not (isinstance(wanted, np.ndarray) or found == wanted):
+    if type(found) is not type(wanted) or _content(found) != _content(wanted):
         raise AssertionError(f"expected {wanted!r}, but got {found!r}")
 
 
@@ -5069,10 +5067,9 @@ def _check_map(*, parallelizer: Parallelizer) -> None:
         found = parallelizer.map(_square, data)
         _expect(found, wanted if parallelizer.on_main else _Elsewhere.InWorkerProcess)
     found = parallelizer.map(_square, np.arange(1000), vectorized=True)
-    if parallelizer.on_main:
-        _expect(found, np.array(wanted))
     drawn = parallelizer.map(_draw, range(20), seed=1)
     if parallelizer.on_main:
+        _expect(found, np.array(wanted))
         _expect(drawn, [_spawned_rng(1, index).random() for index in range(20)])
 
 
@@ -5085,7 +5082,7 @@ def _draw(_: int, rng: np.random.Generator) -> float:
 
 
 def _check_failure(*, parallelizer: Parallelizer) -> None:
-    """Ends in an exception that `_run_check` expects."""
+    """Ends in the exception that `_CHECKS` says."""
     if parallelizer.id == parallelizer.nprocs - 1:
         raise KeyError("the last rank", parallelizer.id)
     parallelizer.gather(0)
@@ -5093,10 +5090,10 @@ def _check_failure(*, parallelizer: Parallelizer) -> None:
 
 def _check_disagreement(*, parallelizer: Parallelizer) -> None:
     """As above."""
-    if parallelizer.on_main:
+    if parallelizer.nprocs == 1:
+        parallelizer.receive(0)  # which it has not sent
+    elif parallelizer.on_main:
         parallelizer.gather(0)
-        if parallelizer.nprocs == 1:
-            raise ContractError("one process always agrees with itself")
     else:
         parallelizer.wait()
 
@@ -5112,19 +5109,12 @@ _CHECKS: dict[Callable[..., None], type[Exception] | None] = {
 }
 
 
-def _run_check(
-    parallelizer: Parallelizer, check: Callable[..., None], wanted: type[Exception] | None
-) -> str:
-    """What went wrong, or nothing."""
+def _raised_by(check: Callable[..., None], parallelizer: Parallelizer) -> Exception | None:
     try:
         parallelizer.run(check)
     except Exception as error:  # a failed check must not keep the others from running
-        return (
-            ""
-            if wanted is not None and type(error) is wanted
-            else "".join(traceback.format_exception(error))
-        )
-    return "" if wanted is None else f"{wanted.__name__} was expected, but nothing was raised"
+        return error
+    return None
 
 
 def _host(*, parallelizer: Parallelizer) -> Any:
@@ -5136,14 +5126,15 @@ def _test_backend(name: str, make: Callable[[], Parallelizer]) -> bool:
     begun = time.perf_counter()
     failures: dict[str, str] = {}
     hosts: Any = []
+    main = True
     try:
         with make() as parallelizer:
-            hosts = parallelizer.run(_host)
+            hosts, main = parallelizer.run(_host), parallelizer.on_main
             for check, wanted in _CHECKS.items():
-                text = _run_check(parallelizer, check, wanted)
-                if text:
-                    failures[check.__name__] = text
-            main = parallelizer.on_main
+                raised = _raised_by(check, parallelizer)
+                if type(raised) is not (wanted or type(None)):
+                    told = "".join(traceback.format_exception(raised))
+                    failures[check.__name__] = f"expected {wanted}, but what was raised is\n{told}"
     except Exception as error:  # it cannot be brought up, or down, here
         main, failures["start"] = True, "".join(traceback.format_exception(error))
     if main:
@@ -5169,24 +5160,19 @@ def _versions() -> str:
     return f"parallelizer {__version__}, Python {python}, numpy {np.__version__}, mpi4py {mpi4py}"
 
 
-def _find_launcher() -> str | None:
-    """The launcher, which may stand beside a Python that is not on the PATH."""
-    import shutil
-
-    beside = os.pathsep.join([os.path.split(sys.executable)[0], os.environ.get("PATH", "")])
-    return shutil.which("mpiexec", path=beside)
-
-
 def _test_mpi_by_launcher(nprocs: int) -> bool:
     import importlib.util
+    import shutil
     import subprocess
 
-    launcher, mpi4py = _find_launcher(), importlib.util.find_spec("mpi4py")
+    # It may stand beside a Python that is not on the PATH.
+    path = os.pathsep.join([os.path.split(sys.executable)[0], os.environ.get("PATH", "")])
+    launcher, mpi4py = shutil.which("mpiexec", path=path), importlib.util.find_spec("mpi4py")
     if launcher is None or mpi4py is None:
         missing = "mpi4py is not installed" if mpi4py is None else "no mpiexec was found"
         print(f"{'mpi':<28}not checked: {missing} (pip install mpi4py mpich)", flush=True)
         return True
-    command = [launcher, "-n", str(nprocs), sys.executable, __file__, "self-test", "--only-mpi"]
+    command = [launcher, "-n", str(nprocs), sys.executable, __file__, "--backend", "mpi"]
     # Open MPI counts cores, and wants a word before it runs as root.
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
                "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # fmt: skip
@@ -5198,27 +5184,27 @@ def _test_mpi_by_launcher(nprocs: int) -> bool:
     return done.returncode == 0
 
 
-def _self_test(backend: str | None, nprocs: int, only_mpi: bool) -> bool:
+def _self_test(backend: str | None, nprocs: int) -> bool:
+    if backend == "mpi":
+        world = MPIParallelizer()
+        if world.on_main:
+            print(f"MPI is {_import_mpi().Get_library_version().splitlines()[0]}", flush=True)
+        return _test_backend("mpi", lambda: world)
     if backend is not None:
         module, _, name = backend.partition(":")
         make = getattr(importlib.import_module(module), name)
         return _test_backend(backend, functools.partial(make, nprocs))
-    launched = _launched_ranks() > 1 or only_mpi
-    world = MPIParallelizer() if launched else None
+    launched = _launched_ranks() > 1
     passed = True
-    if world is None or (world.on_main and not only_mpi):
+    if not launched or MPIParallelizer().on_main:
         print(_versions(), flush=True)
         passed = _test_backend("serial", SerialNonParallelizer)
         for method in _start_methods():
-            if method == "fork" and world is not None:
+            if method == "fork" and launched:
                 continue  # never where MPI is up
             make = functools.partial(MultiprocessingParallelizer, nprocs, start_method=method)
             passed &= _test_backend(f"multiprocessing, {method}", make)
-    if world is None:
-        return passed & _test_mpi_by_launcher(nprocs)
-    if world.on_main:
-        print(f"MPI is {_import_mpi().Get_library_version().splitlines()[0]}", flush=True)
-    return _test_backend("mpi", lambda: world) and passed
+    return passed & (_self_test("mpi", nprocs) if launched else _test_mpi_by_launcher(nprocs))
 
 
 def _command_line() -> int:
@@ -5232,12 +5218,11 @@ def _command_line() -> int:
     parser.add_argument("command", nargs="?", choices=["self-test"], default="self-test")
     parser.add_argument(
         "--backend", metavar="PACKAGE.MODULE:CLASS",
-        help="check this one only, which is made by CLASS(nprocs)",
+        help="check this one only, which is made by CLASS(nprocs); or, under a launcher, mpi",
     )  # fmt: skip
     parser.add_argument("--nprocs", type=int, default=3, help="number of processes (default: 3)")
-    parser.add_argument("--only-mpi", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    return 0 if _self_test(arguments.backend, arguments.nprocs, arguments.only_mpi) else 1
+    return 0 if _self_test(arguments.backend, arguments.nprocs) else 1
 
 
 if __name__ == "__main__":
