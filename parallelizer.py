@@ -3909,7 +3909,7 @@ class Parallelizer:
         >>> SerialNonParallelizer().map(np.sqrt, np.array([4.0, 9.0]), vectorized=True)
         array([2., 3.])
         """
-        task = _Task.of(func, extra_args, extra_kwargs, seed)
+        task = _Task(func, extra_args, extra_kwargs, seed)
         return self._map(task, data, vectorized, chunksize, callback, progress)
 
     @overload
@@ -3960,7 +3960,7 @@ class Parallelizer:
         >>> SerialNonParallelizer().starmap(pow, [(2, 3), (3, 2)])
         [8, 9]
         """
-        task = _Task.of(func, extra_args, extra_kwargs, seed, starred=True)
+        task = _Task(func, extra_args, extra_kwargs, seed, starred=True)
         return self._map(task, data, vectorized, chunksize, callback, progress)
 
     def imap(
@@ -3987,7 +3987,7 @@ class Parallelizer:
         >>> next(squares), next(squares), next(squares)
         (0, 1, 4)
         """
-        task = _Task.of(func, extra_args, extra_kwargs, seed)
+        task = _Task(func, extra_args, extra_kwargs, seed)
         return self._imap(task, data, chunksize, True, progress)
 
     def imap_unordered(
@@ -4008,7 +4008,7 @@ class Parallelizer:
         >>> sorted(SerialNonParallelizer().imap_unordered(abs, [-1, 2]))
         [1, 2]
         """
-        task = _Task.of(func, extra_args, extra_kwargs, seed)
+        task = _Task(func, extra_args, extra_kwargs, seed)
         return self._imap(task, data, chunksize, False, progress)
 
     def _main_is_alone(self) -> bool:
@@ -4327,20 +4327,18 @@ def _checked_address(loc: int, tag: int, size: int) -> tuple[int, int]:
     return loc, tag
 
 
-class _Refusal(NamedTuple):
+class _Refusal(Failure):
     """Sent in place of a value that main could not provide."""
-
-    failure: Failure
 
 
 def _refuse(why: Exception, comm: Communicator) -> Message:
-    return _pack(_Refusal(Failure.of(why, comm.process, comm.size)), "a refusal")
+    return _pack(_Refusal.of(why, comm.process, comm.size), "a refusal")
 
 
 def _accept(message: Message) -> Any:
     value = _unpack(message, "what main sent")
     if type(value) is _Refusal:
-        raise value.failure.exception()
+        raise value.exception()
     return value
 
 
@@ -4360,26 +4358,23 @@ def _run_packed(packed: Message, *, parallelizer: Parallelizer) -> Any:
     return work(parallelizer=parallelizer)
 
 
-class _Task(NamedTuple):
+class _Task:
     """What `map` does with each item."""
 
-    func: Callable[..., Any]
-    extra_args: tuple[Any, ...]
-    extra_kwargs: dict[str, Any]
-    starred: bool
-    seed: Any
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         func: Callable[..., Any],
         extra_args: Sequence[Any],
         extra_kwargs: Mapping[str, Any] | None,
         seed: Any,
         *,
         starred: bool = False,
-    ) -> _Task:
-        return cls(func, tuple(extra_args), dict(extra_kwargs or {}), starred, seed)
+    ) -> None:
+        self.func = func
+        self.extra_args = tuple(extra_args)
+        self.extra_kwargs = dict(extra_kwargs or {})
+        self.seed = seed
+        self.starred = starred
 
     def call(self, item: Any, **more: Any) -> Any:
         first = item if self.starred else (item,)
@@ -4432,11 +4427,7 @@ def _map_blocks(task: _Task, *, parallelizer: Parallelizer, data: Any = None) ->
     results = parallelizer.gather([task.call(block)] if wanted else [], concatenate=False)
     if not parallelizer.on_main:
         return results
-    return _joined([result for blocks in results for result in blocks])
-
-
-def _joined(results: list[Any]) -> Any:
-    """Blocks' results, concatenated as arrays or as lists, else as they are."""
+    results = [result for blocks in results for result in blocks]
     combined = _combine(results, None)
     if combined is results and all(isinstance(result, list) for result in results):
         return list(itertools.chain.from_iterable(results))
