@@ -3327,19 +3327,12 @@ class Parallelizer:
         work = functools.partial(func, *args, **kwargs)
         if self._runner == threading.get_ident():
             return self._run(work, comm, main_kwargs, nested=True)  # type: ignore[no-any-return]
-        if not self._lock.acquire(timeout=-1 if self.timeout is None else self.timeout):
-            raise WaitTimeout(
-                f"run waited {self.timeout} s for a run of another thread to end; if that waits "
-                f"for this thread, neither can go on"
-            )
-        try:
-            with self:
-                self._refuse_during_imap("run")
-                self._runner = threading.get_ident()
+        with self._reserved("run"), self:
+            self._runner = threading.get_ident()
+            try:
                 return self._run(work, comm, main_kwargs, nested=False)  # type: ignore[no-any-return]
-        finally:
-            self._runner = None
-            self._lock.release()
+            finally:
+                self._runner = None
 
     def apply(self, func: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
         """`run` on a parallelizer that is already up; else a `ContractError`.
@@ -3356,6 +3349,24 @@ class Parallelizer:
                 f"with a 'with' statement"
             )
         return self.run(func, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _reserved(self, what: str) -> Iterator[None]:
+        """Within, nothing else is run: by no other thread, nor by an imap that goes on."""
+        if not self._lock.acquire(timeout=-1 if self.timeout is None else self.timeout):
+            raise WaitTimeout(
+                f"{what} waited {self.timeout} s for a run of another thread to end; if that waits "
+                f"for this thread, neither can go on"
+            )
+        try:
+            if self._stream() is not None:
+                raise ContractError(
+                    f"{what} was called while an imap goes on, which keeps the workers busy; let "
+                    f"that come to its end first, or close() it"
+                )
+            yield
+        finally:
+            self._lock.release()
 
     def _run(
         self,
@@ -3437,13 +3448,6 @@ class Parallelizer:
         stream = self._stream()
         if stream is not None:
             stream.close()
-
-    def _refuse_during_imap(self, what: str) -> None:
-        if self._stream() is not None:
-            raise ContractError(
-                f"{what} was called while an imap goes on, which keeps the workers busy; let that "
-                f"come to its end first, or close() it"
-            )
 
     def serve(self) -> None:
         """Run what main asks for until it closes: a worker's main loop.
@@ -4072,8 +4076,7 @@ class Parallelizer:
         """A run whose function, on main, is interrupted by what the user does with the results."""
         # Not to keep open what its own `with` statement closes.
         opened = contextlib.nullcontext() if self._entered else self
-        with self._lock, opened:
-            self._refuse_during_imap("imap")
+        with self._reserved("imap"), opened:
             self._stream = itself[0]
             communicator = self._communicator()
             ranks = range(communicator.size)
