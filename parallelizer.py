@@ -278,8 +278,6 @@ class _Elsewhere(enum.Enum):
 
 def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
     """Start and stop of `parts` blocks, as even as can be, the first ``length % parts`` longer."""
-    if parts == 1:
-        return [(0, length)]
     short, longer = divmod(length, parts)
     starts = [part * short + min(part, longer) for part in range(parts + 1)]
     return list(itertools.pairwise(starts))
@@ -581,7 +579,6 @@ class GatherPlan:
 class _Handle(NamedTuple):
     """Where the memory of a shared array is to be found."""
 
-    key: str
     host: str
     path: str
     inode: int  # of the file, as its path may come to mean another one
@@ -596,14 +593,14 @@ class _SharedMemory:
     processes end, however they end, but for such a temporary file after a crash.
     """
 
-    _attached: ClassVar[weakref.WeakValueDictionary[str, _SharedMemory]] = (
+    _attached: ClassVar[weakref.WeakValueDictionary[_Handle, _SharedMemory]] = (
         weakref.WeakValueDictionary()
     )
 
     def __init__(self, handle: _Handle, file: int) -> None:
         self.handle = handle
         self.mapped = mmap.mmap(file, max(handle.nbytes, 1), access=mmap.ACCESS_READ)
-        self._attached[handle.key] = self
+        self._attached[handle] = self
 
     @classmethod
     def create(cls, content: _Bytes) -> _SharedMemory:
@@ -617,9 +614,7 @@ class _SharedMemory:
             file, path = tempfile.mkstemp(prefix="parallelizer-share-")
         with open(file, "wb", closefd=False) as stream:
             stream.write(content.data if content.nbytes else b"-")
-        handle = _Handle(
-            os.urandom(16).hex(), _hostname(), path, os.fstat(file).st_ino, content.nbytes
-        )
+        handle = _Handle(_hostname(), path, os.fstat(file).st_ino, content.nbytes)
         memory = cls(handle, file)
         weakref.finalize(memory, _release_file, file, path)
         return memory
@@ -627,7 +622,7 @@ class _SharedMemory:
     @classmethod
     def attach(cls, handle: _Handle) -> _SharedMemory:
         """The memory of that handle in this process; it is mapped once."""
-        known = cls._attached.get(handle.key)
+        known = cls._attached.get(handle)  # mapped, so that no other file has its inode
         if known is not None:
             return known
         try:
