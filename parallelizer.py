@@ -3908,8 +3908,8 @@ class Parallelizer:
         >>> SerialNonParallelizer().map(np.sqrt, np.array([4.0, 9.0]), vectorized=True)
         array([2., 3.])
         """
-        task = _Task(func, extra_args, extra_kwargs, seed)
-        return self._map(task, data, vectorized, chunksize, callback, progress)
+        task = _Task(func, extra_args, extra_kwargs, seed, chunksize, progress)
+        return self._map(task, data, vectorized, callback)
 
     @overload
     def starmap(
@@ -3959,8 +3959,8 @@ class Parallelizer:
         >>> SerialNonParallelizer().starmap(pow, [(2, 3), (3, 2)])
         [8, 9]
         """
-        task = _Task(func, extra_args, extra_kwargs, seed, starred=True)
-        return self._map(task, data, vectorized, chunksize, callback, progress)
+        task = _Task(func, extra_args, extra_kwargs, seed, chunksize, progress, starred=True)
+        return self._map(task, data, vectorized, callback)
 
     def imap(
         self,
@@ -3986,8 +3986,8 @@ class Parallelizer:
         >>> next(squares), next(squares), next(squares)
         (0, 1, 4)
         """
-        task = _Task(func, extra_args, extra_kwargs, seed)
-        return self._imap(task, data, chunksize, True, progress)
+        task = _Task(func, extra_args, extra_kwargs, seed, chunksize, progress)
+        return self._imap(task, data, ordered=True)
 
     def imap_unordered(
         self,
@@ -4007,8 +4007,8 @@ class Parallelizer:
         >>> sorted(SerialNonParallelizer().imap_unordered(abs, [-1, 2]))
         [1, 2]
         """
-        task = _Task(func, extra_args, extra_kwargs, seed)
-        return self._imap(task, data, chunksize, False, progress)
+        task = _Task(func, extra_args, extra_kwargs, seed, chunksize, progress)
+        return self._imap(task, data, ordered=False)
 
     def _main_is_alone(self) -> bool:
         """Whether main calls what all processes call inside `run`."""
@@ -4019,28 +4019,20 @@ class Parallelizer:
         return self._comm is not None and self._comm.in_task == threading.get_ident()
 
     def _map(
-        self,
-        task: _Task,
-        data: Iterable[Any] | None,
-        vectorized: bool,
-        chunksize: int | None,
-        callback: Callable[[Any], object] | None,
-        progress: bool,
+        self, task: _Task, data: Any, vectorized: bool, callback: Callable[[Any], object] | None
     ) -> Any:
-        _check_chunksize(chunksize)
         if self._in_task():  # this process's own affair
-            return SerialNonParallelizer()._map(task, data, vectorized, chunksize, callback, False)
+            task.progress = False
+            return SerialNonParallelizer()._map(task, data, vectorized, callback)
         if callback is not None and not vectorized:
             results = []
-            size = chunksize or max(1, operator.length_hint(data) // (32 * (self.nprocs or 1)))
-            for result in self._imap(task, data, size, True, progress):
+            size = max(1, operator.length_hint(data) // (32 * (self.nprocs or 1)))
+            task.chunksize = task.chunksize or size
+            for result in self._imap(task, data, ordered=True):
                 callback(result)
                 results.append(result)
             return results if self.on_main else Parallelizer.InWorkerProcess
-        if vectorized:
-            work = functools.partial(_map_blocks, task)
-        else:
-            work = functools.partial(_map_items, task, chunksize, progress)
+        work = functools.partial(_map_blocks if vectorized else _map_items, task)
         if self._main_is_alone():
             result = self.run(work, main_kwargs={"data": data})
         else:
@@ -4049,18 +4041,16 @@ class Parallelizer:
             callback(result)  # of blocks there is one result
         return result
 
-    def _imap(
-        self, task: _Task, data: Any, chunksize: int, ordered: bool, progress: bool
-    ) -> Iterator[Any]:
-        _check_chunksize(chunksize)
-        if self.on_main or self._in_task():
-            iter(data)  # refuses at once what cannot be iterated over
+    def _imap(self, task: _Task, data: Any, *, ordered: bool) -> Iterator[Any]:
         if self._in_task():
-            return SerialNonParallelizer()._imap(task, data, chunksize, ordered, False)
-        work = functools.partial(_spmd_imap, task, chunksize, ordered, progress)
+            task.progress = False
+            return SerialNonParallelizer()._imap(task, data, ordered=ordered)
+        if self.on_main:
+            iter(data)  # refuses at once what cannot be iterated over
+        work = functools.partial(_spmd_imap, task, ordered)
         if not self._main_is_alone():
             return work(data=data, parallelizer=self)
-        itself: list[Callable[[], Any]] = []
+        itself: list[Callable[[], Any]] = []  # weakly, so that who leaves its loop closes it
         stream = self._imap_alone(work, data, itself)
         itself.append(weakref.ref(stream))
         return stream
@@ -4357,7 +4347,7 @@ def _run_packed(packed: Message, *, parallelizer: Parallelizer) -> Any:
 
 
 class _Task:
-    """What `map` does with each item."""
+    """What `map` does with each item, and how it comes to them."""
 
     def __init__(
         self,
@@ -4365,13 +4355,19 @@ class _Task:
         extra_args: Sequence[Any],
         extra_kwargs: Mapping[str, Any] | None,
         seed: Any,
+        chunksize: int | None,
+        progress: bool,
         *,
         starred: bool = False,
     ) -> None:
+        if chunksize is not None and chunksize < 1:
+            raise ValueError(f"chunksize must be at least 1, not {chunksize}")
         self.func = func
         self.extra_args = tuple(extra_args)
         self.extra_kwargs = dict(extra_kwargs or {})
         self.seed = seed
+        self.chunksize = chunksize
+        self.progress = progress
         self.starred = starred
 
     def call(self, item: Any, **more: Any) -> Any:
@@ -4432,29 +4428,22 @@ def _map_blocks(task: _Task, *, parallelizer: Parallelizer, data: Any = None) ->
     return combined
 
 
-def _map_items(
-    task: _Task,
-    chunksize: int | None,
-    progress: bool,
-    *,
-    parallelizer: Parallelizer,
-    data: Any = None,
-) -> Any:
+def _map_items(task: _Task, *, parallelizer: Parallelizer, data: Any = None) -> Any:
     comm = parallelizer._communicator()
     main = comm.rank == 0
     # Of these, slices hold the items that iteration gives; of a DataFrame they would not.
     if main and not isinstance(data, (list, tuple, range, str, bytes, np.ndarray)):
         data = list(data)
-    bounds = _guided_bounds(len(data), comm, chunksize) if main else []
+    bounds = _guided_bounds(len(data), comm, task.chunksize) if main else []
     tickets: Iterable[int] = range(len(bounds))
     if comm.size > 1:
         with comm.enter("map"):
             comm.open_tickets(len(bounds))
-        chunksize, data = parallelizer.broadcast((chunksize, data))
+        chunksize, data = parallelizer.broadcast((task.chunksize, data))
         bounds = _guided_bounds(len(data), comm, chunksize)
         tickets = iter(lambda: comm.take_ticket(len(bounds)), None)
     done = []
-    with _bar(len(data), progress and main) as reached:
+    with _bar(len(data), task.progress and main) as reached:
         for start, stop in map(bounds.__getitem__, tickets):
             done.append((start, task.compute(data[start:stop], start, comm)))
             reached(stop)
@@ -4519,11 +4508,6 @@ _AHEAD = 2
 _WINDOW = 4
 
 
-def _check_chunksize(chunksize: int | None) -> None:
-    if chunksize is not None and chunksize < 1:
-        raise ValueError(f"chunksize must be at least 1, not {chunksize}")
-
-
 def _chunked(data: Iterable[Any], chunksize: int) -> Iterator[tuple[int, list[Any]]]:
     """Chunks of an iterable, each with the number of its first item."""
     items = iter(data)
@@ -4535,13 +4519,7 @@ def _chunked(data: Iterable[Any], chunksize: int) -> Iterator[tuple[int, list[An
 
 
 def _spmd_imap(
-    task: _Task,
-    chunksize: int,
-    ordered: bool,
-    progress: bool,
-    *,
-    parallelizer: Parallelizer,
-    data: Any = None,
+    task: _Task, ordered: bool, *, parallelizer: Parallelizer, data: Any = None
 ) -> Iterator[Any]:
     comm = parallelizer._communicator()
     with comm.enter("imap"):
@@ -4550,9 +4528,7 @@ def _spmd_imap(
     if comm.rank > 0:
         _compute_chunks(task, tag, comm)
         return iter(())
-    dealer = _Dealer(task, _chunked(data, chunksize), ordered, tag, comm)
-    total = len(data) if hasattr(data, "__len__") else None
-    return dealer.results(total, progress)
+    return _Dealer(task, data, ordered, tag, comm).results()
 
 
 def _compute_chunks(task: _Task, tag: int, comm: Communicator) -> None:
@@ -4572,16 +4548,10 @@ def _compute_chunks(task: _Task, tag: int, comm: Communicator) -> None:
 class _Dealer:
     """Main's part in an imap: deals out the chunks, and takes in the results."""
 
-    def __init__(
-        self,
-        task: _Task,
-        chunks: Iterator[tuple[int, list[Any]]],
-        ordered: bool,
-        tag: int,
-        comm: Communicator,
-    ) -> None:
+    def __init__(self, task: _Task, data: Any, ordered: bool, tag: int, comm: Communicator) -> None:
         self._task = task
-        self._chunks = chunks
+        self._total = len(data) if hasattr(data, "__len__") else None
+        self._chunks = _chunked(data, task.chunksize or 1)
         self._ordered = ordered
         self._tag = tag
         self._comm = comm
@@ -4589,8 +4559,8 @@ class _Dealer:
         self._dealt: collections.deque[int] = collections.deque()  # chunks not yet yielded
         self._done: dict[int, list[Any]] = {}  # results by the first item of their chunk
 
-    def results(self, total: int | None, progress: bool) -> Iterator[Any]:
-        with _bar(total, progress) as reached:
+    def results(self) -> Iterator[Any]:
+        with _bar(self._total, self._task.progress) as reached:
             count = 0
             try:
                 while (finished := self._next_finished()) is not None:
