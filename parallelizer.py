@@ -3320,14 +3320,20 @@ class Parallelizer:
         if not callable(func):
             raise TypeError(f"run needs a function, not {_describe(func)}")
         work = functools.partial(func, *args, **kwargs)
-        if self._runner == threading.get_ident():
-            return self._run(work, comm, main_kwargs, nested=True)  # type: ignore[no-any-return]
-        with self._reserved("run"), self:
-            self._runner = threading.get_ident()
-            try:
-                return self._run(work, comm, main_kwargs, nested=False)  # type: ignore[no-any-return]
-            finally:
-                self._runner = None
+        nested = self._runner == threading.get_ident()
+        with contextlib.nullcontext() if nested else self._running():
+            communicator = self._communicator()
+            ranks = _checked_ranks(comm, communicator.size)
+            if communicator.rank not in ranks:
+                return Parallelizer.InWorkerProcess  # type: ignore[return-value]
+            if not nested:
+                self._command(communicator, ranks, work)
+            if communicator.rank == 0:
+                work = functools.partial(work, **(main_kwargs or {}))
+            if not nested:
+                return self._execute(communicator, ranks, work)  # type: ignore[no-any-return]
+            with contextlib.nullcontext() if comm is None else communicator.restricted_to(ranks):
+                return work(parallelizer=self)
 
     def apply(self, func: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
         """`run` on a parallelizer that is already up; else a `ContractError`.
@@ -3363,28 +3369,15 @@ class Parallelizer:
         finally:
             self._lock.release()
 
-    def _run(
-        self,
-        work: Callable[..., Any],
-        comm: Sequence[int] | None,
-        main_kwargs: Mapping[str, Any] | None,
-        *,
-        nested: bool,
-    ) -> Any:
-        communicator = self._communicator()
-        ranks = _checked_ranks(comm, communicator.size)
-        if communicator.rank not in ranks:
-            return Parallelizer.InWorkerProcess
-        if not nested:
-            self._command(communicator, ranks, work)
-        if communicator.rank == 0:
-            work = functools.partial(work, **(main_kwargs or {}))
-        if not nested:
-            return self._execute(communicator, ranks, work)
-        if comm is None:
-            return work(parallelizer=self)
-        with communicator.restricted_to(ranks):
-            return work(parallelizer=self)
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Within, the processes are up, and this thread is the one that runs."""
+        with self._reserved("run"), self:
+            self._runner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._runner = None
 
     def _command(
         self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
@@ -5021,19 +5014,15 @@ def _check_messages(*, parallelizer: Parallelizer) -> None:
 
 
 def _check_map(*, parallelizer: Parallelizer) -> None:
-    wanted = [x * x for x in range(1000)]
+    wanted = [-x for x in range(1000)]
     for data in (range(1000), np.arange(1000).tolist(), (x for x in range(1000))):
-        found = parallelizer.map(_square, data)
+        found = parallelizer.map(operator.neg, data)
         _expect(found, wanted if parallelizer.on_main else _Elsewhere.InWorkerProcess)
-    found = parallelizer.map(_square, np.arange(1000), vectorized=True)
+    found = parallelizer.map(operator.neg, np.arange(1000), vectorized=True)
     drawn = parallelizer.map(_draw, range(20), seed=1)
     if parallelizer.on_main:
         _expect(found, np.array(wanted))
         _expect(drawn, [_spawned_rng(1, index).random() for index in range(20)])
-
-
-def _square(x: Any) -> Any:
-    return x * x
 
 
 def _draw(_: int, rng: np.random.Generator) -> float:
