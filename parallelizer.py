@@ -3186,6 +3186,11 @@ class Parallelizer:
     on any process ends the run on every process, and main gets the exception.
     """
 
+    # Whether the others wait for commands, so that main calls alone what is outside a run; and
+    # whether the processes may be on several machines.
+    _drives_workers = False
+    _spans_hosts = False
+
     InWorkerProcess: ClassVar = _Elsewhere.InWorkerProcess
     InMainProcess: ClassVar = _Elsewhere.InMainProcess
 
@@ -3383,7 +3388,7 @@ class Parallelizer:
         self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
     ) -> None:
         """Have these ranks take part in a run, where they wait to be told."""
-        if self._drives_workers():
+        if self._drives_workers:
             packed = _pack(work, "the function that is run or mapped, or its arguments")
             # All can read whom it is meant for, and by which names main is registered.
             head = pickle.dumps((list(ranks), self._names(), packed.pickled))
@@ -3471,10 +3476,6 @@ class Parallelizer:
         if self._comm is None:
             raise ContractError(f"{self!r} is not up; open it with a 'with' statement")
         return self._comm
-
-    def _drives_workers(self) -> bool:
-        """Whether the others wait for commands, so that main calls alone what is outside a run."""
-        return False
 
     def _speaking(self, verb: str) -> Communicator:
         """The communicator, for a verb that all processes call together."""
@@ -3758,15 +3759,11 @@ class Parallelizer:
         False
         """
         if self._main_is_alone():
-            if self._spans_hosts():
+            if self._spans_hosts:
                 return self.run(_share_in_run, main_kwargs={"array": array})
             return _share(array)
         shared: np.ndarray[Any, Any] = _share_in_run(array, parallelizer=self)
         return shared
-
-    def _spans_hosts(self) -> bool:
-        """Whether the processes may be on several machines."""
-        return False
 
     def print(
         self, *args: Any, where: Literal["both", "main", "worker"] = "both", **kwargs: Any
@@ -4006,7 +4003,7 @@ class Parallelizer:
     def _main_is_alone(self) -> bool:
         """Whether main calls what all processes call inside `run`."""
         running_here = self._runner == threading.get_ident()
-        return not running_here and (self._comm is None or self._drives_workers())
+        return not running_here and (self._comm is None or self._drives_workers)
 
     def _in_task(self) -> bool:
         return self._comm is not None and self._comm.in_task == threading.get_ident()
@@ -4667,6 +4664,8 @@ class MultiprocessingParallelizer(Parallelizer):
     [1, 2, 3]
     """
 
+    _drives_workers = True
+
     def __init__(
         self,
         nprocs: int | None = None,
@@ -4722,9 +4721,6 @@ class MultiprocessingParallelizer(Parallelizer):
     def _become_worker(self, communicator: Communicator) -> None:
         self._comm = communicator
         self._entered, self._close = 1, None
-
-    def _drives_workers(self) -> bool:
-        return True
 
 
 def _start_methods() -> list[str]:
@@ -4807,28 +4803,23 @@ class MPIParallelizer(Parallelizer):
         p.print(result, where="main")
     """
 
+    _spans_hosts = True
+
     def __init__(self, comm: Any = None, *, timeout: float | None = None) -> None:
         super().__init__(timeout=timeout)
         mpi = _import_mpi()
         self._comm = _world(mpi) if comm is None else MPICommunicator(mpi, comm)
-        self._serving = False
-
-    def _drives_workers(self) -> bool:
-        return self._serving
-
-    def _spans_hosts(self) -> bool:
-        return True
 
     @contextlib.contextmanager
     def _others_serving(self) -> Iterator[None]:
         """On main, while the other ranks `serve`."""
         communicator = self._communicator()
-        self._serving = True
+        self._drives_workers = True
         try:
             yield
         finally:
             self._end_stream()
-            self._serving = False
+            self._drives_workers = False
             communicator.command(None)
 
 
