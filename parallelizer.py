@@ -4368,11 +4368,14 @@ class _Task:
         """The results of a chunk whose first item is the `start`-th of all."""
         if comm.rank == 0 and comm.size > 1:
             items = _private(items)
-        outer, comm.in_task = comm.in_task, threading.get_ident()
+        task, function = comm.in_task, comm.in_function
         try:
+            comm.in_task = threading.get_ident()
+            comm.mark_function(executing=True)  # it is not yet, where main alone calls imap
             results = self._call_items(items, start)
         finally:
-            comm.in_task = outer
+            comm.in_task = task
+            comm.mark_function(executing=function)
         comm.tasks += len(results)
         return results
 
@@ -4577,7 +4580,8 @@ class _Dealer:
                 self._dealt.remove(start)
                 return self._done.pop(start)
             if (own := self._draw()) is not None:
-                self._compute(*own)
+                start, items = own
+                self._done[start] = self._task.compute(items, start, self._comm)
             elif self._busy():
                 self._take_in()
             else:
@@ -4613,14 +4617,6 @@ class _Dealer:
             start, results = _unpack(message, f"what rank {rank} sends to imap")
         self._done[start] = results
         self._supply[rank] -= 1
-
-    def _compute(self, start: int, items: list[Any]) -> None:
-        executing = self._comm.in_function
-        self._comm.mark_function(executing=True)
-        try:
-            self._done[start] = self._task.compute(items, start, self._comm)
-        finally:
-            self._comm.mark_function(executing=executing)
 
 
 # ---------------------------------------------------------------------------------------------
