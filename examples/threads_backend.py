@@ -56,6 +56,7 @@ class ThreadParallelizer(Parallelizer):
     On a worker, `lookup` and objects that hold the parallelizer find the worker's own.
     """
 
+    _drives_workers = True
     _main: ThreadParallelizer | None = None  # of a worker's object, main's
     _current = threading.local()  # in whose `worker` a worker's thread finds its object
 
@@ -68,9 +69,6 @@ class ThreadParallelizer(Parallelizer):
 
     def _options(self) -> dict[str, Any]:
         return {"nprocs": self._count, **super()._options()}
-
-    def _drives_workers(self) -> bool:
-        return True
 
     def _here(self) -> Parallelizer:
         main, worker = self._main or self, getattr(self._current, "worker", None)
