@@ -997,16 +997,18 @@ class Communicator(abc.ABC):
 
     def _next_from(self, process: int) -> Parcel:
         """The next collective message from `process`, which must belong to the present call."""
-        queue = self._arrived[process]
-        self._wait_until(lambda: queue, lambda: [process])
-        self._check_call(process)
-        return queue.popleft()
+        self._wait_until(lambda: self._heard(process), lambda: [process])
+        return self._arrived[process].popleft()
 
-    def _check_call(self, process: int) -> None:
-        """Raise where `process` is not about to make the present call."""
+    def _heard(self, process: int) -> bool:
+        """Whether `process` has made the present call; an error if it has made another one."""
         queue = self._arrived[process]
-        if queue and (queue[0].run, queue[0].call) != (self.run, self.call):
+        # Who has left the run may be in the next one already.
+        if not queue or queue[0].run != self.run:
+            return False
+        if queue[0].call != self.call:
             raise self._disagreement(process, queue[0].call)
+        return True
 
     def _collect(self, processes: Sequence[int]) -> dict[int, Parcel]:
         """The next of each for the present call; an error as soon as any strays."""
@@ -1016,11 +1018,8 @@ class Communicator(abc.ABC):
         self._heard_from = {process for process in processes if self._arrived[process]}
 
         def all_here() -> bool:
-            while self._heard_from:
-                process = self._heard_from.pop()
-                if process in missing:
-                    self._check_call(process)
-                    missing.discard(process)
+            news, self._heard_from = self._heard_from & missing, set()
+            missing.difference_update([process for process in news if self._heard(process)])
             return not missing
 
         self._wait_until(all_here, lambda: sorted(missing))
@@ -1204,7 +1203,7 @@ class Communicator(abc.ABC):
     def _is_over(self) -> bool:
         """Whether main has said how the run has ended; an error if a collective goes on."""
         while self._heard_from:
-            self._check_call(self._heard_from.pop())
+            self._heard(self._heard_from.pop())
         return self.run in self._verdicts
 
     def fail_run(self, error: BaseException) -> BaseException:
@@ -2706,11 +2705,10 @@ class MPICommunicator(Communicator):
         except BaseException as error:
             # Main may be counting on this rank, which therefore stays until main knows of it.
             self._tell(0, "failed", Failure.of(error, self.process, self.world_size))
-            queue = self._arrived[parent]
-            self.listen(_GRACE, lambda: queue or self._called_off >= self.run)
-            if not queue:
+            self.listen(_GRACE, lambda: self._heard(parent) or self._called_off >= self.run)
+            if not self._heard(parent):
                 raise
-            queue.popleft()  # all go on together, and main then ends the run
+            self._arrived[parent].popleft()  # all go on together, and main then ends the run
 
     def _group(self) -> Any:
         """The communicator of the members, who have agreed and make it when they first need it."""
