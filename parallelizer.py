@@ -882,7 +882,8 @@ class Communicator(abc.ABC):
         self.run = 0  # number of the current run, or of the latest
         self._in_run = False
         self._command: Message | None = None
-        self._told: set[int] = set()  # on main: who takes part in the current run
+        self._everyone: tuple[int, ...] = ()  # who takes part in the current run, not nested
+        self._told: set[int] = set()  # on main: who of them knows
         # How runs end, by their numbers, as who has left one early may be ahead. On main: who has
         # left, and who has failed; elsewhere: what main says of it.
         self._left: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
@@ -1171,6 +1172,7 @@ class Communicator(abc.ABC):
         if not self._in_run:
             self._next_run(self.run + 1)
             self._in_run = True
+        self._everyone = self.members
         self._told = set(self.members[1:]) if self.spmd else set()
         if self.process == 0:
             self._handle_all()  # who died since the last run
@@ -2005,7 +2007,7 @@ class _MainEnd(PipeCommunicator):
         if handle not in self._workers.sentinels:
             return  # buried by its other one
         process, error = self._workers.bury(handle)
-        if process in self.members and process not in self._left[self.run]:
+        if process in self._everyone and process not in self._left[self.run]:
             self._failures[self.run][process] = error
             self._called_off = self.run
         self._left[self.run].add(process)
@@ -2618,13 +2620,13 @@ class MPICommunicator(Communicator):
     # -- what is sent -------------------------------------------------------------------------
 
     def _post(self, process: int, parcel: Parcel) -> None:
-        self._begin_sending(process, parcel, self._letters.Isend)
+        self._begin_sending(process, parcel, synchronous=False)
 
     def _transmit(self, processes: Sequence[int], parcel: Parcel) -> None:
         self._finish_sending([(p, self._begin_sending(p, parcel)) for p in processes])
 
     def _begin_sending(
-        self, process: int, parcel: Parcel, send: Callable[..., Any] | None = None
+        self, process: int, parcel: Parcel, *, synchronous: bool = True
     ) -> list[Any]:
         """Send a letter on its way, and what follows it; the requests of that."""
         assert parcel.message is not None
@@ -2638,7 +2640,7 @@ class MPICommunicator(Communicator):
         )
         letter = b"".join([head, struct.pack(f"<{len(sizes)}Q", *sizes), *parts[:riding]])
         # Of a synchronous one it is known when it has been taken in, so that they do not pile up.
-        send = send or self._letters.Issend
+        send = self._letters.Issend if synchronous else self._letters.Isend
         self._keep([send([letter, self._mpi.BYTE], process)], letter)
         if riding == len(parts):
             return []
@@ -3096,7 +3098,7 @@ class Parallelizer:
     @contextlib.contextmanager
     def _reserved(self, what: str) -> Iterator[None]:
         """Within, nothing else is run: by no other thread, nor by an imap that goes on."""
-        if not self._lock.acquire(timeout=-1 if self.timeout is None else self.timeout):
+        if not self._lock.acquire(timeout=min(self.timeout or math.inf, threading.TIMEOUT_MAX)):
             raise WaitTimeout(
                 f"{what} waited {self.timeout} s for a run of another thread to end; if that waits "
                 f"for this thread, neither can go on"
