@@ -687,12 +687,13 @@ def _shared_view(
 # ---------------------------------------------------------------------------------------------
 #
 # All of them speak one protocol, which `Communicator` holds; a transport moves the parcels. The
-# life of a run, of which main is process 0 and w any other process:
+# life of any process but main, and the end of a run (main is process 0, w any other):
 #
-#                RUN n from main, or `run` called under MPI
-#         idle ---------------------------------------------> in function ---> STOP, or main's death
-#          ^      RETURN n or FAILED n to main                     |
-#          '-------------------------------------------------------'
+#                  RUN n from main; under MPI a call of `run`
+#            idle ---------------------------------------------> in function
+#            |  ^                                                     |
+#            |  '------------- RETURN n or FAILED n to main <---------'
+#            '-----> gone, upon STOP or main's death
 #
 #   all well      every w: RETURN n -> main, which has waited for all of them: run n is over
 #   w raises      w: FAILED n -> main; main: ABORT n -> the others, each of which leaves its
@@ -781,6 +782,18 @@ class _Wait(NamedTuple):
     call: Call
     doing: str
     awaited: tuple[int, ...]
+
+
+class _End:
+    """What is known of how a run ends, which may be before it begins here."""
+
+    def __init__(self) -> None:
+        # On main: who has left the run, and who has failed in it.
+        self.left: set[int] = set()
+        self.failures: dict[int, Failure | BaseException] = {}
+        # Elsewhere, where that matters: what main says.
+        self.told = False
+        self.verdict: Failure | None = None
 
 
 class Parcel:
@@ -884,12 +897,7 @@ class Communicator(abc.ABC):
         self._command: Message | None = None
         self._everyone: tuple[int, ...] = ()  # who takes part in the current run, not nested
         self._told: set[int] = set()  # on main: who of them knows
-        # How runs end, by their numbers, as who has left one early may be ahead. On main: who has
-        # left, and who has failed; elsewhere: what main says of it.
-        self._left: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
-        self._failures: collections.defaultdict[int, dict[int, Failure | BaseException]]
-        self._failures = collections.defaultdict(dict)
-        self._verdicts: dict[int, Failure | None] = {}
+        self._ends: collections.defaultdict[int, _End] = collections.defaultdict(_End)
         self._called_off = 0  # the latest run that is known to have failed
         self._unheard = False  # whether main may not know yet that this process has failed
         self.spokesman: int | None = None  # who has failed, where all agree on that
@@ -1049,19 +1057,19 @@ class Communicator(abc.ABC):
             self._arrived[source].append(parcel)
             self._heard_from.add(source)
             if verb == "return":
-                self._left[parcel.run].add(source)
+                self._ends[parcel.run].left.add(source)
 
     def _on_verdict(self, source: int, parcel: Parcel) -> None:
         """Hear that a run has failed, or how it has ended."""
-        run, failure = parcel.run, pickle.loads(parcel.pickled)
+        end, failure = self._ends[parcel.run], pickle.loads(parcel.pickled)
         if parcel.call.verb == "failed":
-            self._left[run].add(source)
-            self._failures[run][source] = failure
+            end.left.add(source)
+            end.failures[source] = failure
         elif parcel.call.verb == "over":
-            self._verdicts[run] = failure
+            end.told, end.verdict = True, failure
             if failure is None:
                 return
-        self._called_off = max(self._called_off, run)
+        self._called_off = max(self._called_off, parcel.run)
 
     def _tell(self, process: int, verb: str, content: object = None) -> None:
         """Say one of `_WORDS`."""
@@ -1157,9 +1165,8 @@ class Communicator(abc.ABC):
         for queue in self._arrived.values():
             while queue and queue[0].run < run:
                 queue.popleft().discard()
-        for by_run in (self._left, self._failures, self._verdicts):
-            for earlier in [number for number in by_run if number < run]:
-                del by_run[earlier]
+        for earlier in [number for number in self._ends if number < run]:
+            del self._ends[earlier]
 
     def begin_run(self) -> None:
         """Before the function: begin to count anew; main sends the command on its way."""
@@ -1206,7 +1213,7 @@ class Communicator(abc.ABC):
         """Whether main has said how the run has ended; an error if a collective goes on."""
         while self._heard_from:
             self._heard(self._heard_from.pop())
-        return self.run in self._verdicts
+        return self._ends[self.run].told
 
     def fail_run(self, error: BaseException) -> BaseException:
         """End the run on every member because of `error`; what `run` is to raise here."""
@@ -1217,7 +1224,7 @@ class Communicator(abc.ABC):
 
     def _call_off(self, error: BaseException) -> BaseException:
         """On main: have all leave the run, and find the failure of the lowest rank."""
-        failures = self._failures[self.run]
+        failures = self._ends[self.run].failures
         if not isinstance(error, RunEnded) or not failures:  # it may be an outer run's
             failures[0] = error
         self._make_all_leave(error)
@@ -1244,7 +1251,7 @@ class Communicator(abc.ABC):
 
     def _inside(self) -> list[int]:
         """On main: who has not left the run."""
-        return sorted(self._told - self._left[self.run])
+        return sorted(self._told - self._ends[self.run].left)
 
     def _hurry(self, process: int) -> None:  # noqa: B027 - not all transports can
         """Make a process that computes look for what has arrived."""
@@ -1268,13 +1275,13 @@ class Communicator(abc.ABC):
     def _hear_verdict(self, error: BaseException) -> BaseException:
         """What all ranks raise; this one's own `error`, where main computes and does not hear."""
         self.spokesman = None
+        end = self._ends[self.run]
         if self.listen(_GRACE, lambda: self._called_off >= self.run):
-            self.listen(math.inf, lambda: self.run in self._verdicts)
-        failure = self._verdicts.get(self.run)
-        if failure is None:
+            self.listen(math.inf, lambda: end.told)
+        if end.verdict is None:
             return error
-        self.spokesman = failure.rank
-        return error if failure.rank == self.process else failure.exception()
+        self.spokesman = end.verdict.rank
+        return error if end.verdict.rank == self.process else end.verdict.exception()
 
     def _raise_failure(self) -> None:
         """Raise where the current run is known to have failed."""
@@ -2007,10 +2014,11 @@ class _MainEnd(PipeCommunicator):
         if handle not in self._workers.sentinels:
             return  # buried by its other one
         process, error = self._workers.bury(handle)
-        if process in self._everyone and process not in self._left[self.run]:
-            self._failures[self.run][process] = error
+        end = self._ends[self.run]
+        if process in self._everyone and process not in end.left:
+            end.failures[process] = error
             self._called_off = self.run
-        self._left[self.run].add(process)
+        end.left.add(process)
         for readers in self._readers:
             readers.discard(process)
 
