@@ -3080,12 +3080,11 @@ class Parallelizer:
                 return Parallelizer.InWorkerProcess  # type: ignore[return-value]
             if not nested:
                 self._command(communicator, ranks, work)
-            if communicator.rank == 0:
-                work = functools.partial(work, **(main_kwargs or {}))
+            own = functools.partial(work, **(main_kwargs or {})) if communicator.rank == 0 else work
             if not nested:
-                return self._execute(communicator, ranks, work)  # type: ignore[no-any-return]
+                return self._execute(communicator, ranks, own)  # type: ignore[no-any-return]
             with contextlib.nullcontext() if comm is None else communicator.restricted_to(ranks):
-                return work(parallelizer=self)
+                return own(parallelizer=self)
 
     def apply(self, func: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
         """`run` on a parallelizer that is already up; else a `ContractError`.

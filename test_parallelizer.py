@@ -2269,6 +2269,12 @@ def test_bad_nprocs(nprocs: Any, kind: type[Exception]) -> None:
         Parallelizer.lookup("multiprocessing", nprocs=nprocs)
 
 
+def test_a_timeout_may_be_infinite() -> None:
+    for timeout in (1e300, float("inf")):
+        p = MultiprocessingParallelizer(2, timeout=timeout)
+        assert p.run(roll_call) == ([0, 1], sum(range(100)))
+
+
 def test_bad_start_method() -> None:
     with pytest.raises(ValueError, match="nonsense"):
         MultiprocessingParallelizer(nprocs=2, start_method="nonsense")
@@ -2309,6 +2315,11 @@ def test_data_that_cannot_be_mapped(p: Par, way: Any, data: Any) -> None:
 
 def maps_nothing(data: Any, *, parallelizer: Par) -> None:
     parallelizer.map(square, data)
+
+
+def test_run_passes_the_parallelizer_itself(p: Par) -> None:
+    with pytest.raises(TypeError, match="leave it out"):
+        p.run(roll_call, parallelizer=SerialNonParallelizer())
 
 
 def test_bad_where(p: Par) -> None:
