@@ -3271,6 +3271,59 @@ def test_endings_leave_nothing_behind(method: str, ending: str) -> None:
         wait_until(lambda: not group_members(program.pid))
 
 
+# What every Python of the program does first, so that the module takes the branches of another
+# system: without the names that Linux alone has; with ports that block, and no signals.
+ELSEWHERE = {
+    "macos": """
+        import fcntl, os, sys
+        import multiprocessing.popen_spawn_posix, multiprocessing.resource_tracker, tempfile
+        for module, name in [(os, "memfd_create"), (os, "pidfd_open"), (os, "sched_getaffinity"),
+                             (fcntl, "F_SETSIG"), (fcntl, "F_GETPIPE_SZ")]:
+            vars(module).pop(name, None)
+        sys.modules["threadpoolctl"] = None  # it would look for the libraries of that system
+        sys.platform = "darwin"
+    """,
+    "windows": """
+        import importlib.machinery, os, sys
+        class Finder:
+            def find_spec(name, path, target=None):
+                if name != "parallelizer":
+                    return None
+                spec = importlib.machinery.PathFinder.find_spec(name, path)
+                execute = spec.loader.exec_module
+                def exec_module(module):
+                    os.name = "nt"
+                    execute(module)
+                    os.name = "posix"
+                    # Of a pipe of Windows, messages of any size are whole.
+                    module._INLINE_BYTES -= 2048
+                    module._URGENT = None
+                spec.loader.exec_module = exec_module
+                return spec
+        sys.meta_path.insert(0, Finder)
+    """,
+}
+
+WORK_ELSEWHERE = """
+import functools, sys, numpy, parallelizer
+make = functools.partial(parallelizer.MultiprocessingParallelizer, 3, start_method="spawn")
+assert parallelizer._test_backend(sys.argv[1], make)
+with make() as p:
+    assert list(p.imap(abs, range(-9, 9))) == list(map(abs, range(-9, 9)))
+    assert p.map(numpy.sum, [p.share(numpy.arange(5))] * 3) == [10] * 3
+print(parallelizer._POSIX, sys.platform)
+"""
+
+
+@pytest.mark.parametrize(("system", "told"), [("macos", "True darwin"), ("windows", "False linux")])
+def test_the_branches_of_other_systems(system: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(ELSEWHERE[system]))
+    path = os.pathsep.join([str(tmp_path), str(HERE)])
+    out = run_program("-c", WORK_ELSEWHERE, system, PYTHONPATH=path)
+    assert "7 checks passed" in out
+    assert out.splitlines()[-1] == told
+
+
 SCARCITIES = {
     "descriptors": "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))",
     # Nothing larger than this can be made of shared memory either.
