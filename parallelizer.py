@@ -757,6 +757,17 @@ class RunStats(tuple[RankStats, ...]):
 _REPORT = struct.Struct("<dddqq")  # the fields of `RankStats`
 
 
+class _Account:
+    """What goes into the `RankStats` of this process in the current run."""
+
+    def __init__(self) -> None:
+        self.collectives = self.waiting = 0.0
+        self.bytes_sent = self.tasks = 0
+
+    def report(self, seconds: float) -> bytes:
+        return _REPORT.pack(seconds, self.collectives, self.waiting, self.bytes_sent, self.tasks)
+
+
 class Call(NamedTuple):
     """A place in a run that all its processes must pass: the `number`-th collective call.
 
@@ -782,6 +793,85 @@ class _Wait(NamedTuple):
     call: Call
     doing: str
     awaited: tuple[int, ...]
+
+
+class _Watch:
+    """Finds deadlocks, by asking around.
+
+    ASK goes along the chain "I wait for you"; who is waiting too answers TELL with what it waits
+    for. An answer comes behind all messages that were sent before it, so whoever is still waiting
+    then will wait for ever, if the chain leads back to itself. A circle is believed when two
+    rounds find the same.
+    """
+
+    _describe: Callable[[int], _Wait | None]
+
+    def __init__(self, process: int) -> None:
+        self._process = process
+        self._number = 0  # of the present wait
+        self.end()
+
+    def begin(self, describe: Callable[[int], _Wait | None]) -> None:
+        """A wait begins, which `describe` tells of for as long as it lasts."""
+        self._number += 1
+        self._describe = describe
+        self._circles: set[tuple[_Wait, ...]] = set()
+        self._new_circles: set[tuple[_Wait, ...]] = set()
+
+    def end(self) -> None:
+        self._describe = lambda _: None
+        self.deadlock: tuple[_Wait, ...] | None = None  # each waits for the next one
+
+    def look_around(self, tell: Callable[..., None]) -> None:
+        own = self._describe(self._number)
+        if own is not None:
+            self._circles, self._new_circles = self._new_circles, set()
+            self._ask(own.awaited, (), tell)
+
+    def _ask(
+        self, processes: Iterable[int], chain: tuple[_Wait, ...], tell: Callable[..., None]
+    ) -> None:
+        for process in itertools.islice(processes, 16):
+            if process != self._process and all(wait.process != process for wait in chain):
+                tell(process, "ask", self._process, self._number, chain)
+
+    def hear(
+        self, tell: Callable[..., None], kind: str, asker: int, number: int, chain: Any
+    ) -> None:
+        own = self._describe(self._number)
+        if own is None:
+            return
+        if kind == "ask":
+            tell(asker, "tell", asker, number, (*chain, own))
+        elif own.number == number:
+            if self._process not in chain[-1].awaited:
+                self._ask(chain[-1].awaited, chain, tell)
+            elif chain in self._circles:
+                self.deadlock = (own, *chain)
+            else:
+                self._new_circles.add(chain)
+
+
+def _deadlock_error(circle: tuple[_Wait, ...]) -> ContractError:
+    """Tell of a circle in which each waits for the next, by the two who show best what is wrong."""
+
+    def disagree(one: _Wait, other: _Wait) -> bool:
+        return one.call[:2] == other.call[:2] and one.call != other.call
+
+    waiter, other = min(
+        zip(circle, (*circle[1:], circle[0]), strict=True),
+        key=lambda two: (two[0].doing == "return", not disagree(*two), two[1].doing != "return"),
+    )
+    waits = f"rank {waiter.process} waits in {waiter.doing}"
+    if other.doing == "return":
+        return ContractError(f"rank {other.process} returned while {waits}")
+    if disagree(waiter, other):
+        return ContractError(
+            f"rank {other.process} {other.call} where rank {waiter.process} {waiter.call}"
+        )
+    return ContractError(
+        f"rank {other.process} waits in {other.doing} while {waits}: neither can go on"
+    )
 
 
 class _End:
@@ -905,14 +995,9 @@ class Communicator(abc.ABC):
         self.in_task: int | None = None  # the thread on which a function that `map` calls executes
         self.most_tickets = _MOST_TICKETS
         self._turn = 0
-        # For `RankStats`, of the current run.
-        self.bytes_sent = self.tasks = 0
-        self._collectives = self._waiting = self._entered_at = 0.0
-        self._describe_wait: Callable[[], _Wait | None] = lambda: None
-        self._wait_number = 0
-        self._circles: set[tuple[_Wait, ...]] = set()
-        self._new_circles: set[tuple[_Wait, ...]] = set()
-        self._deadlock: tuple[_Wait, ...] | None = None  # each waits for the next one
+        self.account = _Account()
+        self._entered_at = 0.0
+        self._watch = _Watch(process)
 
     def _set_members(self, members: tuple[int, ...]) -> None:
         self.members = members
@@ -998,7 +1083,7 @@ class Communicator(abc.ABC):
 
     def _outgoing(self, message: Message, tag: int = 0, verb: str = "") -> Parcel:
         """Of the present call, unless of `send`."""
-        self.bytes_sent += message.nbytes
+        self.account.bytes_sent += message.nbytes
         return Parcel(self.run, Call(0, 0, verb) if verb else self.call, message, tag)
 
     def _from_main(self) -> Message:
@@ -1173,8 +1258,7 @@ class Communicator(abc.ABC):
         self._history.clear()
         self._broken = self._unheard = False
         self.in_task = None
-        self.bytes_sent = self.tasks = 0
-        self._collectives = self._waiting = 0.0
+        self.account = _Account()
         command, self._command = self._command, None
         if not self._in_run:
             self._next_run(self.run + 1)
@@ -1300,10 +1384,6 @@ class Communicator(abc.ABC):
             self._set_members(members)
             self.call = call
 
-    def report(self, seconds: float) -> bytes:
-        """`RankStats` of this process, whose function has taken so long, for `finish_run`."""
-        return _REPORT.pack(seconds, self._collectives, self._waiting, self.bytes_sent, self.tasks)
-
     # -- the user's function, and the calls it makes --------------------------------------------
 
     def mark_function(self, *, executing: bool) -> None:
@@ -1344,7 +1424,7 @@ class Communicator(abc.ABC):
         # A KeyboardInterrupt may have come between two steps of the protocol.
         if kind is not None and not issubclass(kind, (Exception, RunEnded)):
             self._broken = True
-        self._collectives += time.perf_counter() - self._entered_at
+        self.account.collectives += time.perf_counter() - self._entered_at
         self.interruptible = self.in_function
         if self.news and kind is None:
             self.heed_news()
@@ -1379,23 +1459,29 @@ class Communicator(abc.ABC):
         begun = time.perf_counter()
         look_around = _PATIENCE if self._in_run else math.inf
         timeout = math.inf if idle or not self._in_run else self.timeout or math.inf
-        self._begin_wait(ready, awaited, doing)
+
+        def describe(number: int) -> _Wait | None:
+            if ready():
+                return None
+            return _Wait(self.process, number, self.call, self._doing(doing), tuple(awaited()))
+
+        self._watch.begin(describe)
         try:
             while not ready():
                 self._raise_failure()
                 waited = time.perf_counter() - begun
                 if waited >= timeout:
                     self._raise_timeout(awaited(), doing)
-                if self._deadlock is not None:
-                    raise _deadlock_error(self._deadlock)
+                if self._watch.deadlock is not None:
+                    raise _deadlock_error(self._watch.deadlock)
                 if waited >= look_around:
                     # Ever less often: who is the last to close a circle has just begun to wait.
                     look_around *= 2
-                    self._look_around()
+                    self._watch.look_around(self._tell_control)
                 self._progress(min(look_around, timeout) - waited)
         finally:
-            self._describe_wait = lambda: None
-            self._waiting += time.perf_counter() - begun
+            self._watch.end()
+            self.account.waiting += time.perf_counter() - begun
 
     def listen(self, seconds: float, ready: Callable[[], object]) -> bool:
         """Handle what arrives until `ready`, failed or not; False if that takes longer."""
@@ -1412,20 +1498,6 @@ class Communicator(abc.ABC):
             return doing or "return"
         return f"{self.call.verb} #{self.call.number}"
 
-    def _begin_wait(
-        self, ready: Callable[[], object], awaited: Callable[[], Iterable[int]], doing: str
-    ) -> None:
-        self._wait_number += 1
-        number, told = self._wait_number, self._doing(doing)
-
-        def describe() -> _Wait | None:
-            if ready():
-                return None
-            return _Wait(self.process, number, self.call, told, tuple(awaited()))
-
-        self._describe_wait = describe
-        self._circles, self._new_circles, self._deadlock = set(), set(), None
-
     def _raise_timeout(self, awaited: Iterable[int], doing: str) -> NoReturn:
         missing = ", ".join(str(process) for process in awaited)
         raise WaitTimeout(
@@ -1433,58 +1505,8 @@ class Communicator(abc.ABC):
             f"{missing}, which may be stuck or just slow; raise timeout= if they are slow"
         )
 
-    # A deadlock is found by asking around: ASK goes along the chain "I wait for you"; who is
-    # waiting too answers TELL with what it waits for. An answer comes behind all messages that
-    # were sent before it, so whoever is still waiting then will wait for ever, if the chain
-    # leads back to itself. A longer circle is believed when two rounds find the same.
-
-    def _look_around(self) -> None:
-        own = self._describe_wait()
-        if own is not None:
-            self._circles, self._new_circles = self._new_circles, set()
-            self._ask(own.awaited, ())
-
-    def _ask(self, processes: Iterable[int], chain: tuple[_Wait, ...]) -> None:
-        for process in itertools.islice(processes, 16):
-            if process != self.process and all(wait.process != process for wait in chain):
-                self._tell_control(process, "ask", self.process, self._wait_number, chain)
-
     def _on_control(self, content: Any) -> None:
-        kind, asker, number, chain = content
-        own = self._describe_wait()
-        if own is None:
-            return
-        if kind == "ask":
-            self._tell_control(asker, "tell", asker, number, (*chain, own))
-        elif own.number == number:
-            if self.process not in chain[-1].awaited:
-                self._ask(chain[-1].awaited, chain)
-            elif chain in self._circles:
-                self._deadlock = (own, *chain)
-            else:
-                self._new_circles.add(chain)
-
-
-def _deadlock_error(circle: tuple[_Wait, ...]) -> ContractError:
-    """Tell of a circle in which each waits for the next, by the two who show best what is wrong."""
-
-    def disagree(one: _Wait, other: _Wait) -> bool:
-        return one.call[:2] == other.call[:2] and one.call != other.call
-
-    waiter, other = min(
-        zip(circle, (*circle[1:], circle[0]), strict=True),
-        key=lambda two: (two[0].doing == "return", not disagree(*two), two[1].doing != "return"),
-    )
-    waits = f"rank {waiter.process} waits in {waiter.doing}"
-    if other.doing == "return":
-        return ContractError(f"rank {other.process} returned while {waits}")
-    if disagree(waiter, other):
-        return ContractError(
-            f"rank {other.process} {other.call} where rank {waiter.process} {waiter.call}"
-        )
-    return ContractError(
-        f"rank {other.process} waits in {other.doing} while {waits}: neither can go on"
-    )
+        self._watch.hear(self._tell_control, *content)
 
 
 class SerialCommunicator(Communicator):
@@ -2567,6 +2589,7 @@ class MPICommunicator(Communicator):
             pass
 
     def _is_soon(self, ready: Callable[[], object]) -> bool:
+        self._spins = 0
         for _ in range(100):
             self._take_letter()
             if ready():
@@ -2594,12 +2617,6 @@ class MPICommunicator(Communicator):
             time.sleep(min(seconds, 5e-3, (self._spins - 1000) * 10e-6))
         elif hasattr(os, "sched_yield"):
             os.sched_yield()
-
-    def _begin_wait(
-        self, ready: Callable[[], object], awaited: Callable[[], Iterable[int]], doing: str
-    ) -> None:
-        super()._begin_wait(ready, awaited, doing)
-        self._spins = 0
 
     def _receive_parts(self, source: int, tag: int, parts: Sequence[_Bytes]) -> list[Any]:
         return self._keep([
@@ -2741,7 +2758,7 @@ class MPICommunicator(Communicator):
         parts = [_as_bytes(message.pickled), *message.buffers]
         announced = struct.pack(f"<{len(parts)}Q", *map(len, parts))
         self._down_the_tree(Message(_LARGE + announced, []))
-        self.bytes_sent += message.nbytes
+        self.account.bytes_sent += message.nbytes
         self._broadcast_parts(parts)
         return message
 
@@ -3160,7 +3177,7 @@ class Parallelizer:
         return result
 
     def _finish_run(self, communicator: Communicator, begun: float) -> None:
-        report = communicator.report(time.perf_counter() - begun)
+        report = communicator.account.report(time.perf_counter() - begun)
         self._reports = communicator.finish_run(report)
 
     @property
@@ -4122,7 +4139,7 @@ class _Task:
         finally:
             comm.in_task = task
             comm.mark_function(executing=function)
-        comm.tasks += len(results)
+        comm.account.tasks += len(results)
         return results
 
     def _call_items(self, items: Any, start: int) -> list[Any]:
