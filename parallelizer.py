@@ -1903,52 +1903,42 @@ class PipeCommunicator(Communicator):
             packets.popleft()
 
     def _post(self, process: int, parcel: Parcel) -> None:
-        start, parts = self._start_of(parcel)
+        body, parts = self._start_of(parcel)
+        self._write(process, _START, parcel.run, body)
         for chunk in _chunks(parts, _INLINE_BYTES):
-            piece = b"".join(part.tobytes() for part in chunk)
-            if start:
-                self._write(process, _START, parcel.run, start + piece)
-                start = b""
-            else:
-                head = _DATA_HEAD.pack(self._stream, _INLINE, len(piece))
-                self._write(process, _DATA, parcel.run, head + piece)
+            self._write(process, _DATA, parcel.run, _inline(self._stream, chunk))
 
     def _start_of(self, parcel: Parcel) -> tuple[bytes, list[_Bytes]]:
-        """The head of a parcel's first packet, and all that follows it."""
+        """The body of a parcel's first packet, and what does not fit into that."""
         assert parcel.message is not None
+        head, buffers, call = parcel.message.head(), parcel.message.buffers, parcel.call
         self._stream += 1
-        head, call = parcel.message.head(), parcel.call
         start = _START_HEAD.pack(
             self._stream, call.depth, call.number, _VERBS.index(call.verb), parcel.tag, len(head)
         )
-        return start, [_as_bytes(head), *(part for part in parcel.message.buffers if part.nbytes)]
+        if len(head) + sum(map(len, buffers)) <= _INLINE_BYTES:
+            return b"".join([start, head, *(buffer.data for buffer in buffers)]), []
+        return start, [_as_bytes(head), *buffers]
 
     def _transmit(self, processes: Sequence[int], parcel: Parcel) -> None:
         """Send to all of these, through the same slots."""
-        start, parts = self._start_of(parcel)
-        if sum(part.nbytes for part in parts) <= _INLINE_BYTES:
-            self._write_all(processes, _START, start + b"".join(part.tobytes() for part in parts))
-            return
-        self._write_all(processes, _START, start)
+        body, parts = self._start_of(parcel)
         stream = self._stream  # as to wait for room may come to send words
+        self._write_all(processes, _START, body)
         for chunk in _chunks(parts, _SLOT_BYTES if self._readers else _INLINE_BYTES):
             self._transmit_chunk(processes, stream, chunk)
 
     def _transmit_chunk(self, processes: Sequence[int], stream: int, chunk: list[_Bytes]) -> None:
-        size = sum(piece.nbytes for piece in chunk)
         if self._slots is None:
-            body = _DATA_HEAD.pack(stream, _INLINE, size) + b"".join(
-                piece.tobytes() for piece in chunk
-            )
-        else:
-            index = self._free_slot()
-            slot, position = self._slots.slot(self.process, index), 0
-            for piece in chunk:
-                slot[position : position + piece.nbytes] = piece
-                position += piece.nbytes
-            self._readers[index].update(processes)
-            body = _DATA_HEAD.pack(stream, index, size)
-        self._write_all(processes, _DATA, body)
+            self._write_all(processes, _DATA, _inline(stream, chunk))
+            return
+        index = self._free_slot()
+        slot, position = self._slots.slot(self.process, index), 0
+        for piece in chunk:
+            slot[position : position + piece.nbytes] = piece
+            position += piece.nbytes
+        self._readers[index].update(processes)
+        self._write_all(processes, _DATA, _DATA_HEAD.pack(stream, index, position))
 
     def _free_slot(self) -> int:
         self._wait_until(
@@ -1977,6 +1967,12 @@ class PipeCommunicator(Communicator):
     def take_ticket(self, count: int) -> int | None:
         # None on Windows, whose pipes cannot be read without blocking.
         return self._tickets.take() if self._tickets is not None else super().take_ticket(count)
+
+
+def _inline(stream: int, chunk: list[_Bytes]) -> bytes:
+    """A chunk as the body of a packet."""
+    content = b"".join(piece.data for piece in chunk)
+    return _DATA_HEAD.pack(stream, _INLINE, len(content)) + content
 
 
 def _chunks(parts: Iterable[_Bytes], most: int) -> Iterator[list[_Bytes]]:
