@@ -1,4 +1,4 @@
-"""Integrate 4 / (1 + x**2) over 0..1: a client on main, and servers on the other processes."""
+"""Roles of one's own: a client on main and servers elsewhere integrate 4 / (1 + x**2) over 0..1."""
 
 from __future__ import annotations
 

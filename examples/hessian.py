@@ -1,4 +1,4 @@
-"""Vibrations of solid argon: a numerical Hessian, one column a task, and its speed-up."""
+"""An application: vibrations of solid argon by a numerical Hessian, one column a task."""
 
 from __future__ import annotations
 
@@ -56,15 +56,6 @@ def hessian(cells: int, parallelizer: Parallelizer) -> tuple[Any, float]:
     return columns, time.perf_counter() - start
 
 
-def draw(frequencies: Array, filename: str) -> None:
-    """Draw how many modes there are at each frequency, in THz; shape (nmodes,)."""
-    pyplot = importlib.import_module("matplotlib.pyplot")  # pip install matplotlib
-    figure, axes = pyplot.subplots(layout="constrained")
-    axes.hist(frequencies, bins=60)
-    axes.set(xlabel="frequency (THz)", ylabel="modes", title="Vibrations of solid argon")
-    figure.savefig(filename)
-
-
 def main() -> None:
     """Compute the Hessian in parallel and serially; print frequency, times and speed-up."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -81,13 +72,15 @@ def main() -> None:
             raise SystemExit("The parallel Hessian differs from the serial one.")
         matrix = (np.array(columns) + np.array(columns).T) / 2 * EPSILON / (MASS * SIGMA**2)
         squares = np.linalg.eigvalsh(matrix).clip(0)  # three are 0: the crystal as a whole moves
-        frequencies = np.sqrt(squares) / (2e12 * np.pi)
-        highest = frequencies[-1]
-        print(f"{len(matrix)} modes, the highest at {highest:.4f} THz, bit by bit as serially")
-        if arguments.plot:
-            draw(frequencies, arguments.plot)
+        modes = np.sqrt(squares) / (2e12 * np.pi)
+        print(f"{len(modes)} modes, the highest at {modes[-1]:.4f} THz, bit by bit as serially")
         times = f"{serial:.2f} s serially, {seconds:.2f} s on {parallelizer.nprocs} processes"
         print(f"{times}: a speed-up of {serial / seconds:.2f}")
+        if arguments.plot:
+            pyplot = importlib.import_module("matplotlib.pyplot")  # pip install matplotlib
+            pyplot.hist(modes, bins=60)
+            pyplot.xlabel("frequency of the vibrations of solid argon (THz)")
+            pyplot.savefig(arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Add 1 to ten numbers, item by item and block by block."""
+"""Work that comes in items: add 1 to ten numbers, item by item and block by block."""
 
 from __future__ import annotations
 

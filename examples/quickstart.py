@@ -1,4 +1,4 @@
-"""Broadcast a flag, scatter an array and gather the lengths of the blocks."""
+"""First steps: broadcast a flag, scatter an array and gather the lengths of the blocks."""
 
 from __future__ import annotations
 

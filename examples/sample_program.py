@@ -1,4 +1,4 @@
-"""A program as a class: given a parallelizer, a registered name or nothing at run time."""
+"""A whole program, as a class: given a parallelizer, a registered name or nothing at run time."""
 
 from __future__ import annotations
 
