@@ -1030,6 +1030,10 @@ class Communicator(abc.ABC):
         """A first try, before a wait, where to wait costs much."""
         return False
 
+    def _is_receiving(self) -> bool:
+        """Whether a transfer goes on, which may take its time: who waits for it is not stuck."""
+        return False
+
     # -- collectives --------------------------------------------------------------------------
 
     def broadcast(self, message: Message | None) -> Message:
@@ -1341,6 +1345,7 @@ class Communicator(abc.ABC):
         """Make a process that computes look for what has arrived."""
 
     def _tell_verdict(self, first: Failure | BaseException | None) -> None:
+        """On main, at the end of a run whose other processes wait for its word."""
         if self.spmd:
             if isinstance(first, BaseException):
                 first = Failure.of(first, self.process, self.world_size)
@@ -1461,7 +1466,7 @@ class Communicator(abc.ABC):
         timeout = math.inf if idle or not self._in_run else self.timeout or math.inf
 
         def describe(number: int) -> _Wait | None:
-            if ready():
+            if ready() or self._is_receiving():
                 return None
             return _Wait(self.process, number, self.call, self._doing(doing), tuple(awaited()))
 
@@ -2540,7 +2545,8 @@ class _Letter(Parcel):
 
     def done(self) -> bool:
         if self.message is None and self._parts and all(r.Test() for r in self._requests):
-            self.message = Message(self._parts[0].tobytes(), self._parts[1:])
+            self.pickled = self._parts[0].tobytes()
+            self.message = Message(self.pickled, self._parts[1:])
         return self.message is not None
 
     def discard(self) -> None:
@@ -2566,7 +2572,9 @@ class MPICommunicator(Communicator):
         self._spins = 0
         self._bulk_tag = 0
         # Requests, and what must not go before they are done.
-        self._under_way: collections.deque[tuple[list[Any], object]] = collections.deque()
+        self._sending: collections.deque[tuple[list[Any], object]] = collections.deque()
+        self._receiving: list[tuple[list[Any], object]] = []
+        self._words: list[tuple[int, _Letter]] = []  # that are not whole yet
         # Of the end of the program: who has come to theirs, and who tells of an error.
         self._exited: set[int] = set()
         self._leaving = self._all_left = False
@@ -2584,6 +2592,10 @@ class MPICommunicator(Communicator):
         while self._take_letter():
             pass
 
+    def _is_receiving(self) -> bool:
+        self._receiving = [item for item in self._receiving if not self._are_done(item[0])]
+        return bool(self._receiving)
+
     def _is_soon(self, ready: Callable[[], object]) -> bool:
         self._spins = 0
         for _ in range(100):
@@ -2594,6 +2606,11 @@ class MPICommunicator(Communicator):
 
     def _take_letter(self) -> bool:
         """Receive and deliver one letter; False where none is there."""
+        for source, word in self._words:
+            if word.done():
+                self._words.remove((source, word))
+                self._deliver(source, word)
+                return True
         status = self._status
         if not self._letters.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, status):
             return False
@@ -2601,9 +2618,13 @@ class MPICommunicator(Communicator):
         source = status.Get_source()
         self._letters.Recv([content, self._mpi.BYTE], source)
         letter = _Letter(content, functools.partial(self._receive_parts, source))
-        if self.process > 0 or letter.call.verb in ("send", *_WORDS):
+        verb = letter.call.verb
+        if self.process > 0 or verb in ("send", *_WORDS):
             letter.place(None)  # else it is a gather's, whose buffers have their places
-        self._deliver(source, letter)
+        if verb in _WORDS and not letter.done():
+            self._words.append((source, letter))
+        else:
+            self._deliver(source, letter)
         return True
 
     def _rest(self, seconds: float) -> None:
@@ -2615,9 +2636,13 @@ class MPICommunicator(Communicator):
             os.sched_yield()
 
     def _receive_parts(self, source: int, tag: int, parts: Sequence[_Bytes]) -> list[Any]:
-        return self._keep([
+        requests = [
             self._bulk.Irecv([piece, self._mpi.BYTE], source, tag) for piece in _pieces(parts)
-        ], parts)  # fmt: skip
+        ]
+        self._is_receiving()  # forget what has come
+        if requests:
+            self._receiving.append((requests, parts))
+        return requests
 
     def _on_control(self, content: Any) -> None:
         kind, *about = content
@@ -2670,32 +2695,39 @@ class MPICommunicator(Communicator):
             for piece in _pieces(parts[riding:])
         ], parts)  # fmt: skip
 
+    def _tell_verdict(self, first: Failure | BaseException | None) -> None:
+        super()._tell_verdict(first)
+        if first is not None:
+            # What is too long for a letter moves only while both sides call MPI.
+            told = list(self._sending)[-2 * self.size :]
+            self.listen(_GRACE, lambda: all(self._are_done(requests) for requests, _ in told))
+
     def _finish_sending(self, sending: Sequence[tuple[int, list[Any]]]) -> None:
         """Return when all of this is sent, and not too many letters are under way."""
         self._wait_until(
-            lambda: all(self._sent(requests) for _, requests in sending) and self._has_room(),
-            lambda: [process for process, requests in sending if not self._sent(requests)],
+            lambda: all(self._are_done(requests) for _, requests in sending) and self._has_room(),
+            lambda: [process for process, requests in sending if not self._are_done(requests)],
             f"sending in {self._doing('')}",
         )
 
     def _keep(self, requests: list[Any], data: object) -> list[Any]:
         """Keep alive what is on its way."""
-        while self._under_way and self._sent(self._under_way[0][0]):
-            self._under_way.popleft()
-        self._under_way.append((requests, data))
+        while self._sending and self._are_done(self._sending[0][0]):
+            self._sending.popleft()
+        self._sending.append((requests, data))
         return requests
 
-    def _sent(self, requests: list[Any]) -> bool:
+    def _are_done(self, requests: list[Any]) -> bool:
         done: bool = self._mpi.Request.Testall(requests)
         return done
 
     def _has_room(self) -> bool:
         """Whether not too much is under way."""
         most = _MOST_UNDER_WAY + self.world_size
-        if len(self._under_way) > most:
-            still = (item for item in self._under_way if not self._sent(item[0]))
-            self._under_way = collections.deque(still)
-        return len(self._under_way) <= most
+        if len(self._sending) > most:
+            still = (item for item in self._sending if not self._are_done(item[0]))
+            self._sending = collections.deque(still)
+        return len(self._sending) <= most
 
     # -- collectives --------------------------------------------------------------------------
 

@@ -2109,6 +2109,20 @@ def test_faults_in_and_beside_a_nested_run(
         expect_to_work(p)
 
 
+def raises_at_length(culprit: int, length: int, *, parallelizer: Par) -> None:
+    if parallelizer.id == culprit:
+        raise JobError("x" * length, culprit)
+    parallelizer.gather(1)
+
+
+@pytest.mark.parametrize("length", [10_000, 100_000, 10_000_000])
+def test_an_exception_may_be_long(p: Par, length: int) -> None:
+    for culprit in {0, p.nprocs - 1}:
+        error = failure(p, raises_at_length, culprit, length)
+        expect(p, (type(error), error.args), (JobError, ("x" * length, culprit)))
+        expect_to_work(p)
+
+
 def dies_beside(*, parallelizer: Par) -> None:
     if parallelizer.id == parallelizer.nprocs - 1:
         os._exit(3)
