@@ -878,7 +878,8 @@ class _End:
     """What is known of how a run ends, which may be before it begins here."""
 
     def __init__(self) -> None:
-        # On main: who has left the run, and who has failed in it.
+        self.called_off = False  # because some process has failed in it
+        # On main: who has left the run, and who has failed.
         self.left: set[int] = set()
         self.failures: dict[int, Failure | BaseException] = {}
         # Elsewhere, where that matters: what main says.
@@ -988,10 +989,11 @@ class Communicator(abc.ABC):
         self._everyone: tuple[int, ...] = ()  # who takes part in the current run, not nested
         self._told: set[int] = set()  # on main: who of them knows
         self._ends: collections.defaultdict[int, _End] = collections.defaultdict(_End)
-        self._called_off = 0  # the latest run that is known to have failed
+        self._end = self._ends[0]  # of the current run
         self._unheard = False  # whether main may not know yet that this process has failed
         self.spokesman: int | None = None  # who has failed, where all agree on that
         self.calls = 0  # of verbs, in all
+        self.runner: int | None = None  # the thread that executes a run
         self.in_task: int | None = None  # the thread on which a function that `map` calls executes
         self.most_tickets = _MOST_TICKETS
         self._turn = 0
@@ -1158,7 +1160,7 @@ class Communicator(abc.ABC):
             end.told, end.verdict = True, failure
             if failure is None:
                 return
-        self._called_off = max(self._called_off, parcel.run)
+        end.called_off = True
 
     def _tell(self, process: int, verb: str, content: object = None) -> None:
         """Say one of `_WORDS`."""
@@ -1256,6 +1258,7 @@ class Communicator(abc.ABC):
                 queue.popleft().discard()
         for earlier in [number for number in self._ends if number < run]:
             del self._ends[earlier]
+        self._end = self._ends[run]
 
     def begin_run(self) -> None:
         """Before the function: begin to count anew; main sends the command on its way."""
@@ -1301,7 +1304,7 @@ class Communicator(abc.ABC):
         """Whether main has said how the run has ended; an error if a collective goes on."""
         while self._heard_from:
             self._heard(self._heard_from.pop())
-        return self._ends[self.run].told
+        return self._end.told
 
     def fail_run(self, error: BaseException) -> BaseException:
         """End the run on every member because of `error`; what `run` is to raise here."""
@@ -1312,12 +1315,14 @@ class Communicator(abc.ABC):
 
     def _call_off(self, error: BaseException) -> BaseException:
         """On main: have all leave the run, and find the failure of the lowest rank."""
-        failures = self._ends[self.run].failures
+        failures = self._end.failures
         if not isinstance(error, RunEnded) or not failures:  # it may be an outer run's
             failures[0] = error
-        self._make_all_leave(error)
-        (self.spokesman, first), *others = sorted(failures.items())
-        self._tell_verdict(first)
+        try:
+            self._make_all_leave(error)
+        finally:  # whatever interrupts that, the others wait for the verdict
+            (self.spokesman, first), *others = sorted(failures.items())
+            self._tell_verdict(first)
         raised = first.exception() if isinstance(first, Failure) else first
         for rank, other in others:
             summary = other.summary if isinstance(other, Failure) else _summary(other)
@@ -1339,7 +1344,7 @@ class Communicator(abc.ABC):
 
     def _inside(self) -> list[int]:
         """On main: who has not left the run."""
-        return sorted(self._told - self._ends[self.run].left)
+        return sorted(self._told - self._end.left)
 
     def _hurry(self, process: int) -> None:  # noqa: B027 - not all transports can
         """Make a process that computes look for what has arrived."""
@@ -1354,7 +1359,7 @@ class Communicator(abc.ABC):
 
     def _leave_early(self, error: BaseException) -> BaseException:
         """Elsewhere: tell main; return what is to be raised, which under MPI main decides."""
-        if isinstance(error, RunEnded) or self._called_off >= self.run:
+        if isinstance(error, RunEnded) or self._end.called_off:
             self._tell(0, "return", b"-")  # main only waits for this process to leave
         else:
             self._tell(0, "failed", Failure.of(error, self.process, self.world_size))
@@ -1364,17 +1369,17 @@ class Communicator(abc.ABC):
     def _hear_verdict(self, error: BaseException) -> BaseException:
         """What all ranks raise; this one's own `error`, where main computes and does not hear."""
         self.spokesman = None
-        end = self._ends[self.run]
-        if self.listen(_GRACE, lambda: self._called_off >= self.run):
-            self.listen(math.inf, lambda: end.told)
-        if end.verdict is None:
+        if self.listen(_GRACE, lambda: self._end.called_off):
+            self.listen(math.inf, lambda: self._end.told)
+        verdict = self._end.verdict
+        if verdict is None:
             return error
-        self.spokesman = end.verdict.rank
-        return error if end.verdict.rank == self.process else end.verdict.exception()
+        self.spokesman = verdict.rank
+        return error if verdict.rank == self.process else verdict.exception()
 
     def _raise_failure(self) -> None:
         """Raise where the current run is known to have failed."""
-        if self._in_run and self._called_off >= self.run:
+        if self._in_run and self._end.called_off:
             raise RunEnded
 
     @contextlib.contextmanager
@@ -2015,7 +2020,7 @@ class _WorkerEnd(PipeCommunicator):
         if self._unheard:
             # Main may be about to come to a verb, or to an exception of its own.
             self._progress(_SETTLING)
-            if not self._arrived[0] and self._called_off < self.run:
+            if not self._arrived[0] and not self._end.called_off:
                 _interrupt(self._main_pid)
         return super().next_command()
 
@@ -2037,11 +2042,10 @@ class _MainEnd(PipeCommunicator):
         if handle not in self._workers.sentinels:
             return  # buried by its other one
         process, error = self._workers.bury(handle)
-        end = self._ends[self.run]
-        if process in self._everyone and process not in end.left:
-            end.failures[process] = error
-            self._called_off = self.run
-        end.left.add(process)
+        if process in self._everyone and process not in self._end.left:
+            self._end.failures[process] = error
+            self._end.called_off = True
+        self._end.left.add(process)
         for readers in self._readers:
             readers.discard(process)
 
@@ -2576,7 +2580,7 @@ class MPICommunicator(Communicator):
         self._receiving: list[tuple[list[Any], object]] = []
         self._words: list[tuple[int, _Letter]] = []  # that are not whole yet
         # Of the end of the program: who has come to theirs, and who tells of an error.
-        self._exited: set[int] = set()
+        self._exited: dict[int, int] = {}  # in which run
         self._leaving = self._all_left = False
         self.dying: set[int] = set()
 
@@ -2649,7 +2653,7 @@ class MPICommunicator(Communicator):
         if kind == "dying":
             self.dying.update(about)
         elif kind == "exit":
-            self._exited.update(about)
+            self._exited.update([about])
         elif kind == "all left":
             self._all_left = True
         else:
@@ -2657,8 +2661,9 @@ class MPICommunicator(Communicator):
 
     def _raise_failure(self) -> None:
         super()._raise_failure()
-        for process in self._exited:
-            if process in self.members:
+        for process, run in self._exited.items():
+            # Else it has gone through this run, and the word of that is on its way.
+            if process in self.members and run < self.run:
                 raise ContractError(
                     f"rank {process} ended its program while rank {self.process} {self.call}"
                 )
@@ -2760,7 +2765,7 @@ class MPICommunicator(Communicator):
         except BaseException as error:
             # Main may be counting on this rank, which therefore stays until main knows of it.
             self._tell(0, "failed", Failure.of(error, self.process, self.world_size))
-            self.listen(_GRACE, lambda: self._heard(parent) or self._called_off >= self.run)
+            self.listen(_GRACE, lambda: self._heard(parent) or self._end.called_off)
             if not self._heard(parent):
                 raise
             self._arrived[parent].popleft()  # all go on together, and main then ends the run
@@ -2875,9 +2880,9 @@ class MPICommunicator(Communicator):
         if not self._leaving:
             self._leaving = True
             if self.process == 0:
-                self.tell_all("exit", 0)
+                self.tell_all("exit", 0, self.run)
             else:
-                self._tell_control(0, "exit", self.process)
+                self._tell_control(0, "exit", self.process, self.run)
         return self._have_all_left
 
     def _have_all_left(self) -> bool:
@@ -2997,7 +3002,6 @@ class Parallelizer:
         self._comm: Communicator | None = None  # through which the verbs speak, where they may
         self._entered = 0
         self._lock = threading.RLock()  # a run at a time
-        self._runner: int | None = None  # the thread that runs
         self._stream: Callable[[], Any] = lambda: None  # the `imap` of main alone that goes on
         self._reports: list[bytes] = []  # of the latest run, by rank
         self._key = os.urandom(16).hex()
@@ -3115,7 +3119,7 @@ class Parallelizer:
         if "parallelizer" in kwargs:
             raise TypeError("run passes the keyword parallelizer itself; leave it out of the call")
         work = functools.partial(func, *args, **kwargs)
-        nested = self._runner == threading.get_ident()
+        nested = self._runs_here()
         with contextlib.nullcontext() if nested else self._running():
             communicator = self._communicator()
             ranks = _checked_ranks(comm, communicator.size)
@@ -3140,7 +3144,7 @@ class Parallelizer:
         ...     parallelizer.apply(lambda parallelizer: parallelizer.gather("here"))
         ['here']
         """
-        if self._entered == 0 and self._runner is None:
+        if self._entered == 0 and not self._runs_here():
             raise ContractError(
                 f"apply needs a parallelizer that is up, but {self!r} is not: use run, or open it "
                 f"with a 'with' statement"
@@ -3169,11 +3173,16 @@ class Parallelizer:
     def _running(self) -> Iterator[None]:
         """Within, the processes are up, and this thread is the one that runs."""
         with self._reserved("run"), self:
-            self._runner = threading.get_ident()
+            communicator = self._communicator()
+            communicator.runner = threading.get_ident()
             try:
                 yield
             finally:
-                self._runner = None
+                communicator.runner = None
+
+    def _runs_here(self) -> bool:
+        """Whether this thread executes a run, on this parallelizer or one that shares its ranks."""
+        return self._comm is not None and self._comm.runner == threading.get_ident()
 
     def _command(
         self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
@@ -3242,12 +3251,12 @@ class Parallelizer:
         communicator = self._communicator()
         if communicator.process == 0:
             return
-        runner, self._runner = self._runner, threading.get_ident()
+        runner, communicator.runner = communicator.runner, threading.get_ident()
         try:
             while (message := communicator.next_command()) is not None:
                 self._obey(communicator, message)
         finally:
-            self._runner = runner
+            communicator.runner = runner
 
     def _obey(self, communicator: Communicator, message: Message) -> None:
         ranks, names, pickled = pickle.loads(message.pickled)
@@ -3793,8 +3802,7 @@ class Parallelizer:
 
     def _main_is_alone(self) -> bool:
         """Whether main calls what all processes call inside `run`."""
-        running_here = self._runner == threading.get_ident()
-        return not running_here and (self._comm is None or self._drives_workers)
+        return not self._runs_here() and (self._comm is None or self._drives_workers)
 
     def _in_task(self) -> bool:
         return self._comm is not None and self._comm.in_task == threading.get_ident()
@@ -4502,7 +4510,7 @@ class MultiprocessingParallelizer(Parallelizer):
 
     def _forget(self) -> None:
         """In a forked child: be as if never opened."""
-        self._comm, self._entered, self._runner = None, 0, None
+        self._comm, self._entered = None, 0
         self._lock = threading.RLock()
 
     def _become_worker(self, communicator: Communicator) -> None:

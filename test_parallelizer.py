@@ -3527,6 +3527,60 @@ def test_ranks_that_are_late_or_absent_under_mpi() -> None:
     assert (code, out) == (0, "all told\n"), err
 
 
+def mpi_meetings() -> None:
+    """Ranks that are rightly in another run than main, and a main that is interrupted."""
+    par = MPIParallelizer()
+    # Rank 1 sits a run out, and fails in the next while main is in the first.
+    found = par.run(slowly, comm=[0, 2, 3])
+    assert found == (Parallelizer.InWorkerProcess if par.id == 1 else [0, 1, 2])
+    with pytest.raises(Odd):
+        par.run(faulty, "raise", [1], "gather")
+    # Two parallelizers of the same ranks, the one used inside a run of the other.
+    with pytest.raises(Odd):
+        par.run(in_two)
+    # Main is interrupted while it waits for a late rank to leave a failed run.
+    signal.signal(signal.SIGALRM, cry)
+    if par.on_main:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+    with pytest.raises(TimeoutError if par.on_main else Odd):
+        par.run(fails_with_a_late_rank)
+    # The program ends while rank 3, served by way of rank 2, waits for it to come.
+    ClientServerRunner(catches, parallelizer=par).run()
+    par.print("all met", where="main")
+
+
+def slowly(*, parallelizer: Par) -> Any:
+    time.sleep(0.3)
+    return parallelizer.allgather(parallelizer.id)
+
+
+def in_two(*, parallelizer: Par) -> None:
+    assert MPIParallelizer().run(slowly) == [0, 1, 2, 3]
+    faulty("raise", [1], "gather", parallelizer=parallelizer)
+
+
+def cry(*_: object) -> None:
+    raise TimeoutError
+
+
+def fails_with_a_late_rank(*, parallelizer: Par) -> None:
+    if parallelizer.id == 2:
+        time.sleep(2)
+    faulty("raise", [1], "gather", parallelizer=parallelizer)
+
+
+def catches(*, parallelizer: Par) -> None:
+    with pytest.raises(Odd):
+        parallelizer.run(fails_with_a_late_rank)
+
+
+@pytest.mark.timeout(100)
+def test_ranks_that_are_in_another_run() -> None:
+    call = "import test_parallelizer as t; t.mpi_meetings()"
+    code, out, err = finish("-c", call, ranks=4, limit=60)
+    assert (code, out) == (0, "all met\n"), err
+
+
 def mpi_early_end(verb: str) -> None:
     par = MPIParallelizer()
     if par.id != 1:
