@@ -702,7 +702,8 @@ def _shared_view(
 #
 # Under MPI every process has called `run` itself and wants to know how it has ended, so that the
 # last word is OVER n from main to all. Whatever comes with the number of an earlier run is
-# dropped, so nothing needs to be cleared up between two runs.
+# dropped, so nothing needs to be cleared up between two runs; what comes for a later one is kept,
+# as a process that has sat a run out, or left it early, may be ahead.
 
 # Seconds of waiting after which a process asks those it waits for what they are doing. Two
 # rounds of the same answers, all waiting in a circle, are a deadlock.
@@ -982,7 +983,7 @@ class Communicator(abc.ABC):
         self._arrived = collections.defaultdict(collections.deque)
         self._mail: collections.defaultdict[tuple[int, int, int], collections.deque[Parcel]]
         self._mail = collections.defaultdict(collections.deque)
-        self._heard_from: set[int] = set()  # whose collective messages have not been looked at
+        self._heard_from: set[int] = set()  # of late, so that not all need to be looked at
         self.run = 0  # number of the current run, or of the latest
         self._in_run = False
         self._command: Message | None = None
@@ -1240,8 +1241,8 @@ class Communicator(abc.ABC):
             self._in_run = True
             try:
                 return self._complete(parcel, 0)
-            except RunEnded as ended:
-                self.fail_run(ended)
+            except (RunEnded, ParallelizerError) as error:
+                self.fail_run(error)
 
     def sit_out(self) -> None:
         """Count a run that this process takes no part in."""
@@ -1375,7 +1376,8 @@ class Communicator(abc.ABC):
         if verdict is None:
             return error
         self.spokesman = verdict.rank
-        return error if verdict.rank == self.process else verdict.exception()
+        own = verdict.rank == self.process and not isinstance(error, RunEnded)
+        return error if own else verdict.exception()
 
     def _raise_failure(self) -> None:
         """Raise where the current run is known to have failed."""
@@ -1471,9 +1473,11 @@ class Communicator(abc.ABC):
         timeout = math.inf if idle or not self._in_run else self.timeout or math.inf
 
         def describe(number: int) -> _Wait | None:
-            if ready() or self._is_receiving():
-                return None
-            return _Wait(self.process, number, self.call, self._doing(doing), tuple(awaited()))
+            with contextlib.suppress(ContractError):  # which is raised where it is waited
+                if not (ready() or self._is_receiving()):
+                    told = self._doing(doing)
+                    return _Wait(self.process, number, self.call, told, tuple(awaited()))
+            return None
 
         self._watch.begin(describe)
         try:
@@ -2042,8 +2046,9 @@ class _MainEnd(PipeCommunicator):
         if handle not in self._workers.sentinels:
             return  # buried by its other one
         process, error = self._workers.bury(handle)
-        if process in self._everyone and process not in self._end.left:
-            self._end.failures[process] = error
+        if process in self._everyone and self._in_run:
+            # Also where it has returned: others may be sending to it.
+            self._end.failures.setdefault(process, error)
             self._end.called_off = True
         self._end.left.add(process)
         for readers in self._readers:
@@ -2711,7 +2716,7 @@ class MPICommunicator(Communicator):
         """Return when all of this is sent, and not too many letters are under way."""
         self._wait_until(
             lambda: all(self._are_done(requests) for _, requests in sending) and self._has_room(),
-            lambda: [process for process, requests in sending if not self._are_done(requests)],
+            lambda: [p for p, requests in sending if not self._are_done(requests)] or self.members,
             f"sending in {self._doing('')}",
         )
 
@@ -2807,8 +2812,12 @@ class MPICommunicator(Communicator):
 
     def _broadcast_parts(self, parts: Iterable[_Bytes]) -> None:
         self._agree()
-        for piece in _pieces(parts):
-            self._group().Bcast([piece, self._mpi.BYTE])
+        try:
+            for piece in _pieces(parts):
+                self._group().Bcast([piece, self._mpi.BYTE])
+        except BaseException as error:  # of a signal's handler, or of MPI itself
+            traceback.print_exception(error)
+            self.abort("the other ranks cannot leave the broadcast that this has interrupted", 1)
 
     def scatter(self, messages: Sequence[Message] | None) -> Message:
         if messages is None:
