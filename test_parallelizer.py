@@ -121,6 +121,8 @@ def fresh(engine: str) -> Par:
 def _warnings_are_errors_in_children_too() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONWARNINGS", "error")
+        # The tests start hundreds of interpreters: none need compile what another has compiled.
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         yield
 
 
