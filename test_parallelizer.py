@@ -2898,12 +2898,35 @@ STAGES = ["gather", "broadcast", "scatter", "wait", "receive", "large broadcast"
 
 
 # A fork server differs from spawn in how workers are born, which other tests look at.
-@pytest.fixture(params=["fork", "spawn"], ids="on_{}".format)
-def pool(request: pytest.FixtureRequest) -> Iterator[MultiprocessingParallelizer]:
-    """An open parallelizer of four processes, which must serve the next run whatever happens."""
+@pytest.fixture(scope="module", params=["fork", "spawn"], ids="on_{}".format)
+def method(request: pytest.FixtureRequest) -> str:
     MultiprocessingParallelizer(2, start_method=request.param).run(ranks)  # its servers stay
+    return str(request.param)
+
+
+@pytest.fixture
+def pool(method: str) -> Iterator[MultiprocessingParallelizer]:
+    with pool_of_four(method) as par:
+        yield par
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def stage(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def pool_of_stage(method: str, stage: str) -> Iterator[MultiprocessingParallelizer]:  # noqa: ARG001
+    """The same pool for all tests on a stage, which pytest runs one after the other."""
+    with pool_of_four(method) as par:
+        yield par
+
+
+@contextlib.contextmanager
+def pool_of_four(method: str) -> Iterator[MultiprocessingParallelizer]:
+    """An open parallelizer of four processes, which must serve the next run whatever happens."""
     before = open_descriptors()
-    with MultiprocessingParallelizer(4, start_method=request.param) as par:
+    with MultiprocessingParallelizer(4, start_method=method) as par:
         assert par.run(ranks) == [0, 1, 2, 3]
         yield par
         assert par.run(ranks) == [0, 1, 2, 3]
@@ -2920,14 +2943,13 @@ def open_descriptors() -> list[str]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("stage", STAGES)
 def test_an_exception_ends_the_run_everywhere(
-    pool: MultiprocessingParallelizer, stage: str
+    pool_of_stage: MultiprocessingParallelizer, stage: str
 ) -> None:
     for fault, kind in EXCEPTIONS.items():
         for culprits in ([3], [1, 2, 3]):
             with pytest.raises(kind) as caught:
-                pool.run(faulty, fault, culprits, stage)
+                pool_of_stage.run(faulty, fault, culprits, stage)
             assert type(caught.value) is kind
             assert isinstance(caught.value.__cause__, RemoteTraceback)
             assert (
@@ -2937,29 +2959,29 @@ def test_an_exception_ends_the_run_everywhere(
             if isinstance(caught.value, Odd):
                 assert (caught.value.args, caught.value.code) == (("odd 7",), 7)
                 assert caught.value.detail == "seven"
-        assert pool.run(ranks) == [0, 1, 2, 3]
+        assert pool_of_stage.run(ranks) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("stage", STAGES)
 def test_an_exception_of_main_is_raised_as_it_is(
-    pool: MultiprocessingParallelizer, stage: str
+    pool_of_stage: MultiprocessingParallelizer, stage: str
 ) -> None:
     for fault in ("raise", "sys.exit", "KeyboardInterrupt"):
         for culprits in ([0], [0, 1, 2, 3]):
             with pytest.raises(EXCEPTIONS[fault]) as caught:
-                pool.run(faulty, fault, culprits, stage)
+                pool_of_stage.run(faulty, fault, culprits, stage)
             assert len(culprits) > 1 or caught.value.__cause__ is None
-        assert pool.run(ranks) == [0, 1, 2, 3]
+        assert pool_of_stage.run(ranks) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_death_is_told_with_rank_and_cause(pool: MultiprocessingParallelizer, stage: str) -> None:
+def test_a_death_is_told_with_rank_and_cause(
+    pool_of_stage: MultiprocessingParallelizer, stage: str
+) -> None:
     for fault, word in DEATHS.items():
         for culprits in ([2], [1, 2, 3])[: 1 + (fault == "SIGKILL")]:
             with pytest.raises(WorkerDied, match=word) as caught:
-                pool.run(faulty, fault, culprits, stage)
+                pool_of_stage.run(faulty, fault, culprits, stage)
             assert f"rank {culprits[0]} " in str(caught.value) or len(culprits) > 1
-            assert pool.run(ranks) == [0, 1, 2, 3]
+            assert pool_of_stage.run(ranks) == [0, 1, 2, 3]
 
 
 def test_a_death_between_runs_is_told_by_the_next(pool: MultiprocessingParallelizer) -> None:
