@@ -51,6 +51,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+
+# A program that the tests start holds none itself, and to import pytest would take half its start.
+if "PARALLELIZER_TEST_PROGRAM" in os.environ:
+
+    class Nothing(types.ModuleType):
+        """Whatever is asked of it, or what it is called with, gives it back."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return self
+
+        def __call__(self, *_: object, **__: object) -> Any:
+            return self
+
+    sys.modules["pytest"] = Nothing("pytest")
+
 import pytest
 
 # The tests of a copy under another name see it as this one.
@@ -3173,6 +3190,7 @@ def started(call: str) -> Iterator[subprocess.Popen[str]]:
     program = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", call], cwd=HERE, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PARALLELIZER_TEST_PROGRAM": call},
     )  # fmt: skip
     try:
         with program:
@@ -3387,7 +3405,7 @@ def mpi_program(fault: str, stage: str) -> None:
 @pytest.mark.parametrize("fault", ["raise", "sys.exit", "SIGKILL"])
 def test_an_unhandled_fault_ends_the_mpi_job(fault: str, stage: str) -> None:
     call = f"import test_parallelizer as t; t.mpi_program({fault!r}, {stage!r})"
-    code, _, err = finish("-c", call, ranks=3, limit=60)
+    code, _, err = finish("-c", call, ranks=3, limit=60, PARALLELIZER_TEST_PROGRAM=call)
     assert code == 3 if fault == "sys.exit" else code != 0
     tracebacks = err.count("Traceback (most recent call last)")
     assert tracebacks == (1 if fault == "raise" else 0), err
