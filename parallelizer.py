@@ -986,6 +986,7 @@ class Communicator(abc.ABC):
         self._heard_from: set[int] = set()  # of late, so that not all need to be looked at
         self.run = 0  # number of the current run, or of the latest
         self._in_run = False
+        self._idle = False  # between runs, with a command on its way
         self._command: Message | None = None
         self._everyone: tuple[int, ...] = ()  # who takes part in the current run, not nested
         self._told: set[int] = set()  # on main: who of them knows
@@ -1231,7 +1232,8 @@ class Communicator(abc.ABC):
     def next_command(self) -> Message | None:
         """Elsewhere: idle until main's next command."""
         while True:
-            self._wait_until(lambda: self._arrived[0], lambda: [0], "return")
+            with self._idling():
+                self._wait_until(lambda: self._arrived[0], lambda: [0], "return")
             parcel = self._arrived[0].popleft()
             if parcel.call.verb == "stop":
                 return None
@@ -1243,6 +1245,15 @@ class Communicator(abc.ABC):
                 return self._complete(parcel, 0)
             except (RunEnded, ParallelizerError) as error:
                 self.fail_run(error)
+
+    @contextlib.contextmanager
+    def _idling(self) -> Iterator[None]:
+        """Within, waits may last for ever, and it is in order if processes wait for each other."""
+        self._idle = True
+        try:
+            yield
+        finally:
+            self._idle = False
 
     def sit_out(self) -> None:
         """Count a run that this process takes no part in."""
@@ -1464,13 +1475,13 @@ class Communicator(abc.ABC):
     ) -> None:
         """Handle what arrives until `ready`; `awaited` are the processes that can make it so.
 
-        An `idle` wait may last for ever, as every wait between runs may.
+        An `idle` wait may last for ever.
         """
         if ready() or self._is_soon(ready):
             return
         begun = time.perf_counter()
-        look_around = _PATIENCE if self._in_run else math.inf
-        timeout = math.inf if idle or not self._in_run else self.timeout or math.inf
+        look_around = math.inf if self._idle else _PATIENCE
+        timeout = math.inf if idle or self._idle else self.timeout or math.inf
 
         def describe(number: int) -> _Wait | None:
             with contextlib.suppress(ContractError):  # which is raised where it is waited
@@ -2666,9 +2677,10 @@ class MPICommunicator(Communicator):
 
     def _raise_failure(self) -> None:
         super()._raise_failure()
+        # Who has gone through this run, or command, may end; the word of that is on its way.
+        reached = self.run - (self._in_run or self._idle)
         for process, run in self._exited.items():
-            # Else it has gone through this run, and the word of that is on its way.
-            if process in self.members and run < self.run:
+            if process in self.members and run <= reached:
                 raise ContractError(
                     f"rank {process} ended its program while rank {self.process} {self.call}"
                 )
@@ -2862,14 +2874,16 @@ class MPICommunicator(Communicator):
         """Down the tree to all ranks, which count the run whether they take part in it or not."""
         self._next_run(self.run + 1)
         self.call = Call(0, 0, "run")
-        self.broadcast(message or Message(b"", []))
+        with self._idling():
+            self.broadcast(message or Message(b"", []))
         self._in_run = message is not None
 
     def next_command(self) -> Message | None:
         self._in_run = False
         self._next_run(self.run + 1)
         self.call = Call(0, 0, "run")
-        message = self.broadcast(None)
+        with self._idling():
+            message = self.broadcast(None)
         self._in_run = bool(message.pickled)
         return message if message.pickled else None
 

@@ -3050,6 +3050,20 @@ class TestFaultsAtAStage:
                 assert pool_of_stage.run(ranks) == [0, 1, 2, 3]
 
 
+def sends_to_one_gone(*, parallelizer: Par) -> None:
+    """Rank 2 has returned, and is killed while rank 1 sends to it."""
+    victim = parallelizer.broadcast(parallelizer.allgather(os.getpid())[2])
+    if parallelizer.id == 1:
+        time.sleep(0.3)
+        os.kill(victim, signal.SIGKILL)
+        parallelizer.send(np.zeros(10 * MIB), 2)
+
+
+def test_a_death_of_who_has_returned(pool: MultiprocessingParallelizer) -> None:
+    with pytest.raises(WorkerDied, match="rank 2"):
+        pool.run(sends_to_one_gone)
+
+
 def test_a_death_between_runs_is_told_by_the_next(pool: MultiprocessingParallelizer) -> None:
     victim = pool.run(pids)[2]
     os.kill(victim, signal.SIGKILL)
@@ -3348,7 +3362,7 @@ ELSEWHERE = {
         import importlib.machinery, os, sys
         class Finder:
             def find_spec(name, path, target=None):
-                if name != "parallelizer":
+                if name != MODULE:
                     return None
                 spec = importlib.machinery.PathFinder.find_spec(name, path)
                 execute = spec.loader.exec_module
@@ -3366,7 +3380,8 @@ ELSEWHERE = {
 }
 
 WORK_ELSEWHERE = """
-import functools, sys, numpy, parallelizer
+import functools, importlib, sys, numpy
+parallelizer = importlib.import_module(sys.argv[2])
 make = functools.partial(parallelizer.MultiprocessingParallelizer, 3, start_method="spawn")
 assert parallelizer._test_backend(sys.argv[1], make)
 with make() as p:
@@ -3378,9 +3393,11 @@ print(parallelizer._POSIX, sys.platform)
 
 @pytest.mark.parametrize(("system", "told"), [("macos", "True darwin"), ("windows", "False linux")])
 def test_the_branches_of_other_systems(system: str, told: str, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(ELSEWHERE[system]))
+    module = Parallelizer.__module__
+    first = f"MODULE = {module!r}\n" + textwrap.dedent(ELSEWHERE[system])
+    (tmp_path / "sitecustomize.py").write_text(first)
     path = os.pathsep.join([str(tmp_path), str(HERE)])
-    out = run_program("-c", WORK_ELSEWHERE, system, PYTHONPATH=path)
+    out = run_program("-c", WORK_ELSEWHERE, system, module, PYTHONPATH=path)
     assert "7 checks passed" in out
     assert out.splitlines()[-1] == told
 
