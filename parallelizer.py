@@ -2669,7 +2669,7 @@ class MPICommunicator(Communicator):
         if kind == "dying":
             self.dying.update(about)
         elif kind == "exit":
-            self._exited.update([about])
+            self._exited[about[0]] = about[1]
         elif kind == "all left":
             self._all_left = True
         else:
