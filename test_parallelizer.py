@@ -10,6 +10,9 @@ every start method can pickle them. A body may assert on any process. What `p.ru
 main's under multiprocessing and each rank's own under MPI, so it goes through `expect`, which
 looks at it on main and lets the other ranks know.
 
+With the whole suite, a second session runs in the background on a copy of the module under another
+name, in another project; `test_a_copy_under_another_name_passes_the_tests`, the last, looks at it.
+
 ::
 
     pytest test_parallelizer.py                       everything
