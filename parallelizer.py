@@ -859,13 +859,19 @@ def _deadlock_error(circle: tuple[_Wait, ...]) -> ContractError:
     def disagree(one: _Wait, other: _Wait) -> bool:
         return one.call[:2] == other.call[:2] and one.call != other.call
 
+    gone = {"return": "returned", "exit": "ended its program"}
     waiter, other = min(
         zip(circle, (*circle[1:], circle[0]), strict=True),
-        key=lambda two: (two[0].doing == "return", not disagree(*two), two[1].doing != "return"),
+        key=lambda two: (
+            two[0].doing == "exit",
+            two[0].doing == "return",
+            not disagree(*two),
+            two[1].doing not in gone,
+        ),
     )
     waits = f"rank {waiter.process} waits in {waiter.doing}"
-    if other.doing == "return":
-        return ContractError(f"rank {other.process} returned while {waits}")
+    if other.doing in gone:
+        return ContractError(f"rank {other.process} {gone[other.doing]} while {waits}")
     if disagree(waiter, other):
         return ContractError(
             f"rank {other.process} {other.call} where rank {waiter.process} {waiter.call}"
@@ -2596,7 +2602,8 @@ class MPICommunicator(Communicator):
         self._receiving: list[tuple[list[Any], object]] = []
         self._words: list[tuple[int, _Letter]] = []  # that are not whole yet
         # Of the end of the program: who has come to theirs, and who tells of an error.
-        self._exited: dict[int, int] = {}  # in which run
+        self._exited: set[int] = set()
+        self._main_ended_after = math.inf  # this run
         self._leaving = self._all_left = False
         self.dying: set[int] = set()
 
@@ -2669,7 +2676,9 @@ class MPICommunicator(Communicator):
         if kind == "dying":
             self.dying.update(about)
         elif kind == "exit":
-            self._exited[about[0]] = about[1]
+            self._exited.update(about)
+        elif kind == "main's exit":
+            (self._main_ended_after,) = about
         elif kind == "all left":
             self._all_left = True
         else:
@@ -2677,13 +2686,11 @@ class MPICommunicator(Communicator):
 
     def _raise_failure(self) -> None:
         super()._raise_failure()
-        # Who has gone through this run, or command, may end; the word of that is on its way.
-        reached = self.run - (self._in_run or self._idle)
-        for process, run in self._exited.items():
-            if process in self.members and run <= reached:
-                raise ContractError(
-                    f"rank {process} ended its program while rank {self.process} {self.call}"
-                )
+        # Not by the order of arrival: the last command, down the tree, may come after this word.
+        if self._idle and self._main_ended_after < self.run:
+            raise ContractError(
+                f"rank 0 ended its program while rank {self.process} waits for a command"
+            )
 
     # -- what is sent -------------------------------------------------------------------------
 
@@ -2902,11 +2909,16 @@ class MPICommunicator(Communicator):
         """At the end of the program: tell main, and main all; whether all have come to theirs."""
         if not self._leaving:
             self._leaving = True
+            self._watch.begin(self._describe_leaving)
             if self.process == 0:
-                self.tell_all("exit", 0, self.run)
+                self.tell_all("main's exit", self.run)
             else:
-                self._tell_control(0, "exit", self.process, self.run)
+                self._tell_control(0, "exit", self.process)
         return self._have_all_left
+
+    def _describe_leaving(self, number: int) -> _Wait:
+        awaited = [0] if self.process > 0 else sorted({*range(1, self.world_size)} - self._exited)
+        return _Wait(self.process, number, self.call, "exit", tuple(awaited))
 
     def _have_all_left(self) -> bool:
         if self.process == 0 and len(self._exited) == self.world_size - 1 and not self._all_left:

@@ -3650,17 +3650,56 @@ def test_ranks_that_are_in_another_run() -> None:
 
 def mpi_early_end(verb: str) -> None:
     par = MPIParallelizer()
-    if par.id != 1:
-        getattr(par, verb)(*(["x"] if verb == "gather" else [1]))
+    if par.id != (0 if verb == "serve" else 1):
+        arguments = {"gather": ["x"], "receive": [1], "run": [does_nothing]}
+        getattr(par, verb)(*arguments.get(verb, []))
+
+
+def does_nothing(*, parallelizer: Par) -> None:
+    """A run without a verb."""
 
 
 @pytest.mark.timeout(100)
-@pytest.mark.parametrize("verb", ["gather", "receive"])
-def test_a_program_that_ends_early_is_told(verb: str) -> None:
+@pytest.mark.parametrize(
+    ("verb", "told"),
+    [
+        ("gather", "rank 1 ended its program while rank 0 waits in gather #1"),
+        ("receive", "rank 1 ended its program while rank 0 waits in receive(1, tag=0)"),
+        ("run", "rank 1 ended its program while rank 0 waits in return"),
+        ("serve", "rank 0 ended its program while rank 1 waits for a command"),
+    ],
+)
+def test_a_program_that_ends_early_is_told(verb: str, told: str) -> None:
     call = f"import test_parallelizer as t; t.mpi_early_end({verb!r})"
     code, _, err = finish("-c", call, ranks=3, limit=60)
     assert code != 0
-    assert err.count("ContractError: rank 1 ") == 1, err
+    assert err.count(f"ContractError: {told}\n") == 1, err
+
+
+def mpi_late(late: int) -> None:
+    """One rank comes to its verb after another has ended the program, as that may."""
+    par = MPIParallelizer()
+    if par.id == late:
+        time.sleep(2)
+    if late == 1:
+        print_on_main(par.gather([par.id]), par)
+    elif par.id == 1:
+        print(par.receive(2), flush=True)
+    elif par.id == 2:
+        par.send([0, 1, 2], 1)
+
+
+def print_on_main(result: object, par: Par) -> None:
+    if par.on_main:
+        print(result, flush=True)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("late", [1, 2])
+def test_who_has_done_its_part_may_end_its_program(late: int) -> None:
+    call = f"import test_parallelizer as t; t.mpi_late({late})"
+    code, out, err = finish("-c", call, ranks=3, limit=60)
+    assert (code, out) == (0, "[[0], [1], [2]]\n" if late == 1 else "[0, 1, 2]\n"), err
 
 
 # -- soak: seeded disorder -----------------------------------------------------------------------
