@@ -3651,7 +3651,7 @@ def test_ranks_that_are_in_another_run() -> None:
 def mpi_early_end(verb: str) -> None:
     par = MPIParallelizer()
     if par.id != (0 if verb == "serve" else 1):
-        arguments = {"gather": ["x"], "receive": [1], "run": [does_nothing]}
+        arguments: dict[str, list[Any]] = {"gather": ["x"], "receive": [1], "run": [does_nothing]}
         getattr(par, verb)(*arguments.get(verb, []))
 
 
