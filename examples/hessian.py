@@ -18,33 +18,27 @@ MASS = 6.6335e-26  # of an argon atom, kg
 LATTICE = 5.26 / 3.405  # lattice constant, in SIGMA
 STEP = 1e-4  # displacement of an atom, in SIGMA
 
-Array = NDArray[np.float64]
 
-
-def fcc_crystal(cells: int) -> Array:
+def fcc_crystal(cells: int) -> NDArray[np.float64]:
     """Place 4 * cells**3 atoms on the sites of a cube of fcc cells; shape (natoms, 3), in SIGMA."""
-    corners: Array = np.array(list(np.ndindex(cells, cells, cells)), dtype=float)
-    basis: Array = np.array([[0.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]])
-    return LATTICE * (np.repeat(corners, 4, axis=0) + np.tile(basis, (cells**3, 1)))
+    half_steps = np.indices((2 * cells,) * 3, dtype=np.float64).reshape(3, -1).T
+    return LATTICE / 2 * half_steps.compress(half_steps.sum(axis=1) % 2 == 0, axis=0)
 
 
-def gradient(atoms: Array, box: float) -> Array:
+def gradient(atoms: NDArray[np.float64], box: float) -> NDArray[np.float64]:
     """Differentiate the energy, in EPSILON / SIGMA, of a periodic cube; shape (natoms, 3)."""
-    slopes = np.empty_like(atoms)
-    for i, atom in enumerate(atoms):
-        pairs = atom - atoms
-        pairs -= box * np.rint(pairs / box)
-        r2 = np.einsum("jk,jk->j", pairs, pairs)
-        r2[(r2 == 0.0) | (r2 > (box / 2 - LATTICE / 10) ** 2)] = np.inf  # cut between two shells
-        r6 = 1.0 / (r2 * r2 * r2)
-        slopes[i] = np.einsum("j,jk->k", 24.0 * (r6 - 2.0 * r6 * r6) / r2, pairs)
+    pairs = atoms[:, np.newaxis] - atoms
+    pairs -= box * np.rint(pairs / box)
+    r2 = np.einsum("ijk,ijk->ij", pairs, pairs)
+    r2[(r2 == 0.0) | (r2 > (box / 2 - LATTICE / 10) ** 2)] = np.inf  # cut between two shells
+    r6 = 1.0 / (r2 * r2 * r2)
+    slopes: NDArray[np.float64] = np.einsum("ij,ijk->ik", 24.0 * (r6 - 2.0 * r6 * r6) / r2, pairs)
     return slopes
 
 
-def hessian_column(index: int, atoms: Array, box: float) -> Array:
+def hessian_column(index: int, atoms: NDArray[np.float64], box: float) -> NDArray[np.float64]:
     """Differentiate the gradient by coordinate `index`, by central differences; (3 * natoms,)."""
-    shift = np.zeros_like(atoms)
-    shift.flat[index] = STEP
+    shift = STEP * np.eye(1, atoms.size, index).reshape(atoms.shape)
     return (gradient(atoms + shift, box) - gradient(atoms - shift, box)).ravel() / (2.0 * STEP)
 
 
@@ -70,9 +64,8 @@ def main() -> None:
         expected, serial = SerialNonParallelizer().run(hessian, arguments.cells)
         if not np.array_equal(columns, expected):
             raise SystemExit("The parallel Hessian differs from the serial one.")
-        matrix = (np.array(columns) + np.array(columns).T) / 2 * EPSILON / (MASS * SIGMA**2)
-        squares = np.linalg.eigvalsh(matrix).clip(0)  # three are 0: the crystal as a whole moves
-        modes = np.sqrt(squares) / (2e12 * np.pi)
+        squares = np.linalg.eigvalsh(columns).clip(0)  # three are 0: the crystal as a whole moves
+        modes = np.sqrt(squares * EPSILON / MASS) / (2e12 * np.pi * SIGMA)
         print(f"{len(modes)} modes, the highest at {modes[-1]:.4f} THz, bit by bit as serially")
         times = f"{serial:.2f} s serially, {seconds:.2f} s on {parallelizer.nprocs} processes"
         print(f"{times}: a speed-up of {serial / seconds:.2f}")
