@@ -2586,9 +2586,8 @@ class MPICommunicator(Communicator):
 
     spmd = True
 
-    def __init__(self, mpi: Any, comm: Any = None, timeout: float | None = None) -> None:
-        comm = mpi.COMM_WORLD if comm is None else comm
-        super().__init__(comm.Get_rank(), comm.Get_size(), timeout)
+    def __init__(self, mpi: Any, comm: Any) -> None:
+        super().__init__(comm.Get_rank(), comm.Get_size())
         self._mpi = mpi
         # Apart from the user's own messages, and from each other.
         self._letters, self._bulk = comm.Dup(), comm.Dup()
@@ -2605,7 +2604,7 @@ class MPICommunicator(Communicator):
         self._exited: set[int] = set()
         self._main_ended_after = math.inf  # this run
         self._leaving = self._all_left = False
-        self.dying: set[int] = set()
+        self.dying: set[int] = set()  # numbered as in COMM_WORLD
 
     # -- what arrives -------------------------------------------------------------------------
 
@@ -2926,9 +2925,7 @@ class MPICommunicator(Communicator):
             self.tell_all("all left")
         return self._all_left
 
-    def leave_job(self) -> None:
-        """At the end of the program: wait for the others' end."""
-        self.listen(math.inf, self.begin_leaving())
+    def free(self) -> None:
         for window in self._counters.values():
             window.Unlock_all()
             window.Free()
@@ -2942,55 +2939,71 @@ class _JobEnd:
     so that the user sees one traceback and not one per rank.
     """
 
-    def __init__(self, communicator: MPICommunicator) -> None:
-        self._communicator = communicator
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+        self.communicators: list[MPICommunicator] = []  # in which this rank takes part
         self._status: Any = None
         self._calls = 0
         self._excepthook, sys.excepthook = sys.excepthook, self._on_exception
         self._exit, sys.exit = sys.exit, self._on_exit
         atexit.register(self._at_exit)
 
+    def _count_calls(self) -> int:
+        return sum(communicator.calls for communicator in self.communicators)
+
+    def _tell_dying(self, rank: int) -> None:
+        for communicator in self.communicators:
+            communicator.tell_all("dying", rank)
+
+    def _listen(self, seconds: float, ready: Callable[[], bool]) -> bool:
+        """Handle what arrives by any of the communicators, as `Communicator.listen` does."""
+        deadline = time.monotonic() + seconds
+        while not ready() and time.monotonic() < deadline:
+            for communicator in self.communicators:
+                communicator.listen(5e-3, ready)
+        return ready()
+
     def _on_exit(self, status: Any = None, /) -> NoReturn:
         if _on_main_thread():
             # Who makes another call afterwards has caught it.
-            self._status, self._calls = status, self._communicator.calls
+            self._status, self._calls = status, self._count_calls()
         self._exit(status)
 
     def _on_exception(
         self, kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
     ) -> None:
-        communicator = self._communicator
-        rank, size = communicator.process, communicator.world_size
-        speaks = communicator.spokesman in (None, rank)
+        agreed = [c.process == c.spokesman for c in self.communicators if c.spokesman is not None]
+        speaks = all(agreed)
         if speaks:
-            communicator.tell_all("dying", rank)
-        if communicator.spokesman is None:  # nothing is agreed: the lowest rank speaks
-            patience = _GRACE / 2 if rank > 0 else _GRACE / 10
-            speaks = not communicator.listen(
-                patience, lambda: any(other < rank for other in communicator.dying)
+            self._tell_dying(self._rank)
+        if not agreed:  # the lowest rank speaks
+            speaks = not self._listen(
+                _GRACE / 2 if self._rank > 0 else _GRACE / 10,
+                lambda: any(rank < self._rank for c in self.communicators for rank in c.dying),
             )
         if not speaks:
-            communicator.listen(3 * _GRACE, lambda: False)
+            self._listen(3 * _GRACE, lambda: False)
         sys.stdout.flush()
-        print(_headline(rank, size), file=sys.stderr, flush=True)
+        print(_headline(self._rank, self._size), file=sys.stderr, flush=True)
         self._excepthook(kind, error, trace)
         sys.stderr.flush()
         time.sleep(4 * _SETTLING)  # a launcher may drop what it has not yet passed on
-        communicator.abort("", 1)
+        self.communicators[0].abort("", 1)
 
     def _at_exit(self) -> None:
-        communicator = self._communicator
-        status = self._status if self._calls == communicator.calls else None
+        status = self._status if self._calls == self._count_calls() else None
         code = 0 if status is None else status if isinstance(status, int) else 1
         if code != 0:
-            communicator.tell_all("dying", -1)  # hush all the others
-            if not communicator.listen(_GRACE, communicator.begin_leaving()):
-                communicator.abort(_exit_notice(communicator.process, code), code)
-        communicator.leave_job()
-
-
-def _exit_notice(rank: int, code: int) -> str:
-    return f"### rank {rank} ended its program with status {code} while others go on"
+            self._tell_dying(-1)  # hush all the others
+        left = [communicator.begin_leaving() for communicator in self.communicators]
+        patience = _GRACE if code != 0 else math.inf
+        if not self._listen(patience, lambda: all(have_left() for have_left in left)):
+            self.communicators[0].abort(
+                f"### rank {self._rank} ended its program with status {code} while others go on",
+                code,
+            )
+        for communicator in self.communicators:
+            communicator.free()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4638,7 +4651,7 @@ class MPIParallelizer(Parallelizer):
     def __init__(self, comm: Any = None, *, timeout: float | None = None) -> None:
         super().__init__(timeout=timeout)
         mpi = _import_mpi()
-        self._comm = _world(mpi) if comm is None else MPICommunicator(mpi, comm)
+        self._comm = _world(mpi) if comm is None else _connected(mpi, comm)
 
     @contextlib.contextmanager
     def _others_serving(self) -> Iterator[None]:
@@ -4655,11 +4668,9 @@ class MPIParallelizer(Parallelizer):
 
 @functools.cache
 def _world(mpi: Any) -> MPICommunicator:
-    """The one communicator of all ranks, which also sees to the end of the job."""
-    communicator = MPICommunicator(mpi)
-    if communicator.size > 1:
-        _JobEnd(communicator)
-    elif _launched_ranks() > 1:
+    """The one communicator of all ranks."""
+    communicator = _connected(mpi, mpi.COMM_WORLD)
+    if communicator.size == 1 and _launched_ranks() > 1:
         library = mpi.Get_library_version().splitlines()[0].strip("\0 ")
         raise ParallelizerError(
             f"a launcher has started {_launched_ranks()} ranks, but the MPI library of mpi4py "
@@ -4668,6 +4679,19 @@ def _world(mpi: Any) -> MPICommunicator:
             f"build mpi4py with the launcher's: pip install --no-binary=mpi4py mpi4py"
         )
     return communicator
+
+
+def _connected(mpi: Any, comm: Any) -> MPICommunicator:
+    """A new communicator, at whose end, with that of the program, the job is seen to."""
+    communicator = MPICommunicator(mpi, comm)
+    if mpi.COMM_WORLD.Get_size() > 1:
+        _job_end(mpi).communicators.append(communicator)
+    return communicator
+
+
+@functools.cache
+def _job_end(mpi: Any) -> _JobEnd:
+    return _JobEnd(mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size())
 
 
 def _backends() -> dict[str, Callable[..., Parallelizer]]:

@@ -3702,6 +3702,38 @@ def test_who_has_done_its_part_may_end_its_program(late: int) -> None:
     assert (code, out) == (0, "[[0], [1], [2]]\n" if late == 1 else "[0, 1, 2]\n"), err
 
 
+def mpi_half(fault: str, whole: bool) -> None:
+    """In the second half of the ranks one goes wrong, on its own account."""
+    world = importlib.import_module("mpi4py.MPI").COMM_WORLD
+    if whole:
+        MPIParallelizer().run(ranks)
+    par = MPIParallelizer(comm=world.Split(world.rank // 2))
+    par.run(ranks)
+    if world.rank == 3 and fault != "end":
+        go_wrong(fault, par)
+    if world.rank != 3:
+        par.allgather(world.rank)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize(
+    ("fault", "whole"), [("raise", False), ("sys.exit", True), ("end", False), ("end", True)]
+)
+def test_a_fault_among_a_part_of_the_ranks_ends_the_mpi_job(fault: str, whole: bool) -> None:
+    call = f"import test_parallelizer as t; t.mpi_half({fault!r}, {whole})"
+    code, _, err = finish("-c", call, ranks=4, limit=60, PARALLELIZER_TEST_PROGRAM=call)
+    assert code == 3 if fault == "sys.exit" else code != 0
+    assert err.count("Traceback (most recent call last)") == (fault != "sys.exit"), err
+    told = {
+        "raise": "Odd: odd 7",
+        "sys.exit": "### rank 3 ended its program with status 3 while others go on",
+        "end": "ContractError: rank 1 ended its program while rank 0 waits in allgather #1",
+    }
+    assert told[fault] in err
+    if fault != "sys.exit":
+        assert f"### rank {3 if fault == 'raise' else 2} of 4 on" in err
+
+
 # -- soak: seeded disorder -----------------------------------------------------------------------
 
 SOAK_SECONDS = float(os.environ.get("PARALLELIZER_SOAK_SECONDS", "8"))
