@@ -4666,9 +4666,8 @@ class MPIParallelizer(Parallelizer):
             communicator.command(None)
 
 
-@functools.cache
 def _world(mpi: Any) -> MPICommunicator:
-    """The one communicator of all ranks."""
+    """The communicator of all ranks."""
     communicator = _connected(mpi, mpi.COMM_WORLD)
     if communicator.size == 1 and _launched_ranks() > 1:
         library = mpi.Get_library_version().splitlines()[0].strip("\0 ")
@@ -4682,11 +4681,23 @@ def _world(mpi: Any) -> MPICommunicator:
 
 
 def _connected(mpi: Any, comm: Any) -> MPICommunicator:
-    """A new communicator, at whose end, with that of the program, the job is seen to."""
-    communicator = MPICommunicator(mpi, comm)
-    if mpi.COMM_WORLD.Get_size() > 1:
-        _job_end(mpi).communicators.append(communicator)
+    """The communicator of these ranks, at whose end the job is seen to.
+
+    It is kept as an attribute of `comm`, for other parallelizers there, as MPI libraries have but
+    some thousand communicators.
+    """
+    communicator: MPICommunicator | None = comm.Get_attr(_keyval(mpi))
+    if communicator is None:
+        communicator = MPICommunicator(mpi, comm)
+        comm.Set_attr(_keyval(mpi), communicator)
+        if mpi.COMM_WORLD.Get_size() > 1:
+            _job_end(mpi).communicators.append(communicator)
     return communicator
+
+
+@functools.cache
+def _keyval(mpi: Any) -> int:
+    return mpi.Comm.Create_keyval()  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -520,6 +520,9 @@ if UNDER_MPI:
         with own:
             assert (own.id, own.nprocs) == (half.rank, half.size)
             check(own.run(roll_call), (list(range(half.size)), sum(range(100))))
+        # More of them than MPI has communicators.
+        for _ in range(2500):
+            assert MPIParallelizer(half).id == half.rank
         expect_to_work(p)
 
 
