@@ -399,6 +399,9 @@ def _reduction(op: str | Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
 # Heads the pickle of a bare array's `_ArraySpec`; no pickle of protocol 2 or later begins so.
 _BARE_ARRAY = b"A"
 
+# Up to here, numpy pickles an array inside an object, as to move its buffer apart costs more.
+_SMALL_BYTES = 1 << 10
+
 
 class Message(NamedTuple):
     """A packed object: a pickle, and the buffers that it refers to.
@@ -456,8 +459,9 @@ def _raw(array: np.ndarray[Any, Any]) -> tuple[_ArraySpec, np.ndarray[Any, Any]]
 
 
 def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
-    """As bytes, where numpy would pickle (strided arrays, datetime64)."""
-    if not _is_raw(array):
+    """As bytes apart, also where numpy would pickle them (strided arrays, datetime64)."""
+    small = array.nbytes <= _SMALL_BYTES and array.dtype.isnative  # as numpy makes all others
+    if small or not _is_raw(array):
         return array.__reduce__()
     spec, data = _raw(array)
     return spec.build, (pickle.PickleBuffer(data),)  # type: ignore[arg-type,unused-ignore]
