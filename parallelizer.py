@@ -2519,6 +2519,8 @@ _BULK_TAGS = 1 << 14  # MPI promises 2**15
 _MOST_UNDER_WAY = 256  # letters that nobody has taken in yet
 _COUNTERS = 64  # of tickets, by the number of the run
 
+_Requests = collections.deque[Any]
+
 
 def _import_mpi() -> Any:
     try:
@@ -2546,7 +2548,7 @@ class _Letter(Parcel):
     """A parcel that has come by MPI, whose longer parts `follow` when asked for."""
 
     def __init__(
-        self, content: bytearray, follow: Callable[[int, Sequence[_Bytes]], list[Any]]
+        self, content: bytearray, follow: Callable[[int, Sequence[_Bytes]], Callable[[], bool]]
     ) -> None:
         run, depth, number, verb, tag, self._bulk_tag, count = _LETTER.unpack_from(content)
         super().__init__(run, Call(depth, number, _VERBS[verb]), None, tag)
@@ -2554,7 +2556,7 @@ class _Letter(Parcel):
         self._sizes = struct.unpack_from(f"<{count}Q", content, _LETTER.size)
         self._start = start = _LETTER.size + 8 * count
         self._follow = follow
-        self._requests: list[Any] = []
+        self._have_followed: Callable[[], bool] = lambda: False
         self._parts: list[_Bytes] = []
         if self._sizes[0] <= _EAGER_BYTES:
             self.pickled = bytes(content[start : start + self._sizes[0]])
@@ -2571,10 +2573,10 @@ class _Letter(Parcel):
         for part in self._parts[:riding]:
             part[:] = np.frombuffer(self._content, np.uint8, part.nbytes, start)
             start += part.nbytes
-        self._requests = self._follow(self._bulk_tag, self._parts[riding:])
+        self._have_followed = self._follow(self._bulk_tag, self._parts[riding:])
 
     def done(self) -> bool:
-        if self.message is None and self._parts and all(r.Test() for r in self._requests):
+        if self.message is None and self._have_followed():
             self.pickled = self._parts[0].tobytes()
             self.message = Message(self.pickled, self._parts[1:])
         return self.message is not None
@@ -2601,8 +2603,8 @@ class MPICommunicator(Communicator):
         self._spins = 0
         self._bulk_tag = 0
         # Requests, and what must not go before they are done.
-        self._sending: collections.deque[tuple[list[Any], object]] = collections.deque()
-        self._receiving: list[tuple[list[Any], object]] = []
+        self._sending: collections.deque[tuple[_Requests, object]] = collections.deque()
+        self._receiving: list[tuple[_Requests, object]] = []
         self._words: list[tuple[int, _Letter]] = []  # that are not whole yet
         # Of the end of the program: who has come to theirs, and who tells of an error.
         self._exited: set[int] = set()
@@ -2665,14 +2667,14 @@ class MPICommunicator(Communicator):
         elif hasattr(os, "sched_yield"):
             os.sched_yield()
 
-    def _receive_parts(self, source: int, tag: int, parts: Sequence[_Bytes]) -> list[Any]:
-        requests = [
+    def _receive_parts(self, source: int, tag: int, parts: Sequence[_Bytes]) -> Callable[[], bool]:
+        requests = collections.deque(
             self._bulk.Irecv([piece, self._mpi.BYTE], source, tag) for piece in _pieces(parts)
-        ]
+        )
         self._is_receiving()  # forget what has come
         if requests:
             self._receiving.append((requests, parts))
-        return requests
+        return functools.partial(self._are_done, requests)
 
     def _on_control(self, content: Any) -> None:
         kind, *about = content
@@ -2705,7 +2707,7 @@ class MPICommunicator(Communicator):
 
     def _begin_sending(
         self, process: int, parcel: Parcel, *, synchronous: bool = True
-    ) -> list[Any]:
+    ) -> _Requests:
         """Send a letter on its way, and what follows it; the requests of that."""
         assert parcel.message is not None
         (depth, number, verb), (pickled, buffers) = parcel.call, parcel.message
@@ -2721,11 +2723,12 @@ class MPICommunicator(Communicator):
         send = self._letters.Issend if synchronous else self._letters.Isend
         self._keep([send([letter, self._mpi.BYTE], process)], letter)
         if riding == len(parts):
-            return []
-        return self._keep([
+            return collections.deque()
+        following = (
             self._bulk.Isend([piece, self._mpi.BYTE], process, tag)
             for piece in _pieces(parts[riding:])
-        ], parts)  # fmt: skip
+        )
+        return self._keep(following, parts)
 
     def _tell_verdict(self, first: Failure | BaseException | None) -> None:
         super()._tell_verdict(first)
@@ -2734,7 +2737,7 @@ class MPICommunicator(Communicator):
             told = list(self._sending)[-2 * self.size :]
             self.listen(_GRACE, lambda: all(self._are_done(requests) for requests, _ in told))
 
-    def _finish_sending(self, sending: Sequence[tuple[int, list[Any]]]) -> None:
+    def _finish_sending(self, sending: Sequence[tuple[int, _Requests]]) -> None:
         """Return when all of this is sent, and not too many letters are under way."""
         self._wait_until(
             lambda: all(self._are_done(requests) for _, requests in sending) and self._has_room(),
@@ -2742,16 +2745,19 @@ class MPICommunicator(Communicator):
             f"sending in {self._doing('')}",
         )
 
-    def _keep(self, requests: list[Any], data: object) -> list[Any]:
+    def _keep(self, requests: Iterable[Any], data: object) -> _Requests:
         """Keep alive what is on its way."""
         while self._sending and self._are_done(self._sending[0][0]):
             self._sending.popleft()
-        self._sending.append((requests, data))
-        return requests
+        self._sending.append((collections.deque(requests), data))
+        return self._sending[-1][0]
 
-    def _are_done(self, requests: list[Any]) -> bool:
-        done: bool = self._mpi.Request.Testall(requests)
-        return done
+    def _are_done(self, requests: _Requests) -> bool:
+        """Whether all are; those found to be so are dropped, as there may be many."""
+        while requests and requests[0].Test():
+            requests.popleft()
+            self._spins = 0
+        return not requests
 
     def _has_room(self) -> bool:
         """Whether not too much is under way."""
