@@ -2558,6 +2558,21 @@ def test_an_example_ends_in_a_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(200)
+def test_the_benchmark_measures_what_it_checks(tmp_path: Path) -> None:
+    argv = [str(HERE / "examples" / "benchmark.py"), "--quick", "--rows"]
+    picture = tmp_path / "benchmark.png"
+    rows = ["map", "broadcast", "MPI round trip"]
+    code, told, err = finish(*argv, *rows, "--plot", str(picture), limit=150)
+    assert code == 0, err
+    measured = ["map of trivial items", "the array to every process", "array: scatter, gather"]
+    for row in measured:
+        assert re.search(rf"\| {row} +\| \d\S+ +\| \d", told), told  # ours, and a peer's
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    told = run_program(*argv, "MPI small broadcast", "MPI object", ranks=3)
+    assert re.search(r"\| small object: broadcast +\| \d\S+ +\| \d", told), told
+
+
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize(("argv", "ranks"), [(["self-test"], None), ([], 4)])
 def test_self_test(argv: list[str], ranks: int | None) -> None:
     table = run_program("-m", MODULE, *argv, ranks=ranks, limit=180)
@@ -3796,7 +3811,9 @@ def test_soak() -> None:
 # All of these tests again, on a copy of the module under another name
 
 # What looks at the project's other files, and what makes copies itself.
-NOT_OF_A_COPY = "example or readme or backend_of_ones_own or two_copies or a_copy_under_another"
+NOT_OF_A_COPY = (
+    "example or benchmark or readme or backend_of_ones_own or two_copies or a_copy_under_another"
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
