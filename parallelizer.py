@@ -1286,7 +1286,7 @@ class Communicator(abc.ABC):
         """Before the function: begin to count anew; main sends the command on its way."""
         self._history.clear()
         self._broken = self._unheard = False
-        self.in_task = None
+        self.spokesman = self.in_task = None
         self.account = _Account()
         command, self._command = self._command, None
         if not self._in_run:
@@ -1390,7 +1390,6 @@ class Communicator(abc.ABC):
 
     def _hear_verdict(self, error: BaseException) -> BaseException:
         """What all ranks raise; this one's own `error`, where main computes and does not hear."""
-        self.spokesman = None
         if self.listen(_GRACE, lambda: self._end.called_off):
             self.listen(math.inf, lambda: self._end.told)
         verdict = self._end.verdict
