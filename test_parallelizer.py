@@ -3200,6 +3200,46 @@ def test_timeout_names_the_missing_and_replaces_them(method: str) -> None:
         ]  # fmt: skip
 
 
+def waits_for_a_sleeper(verb: str, sleeper: int, parallelizer: Par) -> None:
+    if parallelizer.id == sleeper:
+        time.sleep(100)
+    use_verb(verb, parallelizer)
+
+
+def use_verb(verb: str, par: Par) -> None:
+    if verb == "large send":
+        par.send(np.zeros(10**7), 1)
+    elif verb == "imap":
+        list(par.imap(sleeps_on_workers, itertools.repeat(os.getpid(), 20)))
+    elif verb == "map":
+        par.map(abs, range(100))
+    elif verb == "receive":
+        par.receive(0)
+    else:
+        getattr(par, verb)(*([] if verb == "wait" else [np.zeros(9)]))
+
+
+def sleeps_on_workers(main: int) -> None:
+    if os.getpid() != main:
+        time.sleep(100)
+
+
+WAITS = [(0, verb) for verb in ("broadcast", "scatter", "receive", "allreduce", "wait", "map")]
+WAITS += [
+    (1, verb) for verb in ("gather", "large send", "allreduce", "wait", "map", "share", "imap")
+]
+
+
+@pytest.mark.parametrize(("sleeper", "verb"), WAITS)
+def test_timeout_bounds_every_wait(sleeper: int, verb: str) -> None:
+    begun = time.monotonic()
+    with MultiprocessingParallelizer(2, start_method="fork", timeout=0.5) as par:
+        with pytest.raises(WaitTimeout, match=r"waited 0.5 s in .*for rank\(s\) [01],"):
+            par.run(waits_for_a_sleeper, verb, -1 if verb == "imap" else sleeper)
+        expect_to_work(par)
+    assert time.monotonic() - begun < 20
+
+
 # Programs that are interrupted, killed or ended. Each prints "ready" when it is at its stage.
 
 
