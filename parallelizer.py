@@ -568,7 +568,7 @@ class GatherPlan:
         """One target for the single buffer of each message, or None for fresh memory."""
         if self._concatenate is False:
             return None
-        specs = [spec for spec in map(_bare_spec, pickles) if spec and spec.order == "C"]
+        specs = [spec for spec in map(_bare_spec, pickles) if spec]
         fitting = _fitting(specs) if len(specs) == len(pickles) else None
         if fitting is None:
             return None
@@ -1645,11 +1645,7 @@ def _anonymous_file(size: int) -> int:
 class _Port:
     """Reads whole packets from this process's inbox and writes them to the others' inboxes."""
 
-    def __init__(
-        self,
-        inbox: Connection,
-        outboxes: Sequence[Connection],
-    ) -> None:
+    def __init__(self, inbox: Connection, outboxes: Sequence[Connection]) -> None:
         self.inbox = inbox
         self.outboxes = outboxes
         self._partial = b""
@@ -1888,8 +1884,7 @@ class PipeCommunicator(Communicator):
         # What comes to main in a collective is a gather's.
         held = self.process == 0 and call.verb not in ("send", *_WORDS)
         incoming = _Incoming(run, call, tag, head_bytes, held)
-        if run >= self.run:
-            self._streams[source, stream] = incoming
+        self._streams[source, stream] = incoming
         if call.verb not in _WORDS:
             self._deliver(source, incoming)
         self._feed(source, stream, incoming, body[_START_HEAD.size :])
@@ -2071,8 +2066,6 @@ class _MainEnd(PipeCommunicator):
             self._end.failures.setdefault(process, error)
             self._end.called_off = True
         self._end.left.add(process)
-        for readers in self._readers:
-            readers.discard(process)
 
     def _begin_on_others(self, command: Message) -> None:
         self._workers.start_missing()
@@ -2376,10 +2369,7 @@ def _limit_threads(count: int | None, *, raising: bool) -> Callable[[], object]:
     return undo
 
 
-def _new_port(
-    inbox: Connection,
-    outboxes: Sequence[Connection],
-) -> _Port:
+def _new_port(inbox: Connection, outboxes: Sequence[Connection]) -> _Port:
     return _Port(inbox, outboxes) if _POSIX else _WindowsPort(inbox, outboxes)
 
 

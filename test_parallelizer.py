@@ -30,6 +30,7 @@ import copy
 import dataclasses
 import faulthandler
 import functools
+import gc
 import importlib
 import importlib.util
 import io
@@ -49,6 +50,7 @@ import textwrap
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -3599,7 +3601,7 @@ def test_an_unhandled_fault_ends_the_mpi_job(fault: str, stage: str) -> None:
 def mpi_handled() -> None:
     """Every rank handles the same exception, and the job goes on."""
     par = MPIParallelizer()
-    for stage in ("gather", "broadcast", "receive", "large send", "wait"):
+    for stage in ("gather", "broadcast", "receive", "large send", "large gather", "wait"):
         for culprits in ([1], [0], [0, 1, 2]):
             for fault in ("raise", "sys.exit", "unpicklable value"):
                 with pytest.raises(EXCEPTIONS[fault]):
@@ -3636,6 +3638,9 @@ def mpi_late_and_absent() -> None:
     par = MPIParallelizer(timeout=1)
     with pytest.raises(WaitTimeout, match=r"rank\(s\) .*2"):
         par.run(late)
+    told = pytest.raises(WaitTimeout, match="send")
+    with told if par.id < 2 else contextlib.nullcontext():
+        par.run(floods, comm=[0, 1])
     par = MPIParallelizer()
     for mode, kind in (("elsewhere", ContractError), ("raises", Odd), ("elsewhere", ContractError)):
         with pytest.raises(kind):
@@ -3790,6 +3795,336 @@ def test_a_fault_among_a_part_of_the_ranks_ends_the_mpi_job(fault: str, whole: b
     assert told[fault] in err
     if fault != "sys.exit":
         assert f"### rank {3 if fault == 'raise' else 2} of 4 on" in err
+
+
+# -- what is left over ---------------------------------------------------------------------------
+
+
+def streams_once_more(ordered: bool, *, parallelizer: Par) -> Any:
+    imap = parallelizer.imap if ordered else parallelizer.imap_unordered
+    stream = imap(square, itertools.count(1000) if parallelizer.on_main else None)
+    first = next(stream, None)
+    if parallelizer.on_main:
+        stream.close()
+    return first is not None, sorted(imap(square, range(100)))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_stream_gets_nothing_of_one_that_was_left_early(p: Par, ordered: bool) -> None:
+    expect(p, p.run(streams_once_more, ordered), (True, [x * x for x in range(100)]))
+
+
+def lingers(x: int) -> int:
+    time.sleep(0.01)
+    return x
+
+
+def test_a_timeout_is_not_for_workers_that_main_leaves_without_items() -> None:
+    with MultiprocessingParallelizer(3, timeout=1) as par:
+        par.run(ranks)
+        stream = par.imap(lingers, range(100))
+        found = [next(stream)]
+        time.sleep(1.5)  # what main does with a result may take its time
+        assert found + list(stream) == list(range(100))
+
+
+class Slow:
+    """Takes its time to be pickled."""
+
+    def __reduce__(self) -> Any:
+        time.sleep(0.4)
+        return int, ()
+
+
+def computes_after_a_slow_verb(*, parallelizer: Par) -> None:
+    if parallelizer.on_main:
+        parallelizer.receive(1)
+        raise JobError("while rank 1 is in a verb", 1)
+    parallelizer.send("ready", 0)
+    parallelizer.send(Slow(), 0)
+    while True:
+        pass
+
+
+def goes_on_after_all(*, parallelizer: Par) -> None:
+    if parallelizer.on_main:
+        parallelizer.receive(1)
+        raise JobError("while rank 1 computes", 1)
+    parallelizer.send("ready", 0)
+    with contextlib.suppress(BaseException):  # the end of the run, too
+        time.sleep(100)
+    parallelizer.send("one more", 0)
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("body", [computes_after_a_slow_verb, goes_on_after_all])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_news_that_come_within_a_verb_are_heard_at_its_end(
+    method: str, body: Callable[..., None]
+) -> None:
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        before = par.run(pids)
+        with pytest.raises(JobError):
+            par.run(body)
+        assert par.run(pids) == before  # else it would have had to be killed
+
+
+def nests_a_failing_pool(*, parallelizer: Par) -> Any:
+    if not parallelizer.on_main:
+        return parallelizer.send("for main alone", 0)
+    time.sleep(0.2)
+    inner = MultiprocessingParallelizer(3, start_method="fork")
+    with pytest.raises(Odd):
+        inner.run(faulty, "raise", [0], "compute")
+    return [parallelizer.receive(rank) for rank in range(1, parallelizer.nprocs)]
+
+
+def test_workers_of_an_inner_pool_take_nothing_from_the_outer_main() -> None:
+    with MultiprocessingParallelizer(3, start_method="fork", timeout=10) as par:
+        assert par.run(nests_a_failing_pool) == ["for main alone"] * 2
+
+
+def floods(*, parallelizer: Par) -> None:
+    if parallelizer.on_main:
+        for _ in range(10_000):
+            parallelizer.send(bytes(3000), 1)
+    elif parallelizer.id == 1:
+        time.sleep(3)
+
+
+def test_who_sends_waits_for_who_does_not_receive() -> None:
+    """Small messages do not pile up without end."""
+    with MultiprocessingParallelizer(2, timeout=1) as par:
+        par.run(ranks)
+        with pytest.raises(WaitTimeout, match="send"):
+            par.run(floods)
+
+
+def test_a_handle_of_a_released_array_is_not_taken_for_another_one() -> None:
+    with MultiprocessingParallelizer(2) as par:
+        first = par.share(np.zeros(1000))
+        handle, where = pickle.dumps(first), open_descriptors()
+        del first
+        second = par.share(np.ones(1000))
+        assert len(open_descriptors()) == len(where)  # it may lie in the place of the first
+        with pytest.raises(ParallelizerError, match="released"):
+            pickle.loads(handle)
+        assert pickle.loads(pickle.dumps(second)).sum() == 1000
+
+
+def draws_of(seeds: list[np.random.SeedSequence], *, parallelizer: Par) -> Any:
+    return [parallelizer.map(noise, range(3), seed=seed) for seed in seeds]
+
+
+def test_seeds_that_were_spawned_draw_as_their_own_children_do(p: Par) -> None:
+    seeds = np.random.SeedSequence(9).spawn(2)
+    wanted = [
+        [noise(x, rng=np.random.default_rng(child)) for x, child in enumerate(seed.spawn(3))]
+        for seed in np.random.SeedSequence(9).spawn(2)
+    ]
+    expect(p, p.run(draws_of, seeds), wanted)
+
+
+def nests_a_gather(nested: bool, *, parallelizer: Par) -> None:
+    if nested or parallelizer.id == parallelizer.nprocs - 1:
+        comm = [0, parallelizer.nprocs - 1]
+        parallelizer.run(ranks, comm=comm)
+    else:
+        parallelizer.gather(0)
+
+
+def test_a_disagreement_is_told_by_the_calls_of_its_own_run(p: Par) -> None:
+    if p.nprocs > 1:
+        p.run(nests_a_gather, True)
+        text = expect_failure(p, ContractError, nests_a_gather, False)
+        expect(p, text.count("nested"), 1)
+
+
+def leaves_a_message(*, parallelizer: Par) -> Any:
+    for rank in range(parallelizer.nprocs):
+        parallelizer.send("nobody receives this", rank)
+    return parallelizer.allgather(0)
+
+
+def counts_objects(*, parallelizer: Par) -> Any:
+    gc.collect()
+    return parallelizer.gather(len(gc.get_objects()))
+
+
+def test_runs_leave_nothing_in_memory(p: Par) -> None:
+    def grown(times: int) -> list[int]:
+        before = p.run(counts_objects)
+        for _ in range(times):
+            p.run(leaves_a_message)
+        after = p.run(counts_objects)
+        return [new - old for new, old in zip(after, before, strict=True)] if p.on_main else []
+
+    grown(10)
+    expect(p, [growth for growth in grown(100) if growth > 50], [])
+
+
+HELD: list[Any] = []
+
+
+def fails_amid_a_gather(*, parallelizer: Par) -> None:
+    large = np.zeros(3 * MIB)
+    HELD[:] = [weakref.ref(large)]
+    if parallelizer.on_main:
+        time.sleep(0.2)
+        raise JobError("amid a gather", 1)
+    parallelizer.gather(large)
+
+
+def holds(*, parallelizer: Par) -> Any:
+    gc.collect()
+    return parallelizer.gather([one() is not None for one in HELD])
+
+
+def test_what_a_failed_run_has_held_is_let_go_of(p: Par) -> None:
+    before = p.run(pids)
+    assert isinstance(caught_from(p.run, fails_amid_a_gather), JobError)
+    gc.collect()
+    expect(p, [one() for one in HELD], [None])
+    expect_to_work(p)
+    expect(p, p.run(holds), [[False]] * p.nprocs)
+    expect(p, p.run(pids), before)
+
+
+def fails_on_the_last(*, parallelizer: Par) -> None:
+    if parallelizer.id == parallelizer.nprocs - 1:
+        raise JobError("here", 1)
+    parallelizer.wait()
+
+
+def test_an_exception_has_a_remote_cause_only_where_it_comes_from_elsewhere(p: Par) -> None:
+    cause = failure(p, fails_on_the_last).__cause__
+    assert (cause is None) == (p.id == p.nprocs - 1), cause
+    assert cause is None or isinstance(cause, RemoteTraceback)
+
+
+def forks_and_computes() -> None:
+    par = MultiprocessingParallelizer(3)
+    par.__enter__()
+    print("pids", *par.run(pids)[1:], flush=True)
+    if os.fork():
+        announce()
+    time.sleep(100)
+
+
+def test_workers_end_with_main_though_its_child_lives() -> None:
+    with started("import test_parallelizer as t; t.forks_and_computes()") as program:
+        workers = [int(pid) for pid in read_until(program, "ready")[0].split()[1:]]
+        assert len(workers) == 2
+        program.kill()
+        wait_until(lambda: not any(map(alive, workers)))
+        assert group_members(program.pid)  # the child, who lives
+
+
+def forgets_what_it_got(*, parallelizer: Par) -> Any:
+    buffers = []
+    for _ in range(6):
+        got = parallelizer.broadcast(np.zeros(MIB // 4) if parallelizer.on_main else None)
+        buffers.append(weakref.ref(got if got.base is None else got.base))
+        del got
+    parallelizer.wait()
+    return parallelizer.gather(sum(buffer() is not None for buffer in buffers))
+
+
+def test_what_has_been_sent_or_received_is_let_go_of(p: Par) -> None:
+    expect(p, [kept for kept in p.run(forgets_what_it_got) or [] if kept > 2], [])
+
+
+def late_or_wrong(x: int) -> int:
+    rank = MPIParallelizer().id
+    if rank == 1:
+        time.sleep(0.1)
+        raise JobError("while rank 2 computes", 1)
+    time.sleep(2.5 if rank == 2 and not LATE else 0.01)
+    LATE.append(x)
+    return x
+
+
+LATE: list[int] = []
+
+
+def takes_a_while(x: int) -> int:
+    time.sleep(0.2)
+    return x
+
+
+def mpi_tickets() -> None:
+    """Rank 2 goes on to map in a run that has failed, while the others map in the next."""
+    par = MPIParallelizer()
+    with pytest.raises(JobError):
+        par.run(maps_with, late_or_wrong, 60)
+    print_on_main(par.run(maps_with, takes_a_while, 20) == list(range(20)), par)
+
+
+def maps_with(func: Callable[..., Any], count: int, *, parallelizer: Par) -> Any:
+    return parallelizer.map(func, range(count), chunksize=1)
+
+
+@pytest.mark.timeout(100)
+def test_who_is_late_takes_no_items_of_the_next_run() -> None:
+    call = "import test_parallelizer as t; t.mpi_tickets()"
+    code, out, err = finish("-c", call, ranks=3, limit=60)
+    assert (code, out) == (0, "True\n"), err
+
+
+def test_the_others_that_failed_are_noted(p: Par, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallelizer._SETTLING", 5)  # main goes on once all have failed
+    error = failure(p, talks_to_nobody, "send", 99)
+    told = [f"rank {rank} failed too: ValueError" for rank in range(1, p.nprocs)]
+    notes = getattr(error, "__notes__", [])
+    expect(p, [note[: len(start)] for note, start in zip(notes, told, strict=False)], told)
+
+
+def test_more_chunks_are_asked_for_than_there_are_tickets(p: Par) -> None:
+    expect(p, p.run(maps_with, square, 40_000), [x * x for x in range(40_000)])
+
+
+def test_the_order_of_comm_does_not_matter(p: Par) -> None:
+    found = p.run(process_ids, comm=list(reversed(range(p.nprocs))))
+    expect(p, found, p.run(process_ids))
+
+
+def goes_on_after_an_interrupt(*, parallelizer: Par) -> None:
+    if parallelizer.on_main:
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            parallelizer.receive(1)
+        signal.signal(signal.SIGALRM, before)
+    else:
+        time.sleep(0.5)
+    parallelizer.gather(0)
+
+
+def test_no_verb_goes_on_after_one_that_was_interrupted() -> None:
+    with MultiprocessingParallelizer(2) as par:
+        expect_failure(par, ContractError, goes_on_after_an_interrupt)
+
+
+def forks_and_runs() -> None:
+    with MultiprocessingParallelizer(3) as par:
+        par.run(ranks)
+        child = os.fork()
+        if not child:
+            os._exit(par.run(ranks) != [0, 1, 2])
+        assert os.waitpid(child, 0)[1] == 0
+        assert par.run(ranks) == [0, 1, 2]
+
+
+def test_a_forked_child_runs_on_a_pool_of_its_own() -> None:
+    run_program("-c", "import test_parallelizer as t; t.forks_and_runs()", limit=20)
+
+
+def test_the_environment_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    par = MultiprocessingParallelizer(2, start_method="spawn", threads_per_process=1)
+    assert par.run(ranks) == [0, 1]
+    assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
 # -- soak: seeded disorder -----------------------------------------------------------------------
