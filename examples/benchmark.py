@@ -443,6 +443,7 @@ def draw(parts: list[Table], filename: str) -> None:
                 bars[peer] = axis.barh(place, values[peer], 0.1, color=color)
         axis.set(xscale="log", xlabel="milliseconds")
         axis.set_yticks(range(len(part)), [CASES[row].title for row in part])
+        axis.margins(y=0.01)
         axis.invert_yaxis()
         axis.legend(bars.values(), bars, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(filename, dpi=150)
