@@ -3315,8 +3315,11 @@ def test_one_interrupt_is_one_traceback(method: str, stage: str, target: str) ->
 @contextlib.contextmanager
 def started(call: str) -> Iterator[subprocess.Popen[str]]:
     """A program in a process group of its own, as a terminal would start it."""
-    # Python itself leaves the file open whose import a signal ends.
-    strictly = ["-W", "error", "-W", "ignore::ResourceWarning:_frozen_importlib_external"]
+    # Python itself leaves the file open whose import a signal ends; its importer goes by another
+    # name once `importlib` is imported.
+    strictly = ["-W", "error"]
+    for importer in ("_frozen_importlib_external", "importlib._bootstrap_external"):
+        strictly += ["-W", f"ignore::ResourceWarning:{importer}"]
     program = subprocess.Popen(
         [sys.executable, *strictly, "-c", call], cwd=HERE, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
