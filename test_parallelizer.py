@@ -141,7 +141,9 @@ def fresh(engine: str) -> Par:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _warnings_are_errors_in_children_too() -> Iterator[None]:
+def _children_warn_strictly_and_heed_interrupts() -> Iterator[None]:
+    # Who is started in the background of a shell script inherits that this signal is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONWARNINGS", "error")
         # The tests start hundreds of interpreters: none need compile what another has compiled.
@@ -3325,12 +3327,12 @@ def started(call: str) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"PARALLELIZER_TEST_PROGRAM": call},
     )  # fmt: skip
-    try:
-        with program:
+    with program:
+        try:
             yield program
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(program.pid, signal.SIGKILL)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
 
 
 def read_until(program: subprocess.Popen[str], word: str) -> list[str]:
