@@ -1082,6 +1082,19 @@ class Communicator(abc.ABC):
             places[0][:] = message.buffers[0]
         return [message, *(self._complete(parcel, process) for process, parcel in others.items())]
 
+    def gather_in_turn(self, message: Message) -> Iterator[Message]:
+        """The other ranks' messages on rank 0, each moved when it is asked for; none elsewhere."""
+        if self.rank > 0:
+            self._transmit([0], self._outgoing(message))
+            return iter(())
+        others = self._collect(self.members[1:])
+        return (self._take_in(others.pop(process), process) for process in self.members[1:])
+
+    def _take_in(self, parcel: Parcel, process: int) -> Message:
+        self._wait_until(parcel.has_head, lambda: [process])
+        parcel.place(None)
+        return self._complete(parcel, process)
+
     def barrier(self) -> None:
         """Return when every rank has called it."""
         self.gather(_NOTHING, GatherPlan(False))
@@ -2494,7 +2507,7 @@ def _die_with_main(life: Any) -> Any:
 # What 1,000 ranks cost, on paper: a broadcast takes 10 steps of one letter each, `wait` 20, a
 # large array 30 and a Bcast; `gather` and `scatter` have main handle 1,000 letters, some 10 ms,
 # and move each byte once; a run ends with a letter from each rank and one to each, some 20 ms.
-# `reduce` and `allreduce` hold 1,000 values on main, as they fold in rank order. `map` broadcasts
+# `reduce` and `allreduce` have main fold 1,000 values, one after the other. `map` broadcasts
 # its data, takes a ticket per chunk by a Fetch_and_op on main's memory (8,192 chunks at most),
 # and gathers the results. A failure costs main three letters to each rank. A rank holds two
 # communicators, and nothing per other rank.
@@ -3503,10 +3516,10 @@ class Parallelizer:
 
         On three processes it is 8.
         """
-        fold = _reduction(op)
+        op = _reduction(op)
         with self._calling("reduce") as comm:
-            values = self._gather(comm, data, False)
-            return functools.reduce(fold, values) if comm.rank == 0 else values
+            fold = self._folding(comm, data, op)
+            return fold() if comm.rank == 0 else Parallelizer.InWorkerProcess
 
     def allreduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
         """As `reduce`, with the result on every process.
@@ -3516,10 +3529,19 @@ class Parallelizer:
         >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.allreduce(np.ones(2)))
         array([1., 1.])
         """
-        fold = _reduction(op)
+        op = _reduction(op)
         with self._calling("allreduce") as comm:
-            values = self._gather(comm, data, False)
-            return self._from_main(comm, lambda: functools.reduce(fold, values))
+            return self._from_main(comm, self._folding(comm, data, op))
+
+    def _folding(
+        self, comm: Communicator, data: Any, op: Callable[[Any, Any], Any]
+    ) -> Callable[[], Any]:
+        """Have all data sent to main; what is returned folds it there, a value at a time."""
+        data = _plain(data)
+        messages: Iterator[Message] = iter(())
+        if comm.size > 1:
+            messages = comm.gather_in_turn(_pack(data, f"what rank {comm.rank} reduces"))
+        return functools.partial(_fold, op, data, messages)
 
     def send(self, data: Any, loc: int, tag: int = 0) -> None:
         """Send `data` to rank `loc`, which must `receive` it under the same `tag`.
@@ -4149,6 +4171,16 @@ def _checked_address(loc: int, tag: int, size: int) -> tuple[int, int]:
     if not 0 <= tag < 2**31:
         raise ValueError(f"tag must be a number from 0 to 2**31 - 1, not {tag}")
     return loc, tag
+
+
+def _fold(op: Callable[[Any, Any], Any], own: Any, messages: Iterator[Message]) -> Any:
+    """Main's `own` value and the others', in rank order."""
+    others = (_unpack(message, f"what rank {i} reduces") for i, message in enumerate(messages, 1))
+    try:
+        return functools.reduce(op, others, own)
+    except Exception:
+        collections.deque(messages, 0)  # the others send theirs, whatever becomes of it
+        raise
 
 
 class _Refusal(Failure):

@@ -49,6 +49,7 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -1248,6 +1249,40 @@ def test_an_op_that_fails(p: Par) -> None:
         p.run(folds_into_a_failure)
     else:
         expect_failure(p, KeyError, folds_into_a_failure)
+
+
+def survives_a_failed_fold(size: int, *, parallelizer: Par) -> Any:
+    data = np.full(size, parallelizer.id)
+    if parallelizer.nprocs > 1:
+        with pytest.raises(KeyError):
+            parallelizer.allreduce(data, refuses_to_fold)
+        with pytest.raises(KeyError) if parallelizer.on_main else contextlib.nullcontext():
+            parallelizer.reduce(data, refuses_to_fold)
+    return parallelizer.allreduce(parallelizer.id)
+
+
+@pytest.mark.parametrize("size", [0, 10, 2 * MIB])
+def test_a_failed_fold_can_be_caught(p: Par, size: int) -> None:
+    expect(p, p.run(survives_a_failed_fold, size), sum(range(p.nprocs)))
+
+
+def memory_of_a_reduction(verb: str, *, parallelizer: Par) -> Any:
+    data = np.ones(MIB)
+    if parallelizer.on_main:
+        tracemalloc.start()
+    try:
+        getattr(parallelizer, verb)(data)
+        return tracemalloc.get_traced_memory()[1] / data.nbytes if parallelizer.on_main else 0
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("verb", ["reduce", "allreduce"])
+def test_a_reduction_holds_few_values_at_once(engine: str, verb: str) -> None:
+    """Namely what is folded already, the next value, and what becomes of the two."""
+    par = create(engine, 5)
+    peak = par.run(memory_of_a_reduction, verb)
+    expect(par, par.on_main and peak > 3.5, False)
 
 
 def reduces_badly(op: Any, *, parallelizer: Par) -> None:
