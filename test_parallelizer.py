@@ -934,6 +934,36 @@ def test_array_subclasses_stay_what_they_are(p: Par) -> None:
 
 # Sizes around those at which a transport may change its way: pipe, ring, slot, several slots.
 SIZES = [size + by for size in (4096, 64 * 1024, MIB, 2 * MIB, 4 * MIB) for by in (-1, 0, 1)]
+PART_SIZES = (5000, 0, 4097, 1, 65_536, 65_535, 0, 30_000, MIB + 1, 4096, 200_000, 9000, 0, 0)
+
+
+def moves_many_parts(repeats: int, *, parallelizer: Par) -> Any:
+    def parts(seed: int) -> list[np.ndarray[Any, Any]]:
+        sizes = PART_SIZES * repeats
+        return [np.arange(seed + i, seed + i + n).astype("u1") for i, n in enumerate(sizes)]
+
+    def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+        return len(a) == len(b) and all(map(np.array_equal, a, b))
+
+    here, size = parallelizer.id, parallelizer.nprocs
+    found = parallelizer.broadcast(parts(0) if here == 0 else None)
+    right = [same(found, parts(0)), all(part.flags.writeable for part in found)]
+    gathered = parallelizer.gather(parts(here), concatenate=False)
+    right += [same(g, parts(i)) for i, g in enumerate(gathered)] if here == 0 else []
+    mine = parallelizer.scatter([parts(i) for i in range(size)] if here == 0 else None)
+    right.append(same(mine[0], parts(here)))
+    if here == size - 1:
+        parallelizer.send(parts(7), 0)
+    if here == 0:
+        right.append(same(parallelizer.receive(size - 1), parts(7)))
+    return parallelizer.allreduce(all(right), "min")
+
+
+@pytest.mark.parametrize("repeats", [1, 7])
+def test_objects_of_many_buffers_of_all_sizes(p: Par, repeats: int) -> None:
+    expect(p, p.run(moves_many_parts, repeats), True)
+
+
 SIZES += [0, 1, 10 * MIB + 7]
 
 
