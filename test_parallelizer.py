@@ -46,6 +46,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -933,7 +934,6 @@ def test_array_subclasses_stay_what_they_are(p: Par) -> None:
 
 
 # Sizes around those at which a transport may change its way: pipe, ring, slot, several slots.
-SIZES = [size + by for size in (4096, 64 * 1024, MIB, 2 * MIB, 4 * MIB) for by in (-1, 0, 1)]
 PART_SIZES = (5000, 0, 4097, 1, 65_536, 65_535, 0, 30_000, MIB + 1, 4096, 200_000, 9000, 0, 0)
 
 
@@ -964,6 +964,7 @@ def test_objects_of_many_buffers_of_all_sizes(p: Par, repeats: int) -> None:
     expect(p, p.run(moves_many_parts, repeats), True)
 
 
+SIZES = [size + by for size in (4096, 64 * 1024, MIB, 2 * MIB, 4 * MIB) for by in (-1, 0, 1)]
 SIZES += [0, 1, 10 * MIB + 7]
 
 
@@ -1294,6 +1295,28 @@ def survives_a_failed_fold(size: int, *, parallelizer: Par) -> Any:
 @pytest.mark.parametrize("size", [0, 10, 2 * MIB])
 def test_a_failed_fold_can_be_caught(p: Par, size: int) -> None:
     expect(p, p.run(survives_a_failed_fold, size), sum(range(p.nprocs)))
+
+
+def folds_badly_beside_a_failure(*, parallelizer: Par) -> None:
+    """Rank 1 fails while main folds its value, and rank 2 has most of its own still to send."""
+    main_folds = Path(parallelizer.broadcast(f"{tempfile.gettempdir()}/fold-{os.getpid()}"))
+
+    def refuses(a: Any, b: Any) -> Any:
+        main_folds.touch()
+        time.sleep(0.2)
+        raise KeyError(a, b)
+
+    parallelizer.reduce(np.zeros(4 * MIB if parallelizer.id == 2 else 1), refuses)
+    if parallelizer.id == 1:
+        while not main_folds.exists():
+            time.sleep(0.01)
+        main_folds.unlink()
+        raise ValueError("rank 1")
+
+
+def test_an_op_that_fails_beside_another_rank(p: Par) -> None:
+    if p.nprocs > 2:
+        expect_failure(p, KeyError, folds_badly_beside_a_failure)
 
 
 def memory_of_a_reduction(verb: str, *, parallelizer: Par) -> Any:
