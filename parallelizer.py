@@ -186,8 +186,7 @@ class Failure(NamedTuple):
     def of(cls, error: BaseException, rank: int, size: int) -> Failure:
         """Of this process, which is `rank` of `size`."""
         header = _headline(rank, size)
-        lines = traceback.format_exception(type(error), error, error.__traceback__)
-        return cls(rank, _summary(error), f"{header}\n{''.join(lines)}", _dump_exception(error))
+        return cls(rank, _summary(error), f"{header}\n{_formatted(error)}", _dump_exception(error))
 
     def exception(self) -> BaseException:
         """The original exception, or a `WorkerError`, caused by its `RemoteTraceback`."""
@@ -247,8 +246,20 @@ def _headline(rank: int, size: int) -> str:
     return f"### rank {rank} of {size} on {_hostname()} (pid {os.getpid()})"
 
 
+def _formatted(error: BaseException) -> str:
+    """Traceback and text; what can be told, where the exception resists (whatever is in it)."""
+    try:
+        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception:
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        return f"Traceback (most recent call last):\n{frames}{_summary(error)}\n"
+
+
 def _summary(error: BaseException) -> str:
-    return "".join(traceback.format_exception_only(type(error), error)).strip()
+    try:
+        return "".join(traceback.format_exception_only(type(error), error)).strip()
+    except Exception as why:
+        return f"{type(error).__name__} (to format it raises {type(why).__name__})"
 
 
 def _add_note(error: BaseException, note: str) -> None:
@@ -2506,9 +2517,9 @@ def _die_with_main(life: Any) -> Any:
 # -- MPI: letters, and buffer verbs for what is large --------------------------------------------
 #
 # What a parcel says of itself, and the parts of its message that fit into _EAGER_BYTES, make a
-# *letter*, which the receiver probes for; longer parts follow as they are, from array to array.
-# So the blocks of gather and scatter go straight between main and the others, and a broadcast
-# goes down a binomial tree.
+# *letter*, which the receiver probes for. The others follow: short ones together, and those from
+# _LONG_BYTES on as they are, from array to array. So the blocks of gather and scatter go straight
+# between main and the others, and a broadcast goes down a binomial tree.
 #
 # From _BCAST_BYTES on, a broadcast goes by Bcast, which cannot be interrupted, so that all ranks
 # *agree* before: word goes up the tree that all are here, and down again that all may go on.
@@ -4161,11 +4172,15 @@ def _restored(kind: type[Parallelizer], key: str, options: dict[str, Any]) -> Pa
     return found._here()
 
 
-def _share(array: Any) -> np.ndarray[Any, Any]:
+def _sharable(array: Any) -> np.ndarray[Any, Any]:
     data = np.asarray(array)
     if not _is_raw(data):
         raise TypeError(f"share needs an array of plain numbers or text, not {_describe(array)}")
-    spec, content = _raw(data)
+    return data
+
+
+def _share(array: Any) -> np.ndarray[Any, Any]:
+    spec, content = _raw(_sharable(array))
     memory = _SharedMemory.create(content)
     flat = _shared_view(memory.handle, 0, spec.dtype, (math.prod(spec.shape),), None)
     return flat.reshape(spec.shape, order=spec.order)
@@ -4175,7 +4190,7 @@ def _share_in_run(array: Any = None, *, parallelizer: Parallelizer) -> Any:
     """On each machine the lowest rank makes the copy, and the others attach to it."""
     comm = parallelizer._speaking("share")
     if comm.size == 1:
-        view = np.asarray(array).view()
+        view = _sharable(array).view()
         view.flags.writeable = False
         return view
     hosts = parallelizer.allgather(_hostname())
@@ -4476,11 +4491,18 @@ class _Dealer:
                     count += len(finished)
                     reached(count)
                     yield from finished
-            finally:
-                # Not where the run has failed, which the workers hear of anyway.
-                with contextlib.suppress(RunEnded):
-                    for rank in self._supply:
-                        self._send(rank, None)
+            except BaseException:
+                with contextlib.suppress(ContractError):  # where that has interrupted a call
+                    self._dismiss()
+                raise
+            else:
+                self._dismiss()
+
+    def _dismiss(self) -> None:
+        # Not where the run has failed, which the workers hear of anyway.
+        with contextlib.suppress(RunEnded):
+            for rank in self._supply:
+                self._send(rank, None)
 
     def _next_finished(self) -> list[Any] | None:
         """The results to be yielded next; None after the last."""

@@ -1319,6 +1319,37 @@ def test_an_op_that_fails_beside_another_rank(p: Par) -> None:
         expect_failure(p, KeyError, folds_badly_beside_a_failure)
 
 
+def raises_what_cannot_be_formatted(failing: int, *, parallelizer: Par) -> None:
+    if parallelizer.id == failing:
+        whose_text_is_no_text: Any = ("page.html", 3, 2, 123)
+        raise SyntaxError("bad template", whose_text_is_no_text)
+    parallelizer.wait()
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_an_exception_that_cannot_be_formatted(p: Par, failing: int) -> None:
+    rank = min(failing, p.nprocs - 1)
+    assert "bad template" in expect_failure(p, SyntaxError, raises_what_cannot_be_formatted, rank)
+
+
+def naps_unless_on(main: int, _: int) -> None:
+    time.sleep(0 if os.getpid() == main else 5)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_what_interrupts_an_imap_is_what_it_raises(method: str) -> None:
+    with create(method, 2) as par:
+        alarm = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                list(par.imap(functools.partial(naps_unless_on, os.getpid()), range(3)))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarm)
+        expect_to_work(par)
+
+
 def memory_of_a_reduction(verb: str, *, parallelizer: Par) -> Any:
     data = np.ones(MIB)
     if parallelizer.on_main:
@@ -3000,8 +3031,9 @@ def test_shared_arrays_are_gathered_as_arrays(p: Par) -> None:
     expect(p, p.run(gathers_shared), (np.arange(12.0), twos, twos))
 
 
-def test_what_cannot_be_shared() -> None:
-    with MultiprocessingParallelizer(2) as par, pytest.raises(TypeError, match="object"):
+@pytest.mark.parametrize("engine", ["serial", "fork"])
+def test_what_cannot_be_shared(engine: str) -> None:
+    with create(engine, 2) as par, pytest.raises(TypeError, match="object"):
         par.share(np.array([None]))
 
 
