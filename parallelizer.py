@@ -59,7 +59,6 @@ import abc
 import atexit
 import collections
 import contextlib
-import copyreg
 import enum
 import functools
 import importlib
@@ -422,6 +421,7 @@ class Message(NamedTuple):
 
     pickled: bytes
     buffers: Sequence[_Bytes]
+    relaid: bool = False  # whether an array lies in memory in another order once it is unpacked
 
     @property
     def nbytes(self) -> int:
@@ -469,6 +469,12 @@ def _raw(array: np.ndarray[Any, Any]) -> tuple[_ArraySpec, np.ndarray[Any, Any]]
     return spec, array.reshape(-1, order=order).view(np.uint8)
 
 
+def _is_laid_out(array: np.ndarray[Any, Any]) -> bool:
+    """Whether the array lies in memory as it will on a process that it is sent to."""
+    flags = array.flags
+    return (flags.forc and flags.aligned) or array.nbytes == 0
+
+
 def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
     """As bytes apart, also where numpy would pickle them (strided arrays, datetime64)."""
     small = array.nbytes <= _SMALL_BYTES and array.dtype.isnative  # as numpy makes all others
@@ -478,23 +484,42 @@ def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
     return spec.build, (pickle.PickleBuffer(data),)  # type: ignore[arg-type,unused-ignore]
 
 
-def _dump(obj: Any, stream: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> None:
-    pickler = pickle.Pickler(stream, 5, buffer_callback=buffers.append)
-    pickler.dispatch_table = {**copyreg.dispatch_table, np.ndarray: _reduce_array}
-    pickler.dump(obj)
+class _Pickler(pickle.Pickler):
+    """Says how the objects are pickled of which this module knows better than they do."""
+
+    def __init__(self) -> None:
+        self.stream = io.BytesIO()
+        self.buffers: list[pickle.PickleBuffer] = []
+        self.relaid = False  # see `Message`
+        super().__init__(self.stream, 5, buffer_callback=self.buffers.append)
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, np.ndarray):
+            self.relaid = self.relaid or not _is_laid_out(obj)
+            if type(obj) is np.ndarray:
+                return _reduce_array(obj)
+        return NotImplemented
+
+    def message(self, obj: Any) -> Message:
+        self.dump(obj)
+        buffers = [_as_bytes(buffer.raw()) for buffer in self.buffers]
+        return Message(self.stream.getvalue(), buffers, self.relaid)
 
 
 @functools.cache
-def _by_value_pickler() -> Any:
-    cloudpickle = importlib.import_module("cloudpickle")
-    # On the class, as cloudpickle's own table is, which would hide that of an instance.
-    table = cloudpickle.Pickler.dispatch_table.new_child({np.ndarray: _reduce_array})
-    return type("_ByValuePickler", (cloudpickle.Pickler,), {"dispatch_table": table})
-
-
-def _dump_by_value(obj: Any, stream: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> None:
+def _by_value_pickler() -> type[_Pickler]:
     """For functions that cannot be found by name: lambdas, closures, a notebook's."""
-    _by_value_pickler()(stream, 5, buffer_callback=buffers.append).dump(obj)
+    cloudpickle: Any = importlib.import_module("cloudpickle")
+
+    def reducer_override(self: Any, obj: Any) -> Any:
+        reduced = _Pickler.reducer_override(self, obj)
+        if reduced is not NotImplemented:
+            return reduced
+        return cloudpickle.Pickler.reducer_override(self, obj)
+
+    # The constructor is `_Pickler`'s, which calls that of cloudpickle as the next one.
+    bases = (_Pickler, cloudpickle.Pickler)
+    return type("_ByValuePickler", bases, {"reducer_override": reducer_override})
 
 
 def _main_is_lost_to_others() -> bool:
@@ -508,22 +533,17 @@ def _pack(obj: Any, what: str) -> Message:
     """Pack `obj`; `what` names it in the `PackingError`."""
     if type(obj) is np.ndarray and _is_raw(obj):
         spec, data = _raw(obj)
-        return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data])
+        return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data], not _is_laid_out(obj))
     failure: Exception | None = None
-    for attempt in (
-        (_dump_by_value, _dump) if _main_is_lost_to_others() else (_dump, _dump_by_value)
-    ):
-        stream = io.BytesIO()
-        buffers: list[pickle.PickleBuffer] = []
+    lost = _main_is_lost_to_others()
+    for by_value in (lost, not lost):
         try:
-            attempt(obj, stream, buffers)
-        except ModuleNotFoundError as missing:
+            return (_by_value_pickler() if by_value else _Pickler)().message(obj)
+        except ModuleNotFoundError as missing:  # noqa: PERF203 - two tries, not many
             if missing.name != "cloudpickle":
                 raise
         except Exception as why:  # whatever a user's __reduce__ may raise
             failure = failure or why
-        else:
-            return Message(stream.getvalue(), [_as_bytes(buffer.raw()) for buffer in buffers])
     raise PackingError(
         f"cannot pickle {what} ({_describe(obj)}): {_summary(failure or Exception())}. Nothing "
         f"was sent. Functions and classes must stand at the top level of a module; lambdas and "
@@ -555,8 +575,8 @@ def _unpack(message: Message, what: str) -> Any:
 
 def _dumps(obj: Any) -> bytes:
     """Pack in one piece: for what is small or seldom."""
-    pickled, buffers = _pack([obj], "an object")  # in a list, so as to be no bare array
-    return pickle.dumps((pickled, [bytearray(buffer) for buffer in buffers]))
+    message = _pack([obj], "an object")  # in a list, so as to be no bare array
+    return pickle.dumps((message.pickled, [bytearray(buffer) for buffer in message.buffers]))
 
 
 def _loads(data: bytes) -> Any:
@@ -2734,8 +2754,8 @@ class MPICommunicator(Communicator):
     ) -> _Requests:
         """Send a letter on its way, and what follows it; the requests of that."""
         assert parcel.message is not None
-        (depth, number, verb), (pickled, buffers) = parcel.call, parcel.message
-        parts: list[Any] = [pickled, *buffers]
+        depth, number, verb = parcel.call
+        parts: list[Any] = [parcel.message.pickled, *parcel.message.buffers]
         sizes = [len(part) for part in parts]
         riding = _riding(sizes)
         self._bulk_tag = tag = self._bulk_tag % _BULK_TAGS + 1
