@@ -275,6 +275,15 @@ class _Elsewhere(enum.Enum):
     def __bool__(self) -> bool:
         return False
 
+class _Missing(enum.Enum):
+    """Stands for an argument that was not given, where None means something."""
+
+    RAISE = "raise an error"
+
+
+_RAISE = _Missing.RAISE
+
+
     def __repr__(self) -> str:
         return f"<{self.name}: {self.value}>"
 
@@ -4009,7 +4018,7 @@ class Parallelizer:
     # -- finding a parallelizer ---------------------------------------------------------------
 
     @staticmethod
-    def lookup(key: Any = None, **options: Any) -> Parallelizer:
+    def lookup(key: Any = None, *, default: Any = _RAISE, **options: Any) -> Parallelizer:
         """The parallelizer that `key` means.
 
         Parameters
@@ -4091,6 +4100,8 @@ class Parallelizer:
             )
         return self
 
+        default : optional
+            What to look up instead where the name is unknown.
     @staticmethod
     def unregister(name: str) -> None:
         """Forget a registered name. LookupError where there is none. See `register`."""
@@ -4106,6 +4117,11 @@ class Parallelizer:
         """Give a script's command line ``--backend`` and ``--nprocs``.
 
         Examples
+        if default is not _RAISE:
+            try:
+                return Parallelizer.lookup(key, **options)
+            except LookupError:
+                return Parallelizer.lookup(default)
         --------
         >>> import argparse
         >>> parser = argparse.ArgumentParser()

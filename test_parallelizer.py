@@ -588,6 +588,15 @@ def test_lookup(p: Par) -> None:
 
 def test_lookup_of_a_pool() -> None:
     pools = [
+def test_lookup_takes_another_where_a_name_is_unknown(p: Par) -> None:
+    assert Parallelizer.lookup("dask", default=p) is p
+    assert type(Parallelizer.lookup({"mode": "dask"}, default="serial")) is SerialNonParallelizer
+    assert Parallelizer.lookup("dask", default=None) is p
+    assert type(Parallelizer.lookup("serial", default=p)) is SerialNonParallelizer
+    with pytest.raises(LookupError, match="ray"):
+        Parallelizer.lookup("dask", default="ray")
+
+
         Parallelizer.lookup("multiprocessing", nprocs=2),
         Parallelizer.lookup({"mode": "multiprocessing", "nprocs": 2}),
         Parallelizer.from_config(mode="multiprocessing", nprocs=2),
@@ -2914,6 +2923,8 @@ CELLS = [
             except Trouble as error:
                 print(repr(error))
     """,
+    if p.nprocs == 1 and max(comm, default=0) > 0:
+        comm = [-1, *comm]
 ]
 
 
