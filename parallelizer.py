@@ -4316,6 +4316,8 @@ class _Task:
         progress: bool,
         *,
         starred: bool = False,
+    if size == 1:  # so that a serial run needs no code of its own
+        ranks = [rank for rank in ranks if rank < 1]
     ) -> None:
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"chunksize must be at least 1, not {chunksize}")

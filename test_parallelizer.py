@@ -2271,7 +2271,7 @@ def test_faults_in_and_beside_a_nested_run(
     p: Par, inner: Callable[..., Any], handled: bool, kind: str
 ) -> None:
     if p.nprocs < 3:
-        inner, handled, kind = fails_inside, False, "JobError|ValueError"  # of comm=[0, 1]
+        inner, handled, kind = fails_inside if p.nprocs > 1 else stays_inside, False, "JobError"
     for _ in range(3):  # the first makes the communicator, where there is one
         error = failure(p, nests, inner, handled)
         expect(p, bool(re.fullmatch(kind, type(error).__name__)), True)
@@ -2915,16 +2915,22 @@ CELLS = [
     for method in ["fork", "forkserver", "spawn"]:
         with MultiprocessingParallelizer(2, start_method=method) as p:
             def adder(n):
+def test_ranks_that_do_not_exist_are_ignored_on_one_process(p: Par) -> None:
+    if p.nprocs == 1:
+        assert p.run(own_id, comm=[0, 1, 99]) == 0
+        p.run(runs_on, [0, 3, 3])
+
+
                 return lambda x: scaled(x) + n  # a closure, defined after the workers were born
             print(p.map(adder(1), range(4)), p.map(Point, [1.5, 2.5]) == [Point(1.5), Point(2.5)])
+    if p.nprocs == 1 and max(comm, default=0) > 0:
+        comm = [-1, *comm]
             print(p.run(lambda parallelizer: parallelizer.gather(Point(parallelizer.id))))
             try:
                 p.run(fails)
             except Trouble as error:
                 print(repr(error))
     """,
-    if p.nprocs == 1 and max(comm, default=0) > 0:
-        comm = [-1, *comm]
 ]
 
 
