@@ -180,12 +180,14 @@ class Failure(NamedTuple):
     summary: str
     traceback: str
     pickled: bytes | None  # None where the exception cannot be pickled
+    consequence: bool = False  # see `_is_consequence`
 
     @classmethod
     def of(cls, error: BaseException, rank: int, size: int) -> Failure:
         """Of this process, which is `rank` of `size`."""
         header = _headline(rank, size)
-        return cls(rank, _summary(error), f"{header}\n{_formatted(error)}", _dump_exception(error))
+        told = f"{header}\n{_formatted(error)}"
+        return cls(rank, _summary(error), told, _dump_exception(error), _is_consequence(error))
 
     def exception(self) -> BaseException:
         """The original exception, or a `WorkerError`, caused by its `RemoteTraceback`."""
@@ -200,6 +202,13 @@ class Failure(NamedTuple):
             )
         error.__cause__ = RemoteTraceback(self.traceback)
         return error
+
+
+def _is_consequence(error: Failure | BaseException) -> bool:
+    """Whether what another process raised is likely to be the cause of this."""
+    if isinstance(error, Failure):
+        return error.consequence
+    return isinstance(error, (ContractError, PackingError, WaitTimeout))
 
 
 def _dump_exception(error: BaseException) -> bytes | None:
@@ -1399,14 +1408,16 @@ class Communicator(abc.ABC):
             self._in_run = False
 
     def _call_off(self, error: BaseException) -> BaseException:
-        """On main: have all leave the run, and find the failure of the lowest rank."""
+        """On main: have all leave the run, and find the failure that is to be told."""
         failures = self._end.failures
         if not isinstance(error, RunEnded) or not failures:  # it may be an outer run's
             failures[0] = error
         try:
             self._make_all_leave(error)
         finally:  # whatever interrupts that, the others wait for the verdict
-            (self.spokesman, first), *others = sorted(failures.items())
+            (self.spokesman, first), *others = sorted(
+                failures.items(), key=lambda failure: (_is_consequence(failure[1]), failure[0])
+            )
             self._tell_verdict(first)
         raised = first.exception() if isinstance(first, Failure) else first
         for rank, other in others:

@@ -1928,6 +1928,153 @@ def by_dynesty(pool: Any) -> Any:
     return sampler.results.samples, sampler.results.logz
 
 
+class Molecule:
+    """Loses what it has computed when it is pickled."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.energy = number, 2.5
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+
+def has_energy(one: Any, *_: Any) -> bool:
+    return hasattr(one, "energy")
+
+
+def molecules(block: Sequence[int]) -> list[Molecule]:
+    return [Molecule(x) for x in block]
+
+
+def tells_copies(*, parallelizer: Par) -> set[bool]:
+    """Send objects in every way, and see whether what arrives has what its pickle has not."""
+    par, ours = parallelizer, [Molecule(x) for x in range(12)]
+    heard: list[Any] = []
+    par.map(Molecule, range(12), callback=heard.append)
+    found = [*heard, *par.imap(Molecule, range(12)), *par.imap_unordered(Molecule, range(12), 2)]
+    if par.on_main:
+        found += par.map(Molecule, range(12)) + par.starmap(Molecule, [(x,) for x in range(12)])
+        found += par.map(molecules, range(12), vectorized=True)
+        told = par.map(has_energy, ours)
+    else:
+        par.map(Molecule, None), par.starmap(Molecule, None)
+        par.map(molecules, None, vectorized=True), par.map(has_energy, None)
+        told = []
+    if par._runs_here():
+        found += [*par.scatter(ours), *itertools.chain(*par.allgather(ours))]
+        found += par.allreduce([ours[0]], operator.add)
+    return {*told, *map(has_energy, found)}
+
+
+def merges_copies(*, parallelizer: Par) -> set[bool]:
+    return set().union(*parallelizer.allgather(tells_copies(parallelizer=parallelizer)))
+
+
+@BOTH_WAYS
+def test_results_do_not_tell_who_computed_them(p: Par, way: Any) -> None:
+    """Of several processes, all have copies; a single one has the objects themselves."""
+    found = way(p, merges_copies if way is spmd else tells_copies)
+    expect(p, found if p.on_main else None, {p.nprocs == 1})
+
+
+# Of what is passed to a verb, main's words count on every process.
+
+
+def says_its_own(way: str, *, parallelizer: Par) -> Any:
+    par, main = parallelizer, parallelizer.on_main
+    options: dict[str, Any] = {"extra_kwargs": {"k": "main's"}, "seed": 5, "chunksize": 2}
+    others = {"extra_kwargs": {"k": par.id}, "seed": par.id, "chunksize": "nonsense"}
+    data, extra = (range(9), ("main's",)) if main else (None, None)
+    if way == "blocks":
+        options = {"extra_kwargs": {"k": "main's"}, "vectorized": True, "concatenate": False}
+    heard: list[Any] = []
+    if way == "callback":
+        options["callback"] = heard.append
+    given: Any = options if main else others
+    result: Any
+    if way in ("imap", "imap_unordered"):
+        result = sorted(getattr(par, way)(quotes, data, extra_args=extra, **given))
+        return result or Parallelizer.InWorkerProcess
+    if way == "starmap":
+        result = par.starmap(quotes, data and [(x,) for x in data], extra, **given)
+    else:
+        result = par.map(quotes, data, extra, **given)
+    if way == "callback" and main:
+        check(heard, result)
+    assert main or in_worker(result)
+    return result
+
+
+def quotes(item: Any, *extra: Any, rng: Any = None, **options: Any) -> Any:
+    return str((item, extra, options, rng and rng.random()))
+
+
+@pytest.mark.parametrize("way", ["map", "starmap", "imap", "imap_unordered", "callback", "blocks"])
+def test_only_main_s_words_count(p: Par, way: str) -> None:
+    rngs = [np.random.default_rng(np.random.SeedSequence(5, spawn_key=(i,))) for i in range(9)]
+    wanted = [quotes(i, "main's", k="main's", rng=rng) for i, rng in enumerate(rngs)]
+    if way == "blocks":
+        blocks = [block_of(range(9), rank, p.nprocs) for rank in range(p.nprocs)]
+        wanted = [quotes(block, "main's", k="main's") for block in blocks]
+    expect(p, p.run(says_its_own, way), wanted)
+
+
+REFUSED_OPTIONS: dict[str, tuple[Any, type[Exception], str]] = {
+    "a list": ((range(3), [1]), TypeError, "extra_args.*chunksize"),
+    "a word": ((range(3), "ab"), TypeError, "extra_args.*chunksize"),
+    "an array": ((range(3), np.arange(1)), TypeError, "extra_args.*chunksize"),
+    "no items": ((range(3), 0), ValueError, "chunksize must be at least 1"),
+    "twice": ((range(3), 2, None, {"chunksize": 2}), TypeError, "chunksize is given twice"),
+    "half": ((range(3), (), None, {"chunksize": 1.5}), TypeError, "float"),
+    "no blocks": ((range(3), (), None, {"concatenate": False}), ValueError, "vectorized=True"),
+    "no data": ((None, ()), TypeError, "iter"),
+}
+
+
+def refuses_on_every_rank(kind: str, *, parallelizer: Par) -> Any:
+    (data, *rest), error, match = REFUSED_OPTIONS[kind]
+    options = rest.pop() if len(rest) == 3 else {}
+    if not parallelizer.on_main:
+        data, rest, options = None, [], {}
+    for verb in (parallelizer.map, parallelizer.starmap):
+        with pytest.raises(error, match=match):
+            verb(square, data, *rest, **options)
+    return parallelizer.allgather(parallelizer.id)
+
+
+@pytest.mark.parametrize("kind", REFUSED_OPTIONS)
+def test_what_main_cannot_mean_is_refused_on_every_rank(p: Par, kind: str) -> None:
+    expect(p, p.run(refuses_on_every_rank, kind), list(range(p.nprocs)))
+
+
+def maps_as_pools_do(*, parallelizer: Par) -> Any:
+    return [
+        parallelizer.map(annotated, range(9), 4),
+        parallelizer.map(annotated, range(9), None),
+        parallelizer.starmap(annotated, zip(range(9), strict=True), np.int64(2)),
+    ]
+
+
+@BOTH_WAYS
+def test_the_third_argument_may_be_chunksize(p: Par, way: Any) -> None:
+    expect(
+        p, way(p, maps_as_pools_do), [[(x, (), {}) for x in range(9)]] * 3 if p.on_main else None
+    )
+
+
+def fails_in_consequence(*, parallelizer: Par) -> None:
+    if parallelizer.id == 2:
+        raise JobError("the cause", 1)
+    if parallelizer.id == 0:
+        parallelizer.gather(0)
+
+
+def test_a_cause_is_told_before_its_consequences(p: Par) -> None:
+    """Rank 1 returns early, upon which main raises a ContractError; but rank 2 has failed."""
+    if p.nprocs > 2:
+        expect_failure(p, JobError, fails_in_consequence)
+
+
 def by_scipy(pool: Any) -> Any:
     optimize = importlib.import_module("scipy.optimize")
     workers = 1 if pool is None else pool.map
