@@ -393,23 +393,34 @@ def _combine(values: list[Any], concatenate: bool | None) -> Any:
     return values
 
 
-def _minimum(a: Any, b: Any) -> Any:
-    return np.minimum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else min(a, b)
+def _extreme(
+    of_arrays: Callable[[Any, Any], Any], of_two: Callable[[Any, Any], Any]
+) -> Callable[[Any, Any], Any]:
+    """Of two values, the smaller or the greater one; what is not a number wins, as in arrays."""
 
 
-def _maximum(a: Any, b: Any) -> Any:
-    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+    return extreme
+
+
+def _is_no_number(value: Any) -> bool:
+    """Whether this is NaN, NaT or the like: what does not even equal itself."""
+    differs = value != value
+    return isinstance(differs, (bool, np.bool_)) and bool(differs)
 
 
 _REDUCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "sum": operator.add,
     "prod": operator.mul,
-    "min": _minimum,
-    "max": _maximum,
+    "min": _extreme(np.minimum, min),
+    "max": _extreme(np.maximum, max),
 }
 
 
 def _reduction(op: str | Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def extreme(a: Any, b: Any) -> Any:
+        if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+            return of_arrays(a, b)
+        return a if _is_no_number(a) else b if _is_no_number(b) else of_two(a, b)
     if callable(op):
         return op
     if op not in _REDUCTIONS:
@@ -3610,8 +3621,10 @@ class Parallelizer:
         """
         op = _reduction(op)
         with self._calling("reduce") as comm:
-            fold = self._folding(comm, data, op)
-            return fold() if comm.rank == 0 else Parallelizer.InWorkerProcess
+            fold, results = self._folding(comm, data, op), []
+            # What is told to all is no more than that main could fold.
+            self._from_main(comm, lambda: results.append(fold()))
+            return results[0] if comm.rank == 0 else Parallelizer.InWorkerProcess
 
     def allreduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
         """As `reduce`, with the result on every process.
@@ -4274,13 +4287,27 @@ def _checked_address(loc: int, tag: int, size: int) -> tuple[int, int]:
     return loc, tag
 
 
-def _fold(op: Callable[[Any, Any], Any], own: Any, messages: Generator[Message, None, None]) -> Any:
+def _fold(
+    op: str | Callable[[Any, Any], Any], own: Any, messages: Generator[Message, None, None]
+) -> Any:
     """Main's `own` value and the others', in rank order."""
     with contextlib.closing(messages):
-        others = (
-            _unpack(message, f"what rank {i} reduces") for i, message in enumerate(messages, 1)
-        )
-        return functools.reduce(op, others, own)
+        result = own = _as_sent(own)
+        for rank, message in enumerate(messages, 1):
+            value = _unpack(message, f"what rank {rank} reduces")
+            if isinstance(op, str) and _shape(value) != _shape(own):
+                raise ValueError(
+                    f"op={op!r} folds values of one shape, but rank 0 has {_describe(own)} and "
+                    f"rank {rank} has {_describe(value)}, which numpy would stretch or refuse. "
+                    f"Blocks of scatter may differ in length: reduce each of them first, as by "
+                    f"block.sum(axis=0), or gather them; or give a function f(a, b)"
+                )
+            result = fold(result, value)
+    return result
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", ())
 
 
 class _Refusal(Failure):

@@ -1296,7 +1296,7 @@ def survives_a_failed_fold(size: int, *, parallelizer: Par) -> Any:
     if parallelizer.nprocs > 1:
         with pytest.raises(KeyError):
             parallelizer.allreduce(data, refuses_to_fold)
-        with pytest.raises(KeyError) if parallelizer.on_main else contextlib.nullcontext():
+        with pytest.raises(KeyError):
             parallelizer.reduce(data, refuses_to_fold)
     return parallelizer.allreduce(parallelizer.id)
 
@@ -1385,6 +1385,55 @@ def reduces_badly(op: Any, *, parallelizer: Par) -> None:
 @pytest.mark.parametrize("op", ["nonsense", 3, None])
 def test_an_unknown_op_is_refused(p: Par, op: Any) -> None:
     error = failure(p, reduces_badly, op)
+UNLIKE: dict[str, tuple[Any, Any]] = {
+    "blocks": (np.ones(2), np.ones(1)),
+    "an empty block": (np.ones(1), np.ones(0)),
+    "a row": (np.ones((2, 3)), np.ones(3)),
+    "an array and a number": (np.ones(2), 1.0),
+    "a number and an array": (1, np.ones(2)),
+    "a list and an array": ([1.0, 2.0], np.ones(2)),
+    "numpy's scalar and an array": (np.float32(1), np.ones(1)),
+}
+
+
+def reduces_unlike(op: str, kind: str, *, parallelizer: Par) -> Any:
+    mine = UNLIKE[kind][parallelizer.id > 0]
+    for verb in (parallelizer.reduce, parallelizer.allreduce):
+        with pytest.raises(ValueError, match=r"rank 0 has .* rank 1 has "):
+            verb(mine, op)
+    return parallelizer.allreduce(mine, lambda a, b: np.size(a) + np.size(b))
+
+
+@pytest.mark.parametrize("op", ["sum", "prod", "min", "max"])
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_values_of_unlike_shape_are_refused_on_every_rank(p: Par, op: str, kind: str) -> None:
+    if p.nprocs > 1:
+        error = caught_from(p.run, reduces_unlike, op, kind)
+        expect(p, str(error), "None")
+
+
+NOT_NUMBERS: dict[str, list[Any]] = {
+    "float": [0.5, float("nan"), -1.0],
+    "float32": [np.float32(0.5), np.float32("nan"), np.float32(-1)],
+    "float and float64": [np.float64(0.5), float("nan"), -1.0],
+    "datetime64": [np.datetime64(day, "D") for day in (3, "NaT", 1)],
+    "array": [np.array([0.5, 1]), np.array([float("nan"), 2]), np.array([-1.0, 3])],
+}
+
+
+def reduces_not_numbers(kind: str, *, parallelizer: Par) -> None:
+    for op, place in itertools.product(["min", "max"], range(parallelizer.nprocs)):
+        mine = NOT_NUMBERS[kind][1 if parallelizer.id == place else 2 * (parallelizer.id % 2)]
+        found = parallelizer.allreduce(mine, op)
+        check(type(found), type(mine) if kind != "float and float64" else float)
+        assert np.ravel(found)[0] != np.ravel(found)[0], f"{op} of NaN on rank {place} is {found}"
+
+
+@pytest.mark.parametrize("kind", NOT_NUMBERS)
+def test_what_is_no_number_wins_wherever_it_is(p: Par, kind: str) -> None:
+    p.run(reduces_not_numbers, kind)
+
+
     expect(p, isinstance(error, ValueError | TypeError | LookupError), True)
     expect_to_work(p)
 
