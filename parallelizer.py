@@ -331,12 +331,18 @@ def _split(data: Any, parts: int) -> list[Any]:
             f"scatter splits arrays with a first axis, sequences with slices, and iterators, but "
             f"main passed {_describe(data)}; broadcast it instead, or put it in a list"
         )
-    blocks = [data[start:stop] for start, stop in _block_bounds(len(data), parts)]
-    if isinstance(data, np.ndarray) and not data.flags.writeable:
-        # Of items without bytes, numpy copies the dtype U0 as U1; pickle does not.
-        has_bytes = data.dtype.itemsize > 0
-        return [b.copy() if has_bytes else pickle.loads(pickle.dumps(b)) for b in blocks]
-    return blocks
+    # Of pandas' objects, plain slices may go by the labels of the index and not by position.
+    slices = getattr(data, "iloc", data)
+    blocks = [slices[start:stop] for start, stop in _block_bounds(len(data), parts)]
+    return [_own_rows(b) for b in blocks] if isinstance(data, np.ndarray) else blocks
+
+
+def _own_rows(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The array itself where it can be written to and lies in memory row by row; else a copy."""
+    if block.flags.carray or (block.nbytes == 0 and block.flags.writeable):
+        return block
+    # Of items without bytes, numpy copies the dtype U0 as U1; pickle does not.
+    return block.copy() if block.dtype.itemsize else pickle.loads(pickle.dumps(block))
 
 
 class _ArraySpec(NamedTuple):

@@ -1657,6 +1657,85 @@ def scaled(block: Any, factor: float, *, shift: float) -> Any:
 def maps_blocks_with_arguments(*, parallelizer: Par) -> Any:
     data = np.arange(10) if parallelizer.on_main else None
     return [
+def by_content(block: Any) -> Array:
+    return np.array([["yes" * x, x, x + 0.5, x + 1j][min(x, 3)] for x in block])
+
+
+def picks(block: Any, table: Array) -> Array:
+    return table[block[0] : block[-1] + 1]
+
+
+def maps_blocks_to_arrays(*, parallelizer: Par) -> Any:
+    """Map to arrays whose dtypes are the blocks' own, or which lie in shared or mapped memory."""
+    par, n = parallelizer, parallelizer.nprocs
+    found: list[Any] = [par.map(by_content, data, vectorized=True) for data in ([1, 1, 3], [1] * 9)]
+    found.append(par.map(by_content, [2, 1, 3], (), vectorized=True, concatenate=False))
+    table = par.share(np.arange(50.0).reshape(25, 2)) if par._runs_here() else np.ones((25, 2))
+    found.append(par.map(picks, range(25), (table,), vectorized=True))
+    wanted = [
+        *(joined([by_content(block_of(data, r, n)) for r in range(n) if len(block_of(data, r, n))])
+          for data in ([1, 1, 3], [1] * 9)),
+        [by_content(block_of([2, 1, 3], r, n)) for r in range(n) if len(block_of([2, 1, 3], r, n))],
+        np.array(table),
+    ]  # fmt: skip
+    return difference(found, wanted) if par.on_main else None
+
+
+@BOTH_WAYS
+def test_blocks_of_arrays_become_one_array_whatever_their_dtypes(p: Par, way: Any) -> None:
+    expect(p, way(p, maps_blocks_to_arrays), "")
+
+
+class Labelled:
+    """Numbers whose slices go by their labels, as in pandas 2 where those are floats."""
+
+    def __init__(self, numbers: Sequence[float], labels: Sequence[float]) -> None:
+        self.numbers, self.labels = list(numbers), list(labels)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, part: slice) -> Labelled:
+        keep = [i for i, label in enumerate(self.labels) if part.start <= label <= part.stop]
+        return self.taken(keep)
+
+    def taken(self, keep: Sequence[int]) -> Labelled:
+        return Labelled([self.numbers[i] for i in keep], [self.labels[i] for i in keep])
+
+    @property
+    def iloc(self) -> Any:
+        """Slice by position."""
+        return _ByPosition(self)
+
+
+class _ByPosition:
+    def __init__(self, whole: Labelled) -> None:
+        self.whole = whole
+
+    def __getitem__(self, part: slice) -> Labelled:
+        return self.whole.taken(range(len(self.whole))[part])
+
+
+def numbers_of(block: Any) -> list[float]:
+    return [float(x) for x in getattr(block, "numbers", block)]
+
+
+def splits_labelled(*, parallelizer: Par) -> Any:
+    pandas = importlib.import_module("pandas")
+    data, labels = list(range(10)), [0.0, 0.5, 1, 1.5, 2, 9, 8, 7, 6, 5]
+    found = []
+    for make in (Labelled, pandas.Series, lambda x, index: pandas.DataFrame({"x": x}, index).x):
+        series = make(data, labels) if parallelizer.on_main else None
+        found.append(parallelizer.allreduce(numbers_of(parallelizer.scatter(series))))
+        mapped = parallelizer.map(numbers_of, series, vectorized=True)
+        found.append(mapped if parallelizer.on_main else data)
+    return found
+
+
+def test_labelled_data_are_split_by_position(p: Par) -> None:
+    expect(p, p.run(splits_labelled), [[float(x) for x in range(10)]] * 6 if p.on_main else None)
+
+
         parallelizer.map(scaled, data, (2,), {"shift": 1}, vectorized=True),
         parallelizer.map(len, data, vectorized=True),
     ]
