@@ -379,21 +379,27 @@ def _fitting(blocks: Sequence[Any]) -> tuple[Sequence[Any], np.dtype[Any], list[
         return None
     return filled, dtype, [sum(block.shape[0] for block in filled), *trailing]
 
+    if any(other.dtype != dtype for other in others):
+        try:
+            dtype = np.result_type(*(block.dtype for block in filled))
+        except TypeError:  # numpy knows none that could hold them all
+            return None
 
 def _combine(values: list[Any], concatenate: bool | None) -> Any:
     """What `gather` makes of the values in rank order (see there)."""
     if concatenate is False:
         return values
-    fitting = _fitting(values)
+    arrays = [_plain(value) for value in values]
+    fitting = _fitting(arrays)
     if fitting is not None:
-        if len(values) == 1:
-            return values[0]
+        if len(arrays) == 1:
+            return _own_rows(arrays[0])
         filled, dtype, shape = fitting
         # Into an array made for it, as concatenate would make the byte order native.
         return np.concatenate(filled, out=np.empty(shape, dtype) if dtype.itemsize else None)
     if concatenate:
         raise ValueError(
-            "gather(concatenate=True) needs arrays that agree in dtype and trailing shape, but "
+            "concatenate=True needs arrays of one trailing shape, whose dtypes go together, but "
             f"got {', '.join(_describe(value) for value in values[:8])}"
         )
     return values
@@ -638,7 +644,9 @@ class GatherPlan:
         fitting = _fitting(specs) if len(specs) == len(pickles) else None
         if fitting is None:
             return None
-        _, dtype, shape = fitting
+        filled, dtype, shape = fitting
+        if any(spec.dtype != dtype for spec in filled):
+            return None
         self.result = np.empty(shape, dtype)
         target = self.result.reshape(-1).view(np.uint8)
         ends = list(itertools.accumulate(spec.nbytes for spec in specs))

@@ -348,8 +348,10 @@ def block_of(data: Any, rank: int, nprocs: int) -> Any:
 
 
 def joined(parts: list[Any]) -> Array:
-    """Concatenate arrays, empty ones left out; unlike numpy's, it keeps the order of bytes."""
+    """Concatenate arrays, empty ones left out; of one dtype, it keeps the order of bytes."""
     parts = [part for part in parts if len(part)] or parts
+    if len({part.dtype for part in parts}) > 1:
+        return np.concatenate(parts)
     whole: Array = np.ndarray((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
     rows = itertools.accumulate(map(len, parts))
     for end, part in zip(rows, parts, strict=True):
@@ -1143,6 +1145,13 @@ FITTING: dict[str, Callable[[int], list[Any]]] = {
     "an empty one first": lambda n: [np.ones((0, 3), "f4"), *[np.ones((2, 3), "f4")] * (n - 1)],
     "an alien empty one last": lambda n: [*[np.ones((2, 3), "i2")] * (n - 1), np.array([])],
     "an alien empty one first": lambda n: [np.array([]), *[np.ones((2, 3), "i2")] * (n - 1)],
+    "precisions": lambda n: [np.ones(3, "f4"), *[np.zeros(3, "f8")] * (n - 1)],
+    "kinds of numbers": lambda n: [np.ones(3, "?ifD"[r % 4]) for r in range(n)],
+    "byte orders": lambda n: [np.ones(3, "<i4"), *[np.zeros(3, ">i4")] * (n - 1)],
+    "units": lambda n: [np.ones(3, "m8[s]"), *[np.ones(3, "m8[ms]")] * (n - 1)],
+    "lengths of text": lambda n: [np.array(["x" * (r + 1)]) for r in range(n)],
+    "fields": lambda n: [np.ones(2, [("a", "if"[r % 2]), ("b", "i1")]) for r in range(n)],
+    "objects and numbers": lambda n: [np.ones(2, object), *[np.zeros(2)] * (n - 1)],
 }
 UNFIT: dict[str, Callable[[int], list[Any]]] = {
     "numbers": lambda n: [r + 0.5 for r in range(n)],
@@ -1155,9 +1164,7 @@ UNFIT: dict[str, Callable[[int], list[Any]]] = {
 }
 # On one process there is only the first array, which fits.
 DISAGREEING: dict[str, Callable[[int], list[Any]]] = {
-    "dtypes": lambda n: [np.zeros(3, "f4"), *[np.zeros(3, "f8")] * (n - 1)],
-    "byte orders": lambda n: [np.zeros(3, "<i4"), *[np.zeros(3, ">i4")] * (n - 1)],
-    "units": lambda n: [np.zeros(3, "m8[s]"), *[np.zeros(3, "m8[ms]")] * (n - 1)],
+    "dtypes of different kinds": lambda n: [np.zeros(3, "M8[s]"), *[np.zeros(3)] * (n - 1)],
     "trailing shapes": lambda n: [np.zeros((2, 3)), *[np.zeros((2, 4))] * (n - 1)],
     "numbers of axes": lambda n: [np.zeros(2), *[np.zeros((2, 1))] * (n - 1)],
     "arrays and lists": lambda n: [np.zeros(2), *[[0.0]] * (n - 1)],
