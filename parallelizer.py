@@ -80,7 +80,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
@@ -275,15 +275,6 @@ def _add_note(error: BaseException, note: str) -> None:
     error.__dict__["__notes__"] = [*getattr(error, "__notes__", ()), note]
 
 
-class _Elsewhere(enum.Enum):
-    """Falsy stand-ins for a value that lives on another process."""
-
-    InWorkerProcess = "this is a worker; the value is on main"
-    InMainProcess = "this is main; the value is on the workers"
-
-    def __bool__(self) -> bool:
-        return False
-
 class _Missing(enum.Enum):
     """Stands for an argument that was not given, where None means something."""
 
@@ -292,6 +283,15 @@ class _Missing(enum.Enum):
 
 _RAISE = _Missing.RAISE
 
+
+class _Elsewhere(enum.Enum):
+    """Falsy stand-ins for a value that lives on another process."""
+
+    InWorkerProcess = "this is a worker; the value is on main"
+    InMainProcess = "this is main; the value is on the workers"
+
+    def __bool__(self) -> bool:
+        return False
 
     def __repr__(self) -> str:
         return f"<{self.name}: {self.value}>"
@@ -323,7 +323,7 @@ def _describe(data: Any) -> str:
 
 
 def _split(data: Any, parts: int) -> list[Any]:
-    """Blocks of `data`; of arrays they are views, but for read-only ones, which are copied."""
+    """Blocks of `data`; of arrays they are views where those could be sent as they are."""
     data = list(data) if isinstance(data, Iterator) else _plain(data)
     sized = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if not sized or isinstance(data, Mapping) or (isinstance(data, np.ndarray) and not data.ndim):
@@ -369,21 +369,23 @@ def _fitting(blocks: Sequence[Any]) -> tuple[Sequence[Any], np.dtype[Any], list[
     """Which of some arrays, or specs, to concatenate, dtype and shape; None if they don't fit.
 
     Empty blocks never stand in the way: they count only where all blocks are empty, and then
-    the first one decides.
+    the first one decides. Dtypes that differ are promoted as numpy does, so that it does not
+    depend on the number of blocks what they are combined to.
     """
     if any(type(block) not in (np.ndarray, _ArraySpec) or not block.shape for block in blocks):
         return None
     filled = [block for block in blocks if block.shape[0] > 0] or blocks[:1]
-    (dtype, trailing), *others = [(block.dtype, block.shape[1:]) for block in filled]
-    if any(other != (dtype, trailing) for other in others):
+    first, *others = filled
+    trailing, dtype = first.shape[1:], first.dtype
+    if any(other.shape[1:] != trailing for other in others):
         return None
-    return filled, dtype, [sum(block.shape[0] for block in filled), *trailing]
-
     if any(other.dtype != dtype for other in others):
         try:
             dtype = np.result_type(*(block.dtype for block in filled))
         except TypeError:  # numpy knows none that could hold them all
             return None
+    return filled, dtype, [sum(block.shape[0] for block in filled), *trailing]
+
 
 def _combine(values: list[Any], concatenate: bool | None) -> Any:
     """What `gather` makes of the values in rank order (see there)."""
@@ -410,6 +412,10 @@ def _extreme(
 ) -> Callable[[Any, Any], Any]:
     """Of two values, the smaller or the greater one; what is not a number wins, as in arrays."""
 
+    def extreme(a: Any, b: Any) -> Any:
+        if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+            return of_arrays(a, b)
+        return a if _is_no_number(a) else b if _is_no_number(b) else of_two(a, b)
 
     return extreme
 
@@ -429,10 +435,6 @@ _REDUCTIONS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def _reduction(op: str | Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    def extreme(a: Any, b: Any) -> Any:
-        if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-            return of_arrays(a, b)
-        return a if _is_no_number(a) else b if _is_no_number(b) else of_two(a, b)
     if callable(op):
         return op
     if op not in _REDUCTIONS:
@@ -539,6 +541,8 @@ class _Pickler(pickle.Pickler):
             self.relaid = self.relaid or not _is_laid_out(obj)
             if type(obj) is np.ndarray:
                 return _reduce_array(obj)
+            # The pickles of numpy's subclasses arrive in the receiver's order of bytes.
+            self.relaid = self.relaid or not obj.dtype.isnative
         return NotImplemented
 
     def message(self, obj: Any) -> Message:
@@ -612,6 +616,61 @@ def _unpack(message: Message, what: str) -> Any:
             f"this process, or a function stand in a notebook, or be defined after this process "
             f"was started, which cloudpickle helps with (pip install cloudpickle)"
         ) from why
+
+
+# A process that receives one of these has just what its sender has, whatever was done to it.
+_PLAIN_TYPES = frozenset(
+    [int, float, complex, bool, str, bytes, type(None), range]
+    + [kind for kind in np.sctypeDict.values() if not issubclass(kind, (np.void, np.object_))]
+)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `value`, or all that a list or tuple holds, stays just what it is when it is sent."""
+    if type(value) not in (list, tuple):
+        value = (value,)
+    kinds = set(map(type, value))
+    return kinds <= _PLAIN_TYPES or (
+        kinds <= _PLAIN_TYPES | {np.ndarray}
+        and all(
+            one.flags.writeable and not one.dtype.hasobject and _is_laid_out(one)
+            for one in value
+            if type(one) is np.ndarray
+        )
+    )
+
+
+def _sent(value: Any) -> Any:
+    """A copy of `value`, as another process would get it."""
+    return _unpack(_pack(value, "what this process keeps").copy(), "what this process has kept")
+
+
+def _as_sent(value: Any) -> Any:
+    """What another process would get: `value` itself, where that is the same."""
+    return value if _is_plain(value) else _sent(value)
+
+
+def _laid_out(value: Any) -> Any:
+    """`value`; or a copy, where an array in it would lie otherwise on a process it is sent to.
+
+    The last digits of a sum, a product or a transform depend on the order in which its operands
+    lie in memory. What is sent arrives compact, so what stays here has to be made alike.
+    """
+    if _is_plain(value):
+        return value
+    try:
+        message = _pack(value, "what may be laid out anew")
+    except PackingError:  # then it cannot be anywhere else
+        return value
+    return _unpack(message.copy(), "what was laid out anew") if message.relaid else value
+
+
+def _with_arguments_laid_out(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, where it is a partial one with arguments of its own."""
+    if not isinstance(func, functools.partial):
+        return func
+    keywords = {name: _laid_out(value) for name, value in func.keywords.items()}
+    return functools.partial(func.func, *map(_laid_out, func.args), **keywords)
 
 
 def _dumps(obj: Any) -> bytes:
@@ -3295,8 +3354,10 @@ class Parallelizer:
             raise TypeError(f"run needs a function, not {_describe(func)}")
         if "parallelizer" in kwargs:
             raise TypeError("run passes the keyword parallelizer itself; leave it out of the call")
-        work = functools.partial(func, *args, **kwargs)
+        work: Callable[..., _R] = functools.partial(func, *args, **kwargs)
         nested = self._runs_here()
+        if not nested:
+            work = _with_arguments_laid_out(work)
         with contextlib.nullcontext() if nested else self._running():
             communicator = self._communicator()
             ranks = _checked_ranks(comm, communicator.size)
@@ -3488,7 +3549,7 @@ class Parallelizer:
         'hello'
         """
         with self._calling("broadcast") as comm:
-            return self._from_main(comm, lambda: data)
+            return self._from_main(comm, lambda: data if comm.size > 1 else _laid_out(data))
 
     def _from_main(self, comm: Communicator, make: Callable[[], _T]) -> _T:
         """What main makes, on every process; where main cannot, its exception on every one."""
@@ -3500,6 +3561,8 @@ class Parallelizer:
         try:
             value = make()
             message = _pack(value, "what main broadcasts")
+            if message.relaid:
+                value = _unpack(message.copy(), "what main broadcasts")
         except Exception as why:
             comm.broadcast(_refuse(why, comm))
             raise
@@ -3534,12 +3597,13 @@ class Parallelizer:
         """
         with self._calling("scatter") as comm:
             if comm.size == 1:
-                return _split(data, 1)[0]  # type: ignore[no-any-return]
+                return _laid_out(_split(data, 1)[0])  # type: ignore[no-any-return]
             if comm.rank > 0:
                 return _accept(comm.scatter(None))  # type: ignore[no-any-return]
             try:
                 own, *others = _split(data, comm.size)
                 messages = [_pack(other, "a block that main scatters") for other in others]
+                own = _as_sent(own)
             except Exception as why:
                 comm.scatter([_refuse(why, comm)] * comm.size)
                 raise
@@ -3581,7 +3645,7 @@ class Parallelizer:
     def _gather(self, comm: Communicator, data: Any, concatenate: bool | None) -> Any:
         data = _plain(data)
         if comm.size == 1:
-            return _combine([data], concatenate)
+            return _combine([_laid_out(data)], concatenate)
         if type(data) is np.ndarray and data.ndim > 0 and concatenate is not False:
             data = np.ascontiguousarray(data)
         plan = GatherPlan(concatenate)
@@ -3594,7 +3658,7 @@ class Parallelizer:
             _unpack(message, f"what rank {rank} gathered")
             for rank, message in enumerate(messages[1:], 1)
         ]
-        return _combine([data, *others], concatenate)
+        return _combine([_as_sent(data), *others], concatenate)
 
     def allgather(self, data: Any, *, concatenate: bool | None = None) -> Any:
         """As `gather`, with the result on every process.
@@ -3633,7 +3697,7 @@ class Parallelizer:
 
         On three processes it is 8.
         """
-        op = _reduction(op)
+        _reduction(op)
         with self._calling("reduce") as comm:
             fold, results = self._folding(comm, data, op), []
             # What is told to all is no more than that main could fold.
@@ -3648,17 +3712,19 @@ class Parallelizer:
         >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.allreduce(np.ones(2)))
         array([1., 1.])
         """
-        op = _reduction(op)
+        _reduction(op)
         with self._calling("allreduce") as comm:
             return self._from_main(comm, self._folding(comm, data, op))
 
     def _folding(
-        self, comm: Communicator, data: Any, op: Callable[[Any, Any], Any]
+        self, comm: Communicator, data: Any, op: str | Callable[[Any, Any], Any]
     ) -> Callable[[], Any]:
         """Have all data sent to main; what is returned folds it there, a value at a time."""
         data = _plain(data)
-        message = _pack(data, f"what rank {comm.rank} reduces") if comm.size > 1 else _NOTHING
-        return functools.partial(_fold, op, data, comm.gather_in_turn(message))
+        if comm.size == 1:
+            return functools.partial(_laid_out, data)
+        others = comm.gather_in_turn(_pack(data, f"what rank {comm.rank} reduces"))
+        return functools.partial(_fold, op, data, others)
 
     def send(self, data: Any, loc: int, tag: int = 0) -> None:
         """Send `data` to rank `loc`, which must `receive` it under the same `tag`.
@@ -3802,42 +3868,15 @@ class Parallelizer:
 
     # -- mapping ------------------------------------------------------------------------------
 
-    @overload
     def map(
         self,
         func: Callable[..., _R],
         data: Iterable[Any] | None,
-        extra_args: Sequence[Any] = ...,
-        extra_kwargs: Mapping[str, Any] | None = ...,
-        *,
-        vectorized: Literal[False] = ...,
-        chunksize: int | None = ...,
-        callback: Callable[[_R], object] | None = ...,
-        seed: Any = ...,
-        progress: bool = ...,
-    ) -> list[_R]: ...
-
-    @overload
-    def map(
-        self,
-        func: Callable[..., Any],
-        data: Iterable[Any] | None,
-        extra_args: Sequence[Any] = ...,
-        extra_kwargs: Mapping[str, Any] | None = ...,
-        *,
-        vectorized: bool,
-        callback: Callable[[Any], object] | None = ...,
-        progress: bool = ...,
-    ) -> Any: ...
-
-    def map(
-        self,
-        func: Callable[..., _R],
-        data: Iterable[Any] | None,
-        extra_args: Sequence[Any] = (),
+        extra_args: tuple[Any, ...] | int | None = (),
         extra_kwargs: Mapping[str, Any] | None = None,
         *,
         vectorized: bool = False,
+        concatenate: bool | None = None,
         chunksize: int | None = None,
         callback: Callable[[_R], object] | None = None,
         seed: Any = None,
@@ -3846,18 +3885,24 @@ class Parallelizer:
         """``[func(x, *extra_args, **extra_kwargs) for x in data]``, on all processes.
 
         Inside `run` every process calls it; outside, main alone (under MPI while the others
-        `serve`). Only main's `data` counts. The work is balanced: processes that finish early
-        take more of it.
+        `serve`). Of everything but `func`, only what main passes counts. The work is balanced:
+        processes that finish early take more of it.
 
         Parameters
         ----------
         func : callable
         data : iterable
-        extra_args, extra_kwargs
-            Further arguments of every call.
+        extra_args : tuple, optional
+            Further arguments of every call. An int in this place is `chunksize`, as in
+            `multiprocessing.pool.Pool.map`.
+        extra_kwargs : mapping, optional
+            Further keywords of every call.
         vectorized : bool
             `func` gets a block of `data` per process (see `scatter`; empty ones are left out)
             and returns an array or a list; these are concatenated.
+        concatenate : bool, optional
+            With `vectorized`: False asks for the list of the blocks' results in rank order, True
+            for a ValueError where they are not arrays that fit (see `gather`).
         chunksize : int, optional
             Items to take at once; by default many at first and ever fewer towards the end.
         callback : callable, optional
@@ -3876,6 +3921,8 @@ class Parallelizer:
         Raises
         ------
         The exception of the lowest process whose `func` raised one; see `run`.
+        TypeError, ValueError
+            On every process, for `data` or options of main's that cannot be used.
 
         Examples
         --------
@@ -3884,45 +3931,20 @@ class Parallelizer:
         >>> SerialNonParallelizer().map(np.sqrt, np.array([4.0, 9.0]), vectorized=True)
         array([2., 3.])
         """
-        task = _Task(func, extra_args, extra_kwargs, seed, chunksize, progress)
-        return self._map(task, data, vectorized, callback)
-
-    @overload
-    def starmap(
-        self,
-        func: Callable[..., _R],
-        data: Iterable[Iterable[Any]] | None,
-        extra_args: Sequence[Any] = ...,
-        extra_kwargs: Mapping[str, Any] | None = ...,
-        *,
-        vectorized: Literal[False] = ...,
-        chunksize: int | None = ...,
-        callback: Callable[[_R], object] | None = ...,
-        seed: Any = ...,
-        progress: bool = ...,
-    ) -> list[_R]: ...
-
-    @overload
-    def starmap(
-        self,
-        func: Callable[..., Any],
-        data: Iterable[Iterable[Any]] | None,
-        extra_args: Sequence[Any] = ...,
-        extra_kwargs: Mapping[str, Any] | None = ...,
-        *,
-        vectorized: bool,
-        callback: Callable[[Any], object] | None = ...,
-        progress: bool = ...,
-    ) -> Any: ...
+        return self._map(func, data, functools.partial(
+            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress,
+            vectorized=vectorized, concatenate=concatenate, callback=callback,
+        ))  # fmt: skip
 
     def starmap(
         self,
         func: Callable[..., _R],
         data: Iterable[Iterable[Any]] | None,
-        extra_args: Sequence[Any] = (),
+        extra_args: tuple[Any, ...] | int | None = (),
         extra_kwargs: Mapping[str, Any] | None = None,
         *,
         vectorized: bool = False,
+        concatenate: bool | None = None,
         chunksize: int | None = None,
         callback: Callable[[_R], object] | None = None,
         seed: Any = None,
@@ -3935,15 +3957,17 @@ class Parallelizer:
         >>> SerialNonParallelizer().starmap(pow, [(2, 3), (3, 2)])
         [8, 9]
         """
-        task = _Task(func, extra_args, extra_kwargs, seed, chunksize, progress, starred=True)
-        return self._map(task, data, vectorized, callback)
+        return self._map(func, data, functools.partial(
+            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress,
+            vectorized=vectorized, concatenate=concatenate, callback=callback, starred=True,
+        ))  # fmt: skip
 
     def imap(
         self,
         func: Callable[..., _R],
         data: Iterable[Any] | None,
         chunksize: int = 1,
-        extra_args: Sequence[Any] = (),
+        extra_args: tuple[Any, ...] | None = (),
         extra_kwargs: Mapping[str, Any] | None = None,
         *,
         seed: Any = None,
@@ -3962,15 +3986,17 @@ class Parallelizer:
         >>> next(squares), next(squares), next(squares)
         (0, 1, 4)
         """
-        task = _Task(func, extra_args, extra_kwargs, seed, chunksize, progress)
-        return self._imap(task, data, ordered=True)
+        make = functools.partial(
+            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress
+        )
+        return self._imap(func, data, make, ordered=True)
 
     def imap_unordered(
         self,
         func: Callable[..., _R],
         data: Iterable[Any] | None,
         chunksize: int = 1,
-        extra_args: Sequence[Any] = (),
+        extra_args: tuple[Any, ...] | None = (),
         extra_kwargs: Mapping[str, Any] | None = None,
         *,
         seed: Any = None,
@@ -3983,8 +4009,10 @@ class Parallelizer:
         >>> sorted(SerialNonParallelizer().imap_unordered(abs, [-1, 2]))
         [1, 2]
         """
-        task = _Task(func, extra_args, extra_kwargs, seed, chunksize, progress)
-        return self._imap(task, data, ordered=False)
+        make = functools.partial(
+            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress
+        )
+        return self._imap(func, data, make, ordered=False)
 
     def _main_is_alone(self) -> bool:
         """Whether main calls what all processes call inside `run`."""
@@ -3993,45 +4021,49 @@ class Parallelizer:
     def _in_task(self) -> bool:
         return self._comm is not None and self._comm.in_task == threading.get_ident()
 
-    def _map(
-        self, task: _Task, data: Any, vectorized: bool, callback: Callable[[Any], object] | None
-    ) -> Any:
+    def _map(self, func: Callable[..., Any], data: Any, make_task: Callable[..., _Task]) -> Any:
         if self._in_task():  # this process's own affair
-            task.progress = False
-            return SerialNonParallelizer()._map(task, data, vectorized, callback)
-        if callback is not None and not vectorized:
-            results = []
-            size = max(1, operator.length_hint(data) // (32 * (self.nprocs or 1)))
-            task.chunksize = task.chunksize or size
-            for result in self._imap(task, data, ordered=True):
-                callback(result)
-                results.append(result)
-            return results if self.on_main else Parallelizer.InWorkerProcess
-        work = functools.partial(_map_blocks if vectorized else _map_items, task)
-        if self._main_is_alone():
-            result = self.run(work, main_kwargs={"data": data})
-        else:
-            result = work(data=data, parallelizer=self)
-        if callback is not None and self.on_main:
-            callback(result)  # of blocks there is one result
-        return result
-
-    def _imap(self, task: _Task, data: Any, *, ordered: bool) -> Iterator[Any]:
-        if self._in_task():
-            task.progress = False
-            return SerialNonParallelizer()._imap(task, data, ordered=ordered)
-        if self.on_main:
-            iter(data)  # refuses at once what cannot be iterated over
-        work = functools.partial(_spmd_imap, task, ordered)
+            quiet = functools.partial(make_task, progress=False)
+            return SerialNonParallelizer()._map(func, data, quiet)
+        func = _with_arguments_laid_out(func)
         if not self._main_is_alone():
-            return work(data=data, parallelizer=self)
+            return _map_in_run(func, make_task, data, parallelizer=self)
+        task = make_task()
+        if task.is_stream:
+            # Not inside a run, where a callback that calls a verb would wait for ever.
+            stream = self._imap(func, _sized(data), lambda: task, ordered=True)
+            return _call_back(task, stream)
+        given = {"make_task": lambda: task, "data": data}
+        return self.run(functools.partial(_map_in_run, func), main_kwargs=given)
+
+    def _imap(
+        self,
+        func: Callable[..., Any],
+        data: Any,
+        make_task: Callable[..., _Task],
+        *,
+        ordered: bool,
+    ) -> Iterator[Any]:
+        if self._in_task():
+            quiet = functools.partial(make_task, progress=False)
+            return SerialNonParallelizer()._imap(func, data, quiet, ordered=ordered)
+        func = _with_arguments_laid_out(func)
+        work = functools.partial(_imap_in_run, func, ordered)
+        if not self._main_is_alone():
+            return work(make_task, data, parallelizer=self)
+        task = make_task()
+        iter(data)  # refuses at once what cannot be iterated over
         itself: list[Callable[[], Any]] = []  # weakly, so that who leaves its loop closes it
-        stream = self._imap_alone(work, data, itself)
+        stream = self._imap_alone(work, lambda: task, data, itself)
         itself.append(weakref.ref(stream))
         return stream
 
     def _imap_alone(
-        self, work: Callable[..., Iterator[Any]], data: Any, itself: list[Callable[[], Any]]
+        self,
+        work: Callable[..., Iterator[Any]],
+        make_task: Callable[[], _Task],
+        data: Any,
+        itself: list[Callable[[], Any]],
     ) -> Iterator[Any]:
         """A run whose function, on main, is interrupted by what the user does with the results."""
         # Not to keep open what its own `with` statement closes.
@@ -4046,7 +4078,7 @@ class Parallelizer:
                 try:
                     communicator.begin_run()
                     begun = time.perf_counter()
-                    yield from work(data=data, parallelizer=self)
+                    yield from work(make_task, data, parallelizer=self)
                     self._finish_run(communicator, begun)
                 except BaseException as error:  # of the user's loop, too
                     _raise_final(communicator, error)
@@ -4068,13 +4100,15 @@ class Parallelizer:
             backend's name ("serial", "multiprocessing", "mpi"), or "auto": MPI where an MPI
             launcher has started more than one rank, else multiprocessing where there is more
             than one CPU, else serial. A mapping is ``{"mode": backend's name, **options}``.
+        default : optional
+            What to look up instead where the name is unknown.
         **options
             For a backend's constructor.
 
         Raises
         ------
         LookupError
-            For an unknown name; the message lists the known ones.
+            For an unknown name without a `default`; the message lists the known ones.
 
         Examples
         --------
@@ -4083,6 +4117,11 @@ class Parallelizer:
         >>> Parallelizer.lookup({"mode": "multiprocessing", "nprocs": 4})
         MultiprocessingParallelizer(id=None, nprocs=None)
         """
+        if default is not _RAISE:
+            try:
+                return Parallelizer.lookup(key, **options)
+            except LookupError:
+                return Parallelizer.lookup(default)
         if isinstance(key, Mapping):
             return Parallelizer.from_config(**{**key, **options})
         if isinstance(key, str):
@@ -4138,8 +4177,6 @@ class Parallelizer:
             )
         return self
 
-        default : optional
-            What to look up instead where the name is unknown.
     @staticmethod
     def unregister(name: str) -> None:
         """Forget a registered name. LookupError where there is none. See `register`."""
@@ -4155,11 +4192,6 @@ class Parallelizer:
         """Give a script's command line ``--backend`` and ``--nprocs``.
 
         Examples
-        if default is not _RAISE:
-            try:
-                return Parallelizer.lookup(key, **options)
-            except LookupError:
-                return Parallelizer.lookup(default)
         --------
         >>> import argparse
         >>> parser = argparse.ArgumentParser()
@@ -4284,6 +4316,8 @@ def _checked_ranks(comm: Sequence[int] | None, size: int) -> list[int]:
     if comm is None:
         return list(range(size))
     ranks = [operator.index(rank) for rank in comm]
+    if size == 1:  # so that a serial run needs no code of its own
+        ranks = [rank for rank in ranks if rank < 1]
     outside = [rank for rank in ranks if not 0 <= rank < size]
     if 0 not in ranks or outside or len(set(ranks)) < len(ranks):
         raise ValueError(
@@ -4305,6 +4339,7 @@ def _fold(
     op: str | Callable[[Any, Any], Any], own: Any, messages: Generator[Message, None, None]
 ) -> Any:
     """Main's `own` value and the others', in rank order."""
+    fold = _reduction(op)
     with contextlib.closing(messages):
         result = own = _as_sent(own)
         for rank, message in enumerate(messages, 1):
@@ -4356,30 +4391,51 @@ def _run_packed(packed: Message, *, parallelizer: Parallelizer) -> Any:
 
 
 class _Task:
-    """What `map` does with each item, and how it comes to them."""
+    """What main wants done with the items of `map`: the same on every process."""
+
+    func: Callable[..., Any]  # each process's own, and not among what main says
 
     def __init__(
         self,
-        func: Callable[..., Any],
-        extra_args: Sequence[Any],
+        extra_args: tuple[Any, ...] | int | None,
         extra_kwargs: Mapping[str, Any] | None,
-        seed: Any,
         chunksize: int | None,
-        progress: bool,
+        seed: Any,
         *,
+        progress: bool,
+        vectorized: bool = False,
+        concatenate: bool | None = None,
+        callback: Callable[[Any], object] | None = None,
         starred: bool = False,
-    if size == 1:  # so that a serial run needs no code of its own
-        ranks = [rank for rank in ranks if rank < 1]
     ) -> None:
-        if chunksize is not None and chunksize < 1:
-            raise ValueError(f"chunksize must be at least 1, not {chunksize}")
-        self.func = func
-        self.extra_args = tuple(extra_args)
-        self.extra_kwargs = dict(extra_kwargs or {})
-        self.seed = seed
+        extra_args, chunksize = _checked_extra_args(extra_args, chunksize)
+        if chunksize is not None:
+            chunksize = operator.index(chunksize)
+            if chunksize < 1:
+                raise ValueError(f"chunksize must be at least 1, not {chunksize}")
+        if vectorized and seed is not None:
+            raise ValueError(
+                "seed= gives each item its own generator, so it needs vectorized=False"
+            )
+        if concatenate is not None and not vectorized:
+            raise ValueError(
+                "concatenate= is for the results of blocks, so it needs vectorized=True"
+            )
+        self.extra_args = tuple(map(_laid_out, extra_args))
+        keywords = dict(extra_kwargs or {})
+        self.extra_kwargs = {name: _laid_out(value) for name, value in keywords.items()}
         self.chunksize = chunksize
+        self.seed = seed
         self.progress = progress
+        self.vectorized = vectorized
+        self.concatenate = concatenate
+        self.callback = callback
+        self.is_stream = callback is not None and not vectorized
         self.starred = starred
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the others need: not `func`, and of `callback` no more than `is_stream`."""
+        return {**vars(self), "callback": None}
 
     def call(self, item: Any, **more: Any) -> Any:
         first = item if self.starred else (item,)
@@ -4387,8 +4443,11 @@ class _Task:
 
     def compute(self, items: Any, start: int, comm: Communicator) -> list[Any]:
         """The results of a chunk whose first item is the `start`-th of all."""
-        if comm.rank == 0 and comm.size > 1:
-            items = _private(items)
+        # What main computes from, and what comes of it, are copies, because they are on all other
+        # processes: nobody can tell from a result who computed it.
+        copied = comm.rank == 0 and comm.size > 1
+        if comm.rank == 0:
+            items = _private(items) if copied else _laid_out(items)
         task, function = comm.in_task, comm.in_function
         try:
             comm.in_task = threading.get_ident()
@@ -4398,6 +4457,8 @@ class _Task:
             comm.in_task = task
             comm.mark_function(executing=function)
         comm.account.tasks += len(results)
+        if comm.rank == 0:
+            results = _as_sent(results) if copied else _laid_out(results)
         return results
 
     def _call_items(self, items: Any, start: int) -> list[Any]:
@@ -4412,6 +4473,21 @@ class _Task:
         ]
 
 
+def _checked_extra_args(third: Any, chunksize: Any) -> tuple[tuple[Any, ...], Any]:
+    """`extra_args` and `chunksize`, either of which may stand in the third place of a `map`."""
+    if third is None or isinstance(third, tuple):
+        return third or (), chunksize
+    if hasattr(third, "__index__") and not isinstance(third, (bool, np.ndarray)):
+        if chunksize is not None:
+            raise TypeError(f"chunksize is given twice: {third!r} as third argument, {chunksize!r}")
+        return (), third
+    raise TypeError(
+        f"extra_args, the third argument, must be a tuple of further arguments, or an int, which "
+        f"is then the chunksize, as in Pool.map; but it is {_describe(third)}. For one further "
+        f"argument x write (x,)"
+    )
+
+
 _RANK_STREAMS = 2**32 - 1  # begins the spawn keys of processes: no item has this number
 
 
@@ -4424,11 +4500,69 @@ def _spawned_rng(seed: Any, *key: int) -> np.random.Generator:
     return np.random.default_rng(child)
 
 
-def _map_blocks(task: _Task, *, parallelizer: Parallelizer, data: Any = None) -> Any:
-    if task.seed is not None:
-        raise ValueError("seed= gives each item its own generator, so it needs vectorized=False")
-    if parallelizer.on_main and (isinstance(data, Mapping) or not hasattr(data, "__getitem__")):
-        data = list(data)
+def _map_in_run(
+    func: Callable[..., Any],
+    make_task: Callable[[], _Task] | None = None,
+    data: Any = None,
+    *,
+    parallelizer: Parallelizer,
+) -> Any:
+    """What every process does in a `map`; only main's `make_task` and `data` count."""
+    items: Any = None
+
+    def prepare() -> tuple[_Task, Any]:
+        nonlocal items
+        assert make_task is not None
+        count = 0
+        try:
+            task = make_task()
+            items = _blockwise(data) if task.vectorized else _sized(data)
+            if not (task.vectorized or task.is_stream):
+                count = len(_guided_bounds(len(items), comm, task.chunksize))
+                return task, items
+            return task, None
+        finally:
+            if comm.size > 1:
+                comm.open_tickets(count)
+
+    with parallelizer._calling("map") as comm:
+        if comm.rank > 0:
+            comm.open_tickets(0)
+        task, dealt = parallelizer._from_main(comm, prepare)
+    task.func = func
+    if task.vectorized:
+        return _map_blocks(task, items, parallelizer)
+    if task.is_stream:
+        stream = _imap_in_run(func, True, lambda: task, items, parallelizer=parallelizer)
+        results = _call_back(task, stream)
+        return results if comm.rank == 0 else Parallelizer.InWorkerProcess
+    return _map_items(task, dealt, parallelizer)
+
+
+def _blockwise(data: Any) -> Any:
+    """What can be scattered."""
+    sliced = hasattr(data, "__getitem__") and not isinstance(data, Mapping)
+    return data if sliced else list(data)
+
+
+def _sized(data: Any) -> Any:
+    """What has a length, and whose slices hold the items that iteration gives."""
+    if isinstance(data, np.ndarray):
+        return np.require(data, requirements=["C", "ALIGNED"])
+    # The slices of a DataFrame, for one, hold other things.
+    return data if isinstance(data, (list, tuple, range, str, bytes)) else list(data)
+
+
+def _call_back(task: _Task, stream: Iterable[Any]) -> list[Any]:
+    results = []
+    for result in stream:
+        assert task.callback is not None
+        task.callback(result)
+        results.append(result)
+    return results
+
+
+def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
     block = parallelizer.scatter(data)
     # Of no items at all, main's call says what an empty result looks like.
     wanted = len(block) > 0 or (parallelizer.on_main and len(data) == 0)
@@ -4436,47 +4570,37 @@ def _map_blocks(task: _Task, *, parallelizer: Parallelizer, data: Any = None) ->
     if not parallelizer.on_main:
         return results
     results = [result for blocks in results for result in blocks]
-    combined = _combine(results, None)
-    if combined is results and all(isinstance(result, list) for result in results):
-        return list(itertools.chain.from_iterable(results))
+    combined = _combine(results, task.concatenate)
+    if task.concatenate is None and all(isinstance(result, list) for result in results):
+        combined = list(itertools.chain.from_iterable(results))
+    if task.callback is not None:
+        task.callback(combined)  # of blocks there is one result
     return combined
 
 
-def _map_items(task: _Task, *, parallelizer: Parallelizer, data: Any = None) -> Any:
+def _map_items(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
     comm = parallelizer._communicator()
-    main = comm.rank == 0
-    # Of these, slices hold the items that iteration gives; of a DataFrame they would not.
-    if main and not isinstance(data, (list, tuple, range, str, bytes, np.ndarray)):
-        data = list(data)
-    bounds = _guided_bounds(len(data), comm, task.chunksize) if main else []
+    bounds = _guided_bounds(len(data), comm, task.chunksize)
     tickets: Iterable[int] = range(len(bounds))
     if comm.size > 1:
-        with comm.enter("map"):
-            comm.open_tickets(len(bounds))
-        chunksize, data = parallelizer.broadcast((task.chunksize, data))
-        bounds = _guided_bounds(len(data), comm, chunksize)
         tickets = iter(lambda: comm.take_ticket(len(bounds)), None)
     done = []
-    with _bar(len(data), task.progress and main) as reached:
+    with _bar(len(data), task.progress and comm.rank == 0) as reached:
         for start, stop in map(bounds.__getitem__, tickets):
             done.append((start, task.compute(data[start:stop], start, comm)))
             reached(stop)
         reached(len(data))
     gathered = parallelizer.gather(done, concatenate=False)
-    if not main:
+    if comm.rank > 0:
         return gathered
     in_order = sorted(itertools.chain.from_iterable(gathered), key=operator.itemgetter(0))
     return list(itertools.chain.from_iterable(results for _, results in in_order))
 
 
-_IMMUTABLE = frozenset([int, float, complex, bool, str, bytes, type(None)])
-
-
 def _private(items: Any) -> Any:
     """Main's items, copied as the workers' are, so that it is all one who computes which."""
-    if isinstance(items, (range, str, bytes)) or _IMMUTABLE.issuperset(map(type, items)):
-        return items
-    return _loads(_dumps(items))
+    kinds = {type(items)} if isinstance(items, (range, str, bytes)) else set(map(type, items))
+    return items if kinds <= _PLAIN_TYPES else _sent(items)
 
 
 def _guided_bounds(length: int, comm: Communicator, chunksize: int | None) -> list[tuple[int, int]]:
@@ -4532,13 +4656,28 @@ def _chunked(data: Iterable[Any], chunksize: int) -> Iterator[tuple[int, list[An
         yield start, chunk
 
 
-def _spmd_imap(
-    task: _Task, ordered: bool, *, parallelizer: Parallelizer, data: Any = None
+def _imap_in_run(
+    func: Callable[..., Any],
+    ordered: bool,
+    make_task: Callable[[], _Task] | None = None,
+    data: Any = None,
+    *,
+    parallelizer: Parallelizer,
 ) -> Iterator[Any]:
+    """What every process does in an `imap`; only main's `make_task` and `data` count."""
+
+    def prepare() -> _Task:
+        assert make_task is not None
+        task = make_task()
+        iter(data)  # refuses at once what cannot be iterated over
+        return task
+
     comm = parallelizer._communicator()
     with comm.enter("imap"):
         # Of its own, so that what an imap before this one has left is not taken for this one's.
         tag = -2 - comm.call.number
+        task = parallelizer._from_main(comm, prepare)
+    task.func = func
     if comm.rank > 0:
         _compute_chunks(task, tag, comm)
         return iter(())

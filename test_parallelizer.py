@@ -588,8 +588,6 @@ def test_lookup(p: Par) -> None:
         assert type(Parallelizer.lookup({"mode": "mpi"})) is MPIParallelizer
 
 
-def test_lookup_of_a_pool() -> None:
-    pools = [
 def test_lookup_takes_another_where_a_name_is_unknown(p: Par) -> None:
     assert Parallelizer.lookup("dask", default=p) is p
     assert type(Parallelizer.lookup({"mode": "dask"}, default="serial")) is SerialNonParallelizer
@@ -599,6 +597,8 @@ def test_lookup_takes_another_where_a_name_is_unknown(p: Par) -> None:
         Parallelizer.lookup("dask", default="ray")
 
 
+def test_lookup_of_a_pool() -> None:
+    pools = [
         Parallelizer.lookup("multiprocessing", nprocs=2),
         Parallelizer.lookup({"mode": "multiprocessing", "nprocs": 2}),
         Parallelizer.from_config(mode="multiprocessing", nprocs=2),
@@ -1385,13 +1385,6 @@ def test_a_reduction_holds_few_values_at_once(engine: str, verb: str) -> None:
     expect(par, par.on_main and peak > 3.5, False)
 
 
-def reduces_badly(op: Any, *, parallelizer: Par) -> None:
-    parallelizer.reduce(1, op)
-
-
-@pytest.mark.parametrize("op", ["nonsense", 3, None])
-def test_an_unknown_op_is_refused(p: Par, op: Any) -> None:
-    error = failure(p, reduces_badly, op)
 UNLIKE: dict[str, tuple[Any, Any]] = {
     "blocks": (np.ones(2), np.ones(1)),
     "an empty block": (np.ones(1), np.ones(0)),
@@ -1441,6 +1434,13 @@ def test_what_is_no_number_wins_wherever_it_is(p: Par, kind: str) -> None:
     p.run(reduces_not_numbers, kind)
 
 
+def reduces_badly(op: Any, *, parallelizer: Par) -> None:
+    parallelizer.reduce(1, op)
+
+
+@pytest.mark.parametrize("op", ["nonsense", 3, None])
+def test_an_unknown_op_is_refused(p: Par, op: Any) -> None:
+    error = failure(p, reduces_badly, op)
     expect(p, isinstance(error, ValueError | TypeError | LookupError), True)
     expect_to_work(p)
 
@@ -1657,13 +1657,6 @@ def test_map_over_blocks(p: Par, way: Any, kind: str) -> None:
     expect(p, way(p, maps_blocks, kind), BLOCKS[kind][2])
 
 
-def scaled(block: Any, factor: float, *, shift: float) -> Any:
-    return block * factor + shift
-
-
-def maps_blocks_with_arguments(*, parallelizer: Par) -> Any:
-    data = np.arange(10) if parallelizer.on_main else None
-    return [
 def by_content(block: Any) -> Array:
     return np.array([["yes" * x, x, x + 0.5, x + 1j][min(x, 3)] for x in block])
 
@@ -1743,6 +1736,13 @@ def test_labelled_data_are_split_by_position(p: Par) -> None:
     expect(p, p.run(splits_labelled), [[float(x) for x in range(10)]] * 6 if p.on_main else None)
 
 
+def scaled(block: Any, factor: float, *, shift: float) -> Any:
+    return block * factor + shift
+
+
+def maps_blocks_with_arguments(*, parallelizer: Par) -> Any:
+    data = np.arange(10) if parallelizer.on_main else None
+    return [
         parallelizer.map(scaled, data, (2,), {"shift": 1}, vectorized=True),
         parallelizer.map(len, data, vectorized=True),
     ]
@@ -1928,141 +1928,6 @@ def test_it_does_not_matter_who_computes_what_on_a_changed_item(p: Par, way: Any
         expect(p, found, ([[[0, 1, 2]] * 40] * 3, [[0, 1, 2]] * 40))
 
 
-def draws_by_stream(*, parallelizer: Par) -> Any:
-    return list(parallelizer.imap(noise, range(20), 3, seed=7)), parallelizer.map(
-        noise, range(20), seed=7
-    )
-
-
-@BOTH_WAYS
-def test_seeded_streams_draw_what_seeded_maps_draw(p: Par, way: Any) -> None:
-    found = way(p, draws_by_stream)
-    expect(p, p.on_main and difference(*found), "")
-
-
-def own_numbers(*, parallelizer: Par) -> Any:
-    mine = [parallelizer.rng(3).random(), parallelizer.rng(3).random(), parallelizer.rng().random()]
-    return parallelizer.gather([*mine, np.random.random(), parallelizer.rng(4).random()])  # noqa: NPY002
-
-
-def test_every_process_has_a_random_stream_of_its_own(fresh: Par) -> None:
-    if not UNDER_MPI:  # whose ranks would all do so
-        np.random.seed(1)  # noqa: NPY002 - a fork must not go on from here on every process
-    found = fresh.run(own_numbers)
-    again = fresh.run(own_numbers)
-    if fresh.on_main:
-        seeded = [numbers[0] for numbers in found]
-        assert seeded == [numbers[1] for numbers in found] == [numbers[0] for numbers in again]
-        independent = [x for numbers in (*found, *again) for x in numbers[2:4]]
-        spawned = np.random.SeedSequence(3).spawn(len(found))  # what a seeded map would draw
-        items = [np.random.default_rng(one).random() for one in spawned]
-        everything = [*seeded, *(numbers[4] for numbers in found), *independent, *items]
-        assert len(set(everything)) == len(everything)
-
-
-def works_and_talks(*, parallelizer: Par) -> Any:
-    parallelizer.broadcast(np.ones(MIB // 8) if parallelizer.on_main else None)
-    return parallelizer.map(square, range(50))
-
-
-def test_stats_say_what_each_rank_did(p: Par) -> None:
-    p.run(works_and_talks)
-    stats = p.stats
-    expect(p, [type(rank).__name__ for rank in stats], ["RankStats"] * p.nprocs)
-    expect(p, sum(rank.tasks for rank in stats), 50)
-    for rank in stats:
-        assert 0 <= rank.waiting <= rank.collectives <= rank.seconds
-    # Main copies what it broadcasts once, however many processes there are.
-    expect(p, MIB <= stats[0].bytes_sent < 1.1 * MIB, p.nprocs > 1)
-    assert re.match(r"\d+ ranks, .* s: busy from .* MB sent", str(stats))
-    expect(p, "tasks" in str(stats), True)  # on a rank that was too late for any, not
-    assert "\n" not in str(stats)
-
-
-def maps_again(x: int) -> list[int]:
-    inner: Any = Parallelizer.lookup(None)
-    return [*inner.map(square, [x, x + 1]), *inner.imap(square, range(2))]
-
-
-def maps_inside_a_map(*, parallelizer: Par) -> Any:
-    return parallelizer.map(maps_again, range(20)), list(parallelizer.imap(maps_again, range(20)))
-
-
-@BOTH_WAYS
-def test_map_inside_a_mapped_function_is_that_process_s_own(p: Par, way: Any) -> None:
-    wanted = [[x * x, (x + 1) ** 2, 0, 1] for x in range(20)]
-    expect(p, way(p, maps_inside_a_map), (wanted, wanted))
-
-
-def gathers_for_an_item(x: int) -> Any:
-    return Parallelizer.lookup(None).gather(x)
-
-
-def gathers_inside_a_map(*, parallelizer: Par) -> Any:
-    return parallelizer.map(gathers_for_an_item, range(20))
-
-
-def test_a_collective_inside_a_mapped_function_is_an_error(p: Par) -> None:
-    if p.nprocs > 1:
-        expect_failure(p, ContractError, gathers_inside_a_map)
-    else:
-        expect(p, p.run(gathers_inside_a_map), [[x] for x in range(20)])
-
-
-def maps_with_a_bar(*, parallelizer: Par) -> Any:
-    result = parallelizer.map(square, range(5), progress=True)
-    stream = list(parallelizer.imap(square, range(5), progress=True))
-    assert stream == (result if parallelizer.on_main else [])
-    return result
-
-
-def test_map_shows_its_progress(p: Par) -> None:
-    if importlib.util.find_spec("tqdm"):
-        expect(p, p.run(maps_with_a_bar), [0, 1, 4, 9, 16])
-    else:
-        error = failure(p, maps_with_a_bar)
-        expect(p, isinstance(error, ImportError) and "pip install" in str(error), True)
-    expect_to_work(p)
-
-
-# ---------------------------------------------------------------------------------------------
-# Other people's programs, which ask for a pool: the libraries themselves, against their own
-# serial runs
-
-
-def log_density(x: Array, width: float = 1.0) -> float:
-    return float(-0.5 * np.sum((x / width) ** 2))
-
-
-def unit_cube(u: Array) -> Array:
-    return 10 * u - 5
-
-
-def rosenbrock(x: Array) -> float:
-    return float(np.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2))
-
-
-def by_emcee(pool: Any) -> Any:
-    emcee = importlib.import_module("emcee")
-    start = np.random.default_rng(1).normal(size=(8, 2))
-    sampler = emcee.EnsembleSampler(8, 2, log_density, args=(2.0,), pool=pool)
-    sampler.random_state = np.random.RandomState(2).get_state()
-    sampler.run_mcmc(start, 20)
-    return sampler.get_chain(), sampler.get_log_prob()
-
-
-def by_dynesty(pool: Any) -> Any:
-    dynesty = importlib.import_module("dynesty")
-    rng = np.random.default_rng(3)
-    # As many at a time with and without a pool, as that decides which points are tried.
-    mapper = pool or types.SimpleNamespace(map=lambda f, xs, **_: [*map(f, xs)], size=4)
-    sampler = dynesty.NestedSampler(
-        log_density, unit_cube, 2, nlive=30, rstate=rng, pool=mapper, queue_size=4
-    )
-    sampler.run_nested(dlogz=2.0, print_progress=False)
-    return sampler.results.samples, sampler.results.logz
-
-
 class Molecule:
     """Loses what it has computed when it is pickled."""
 
@@ -2208,6 +2073,311 @@ def test_a_cause_is_told_before_its_consequences(p: Par) -> None:
     """Rank 1 returns early, upon which main raises a ContractError; but rank 2 has failed."""
     if p.nprocs > 2:
         expect_failure(p, JobError, fails_in_consequence)
+
+
+def draws_by_stream(*, parallelizer: Par) -> Any:
+    return list(parallelizer.imap(noise, range(20), 3, seed=7)), parallelizer.map(
+        noise, range(20), seed=7
+    )
+
+
+@BOTH_WAYS
+def test_seeded_streams_draw_what_seeded_maps_draw(p: Par, way: Any) -> None:
+    found = way(p, draws_by_stream)
+    expect(p, p.on_main and difference(*found), "")
+
+
+def own_numbers(*, parallelizer: Par) -> Any:
+    mine = [parallelizer.rng(3).random(), parallelizer.rng(3).random(), parallelizer.rng().random()]
+    return parallelizer.gather([*mine, np.random.random(), parallelizer.rng(4).random()])  # noqa: NPY002
+
+
+def test_every_process_has_a_random_stream_of_its_own(fresh: Par) -> None:
+    if not UNDER_MPI:  # whose ranks would all do so
+        np.random.seed(1)  # noqa: NPY002 - a fork must not go on from here on every process
+    found = fresh.run(own_numbers)
+    again = fresh.run(own_numbers)
+    if fresh.on_main:
+        seeded = [numbers[0] for numbers in found]
+        assert seeded == [numbers[1] for numbers in found] == [numbers[0] for numbers in again]
+        independent = [x for numbers in (*found, *again) for x in numbers[2:4]]
+        spawned = np.random.SeedSequence(3).spawn(len(found))  # what a seeded map would draw
+        items = [np.random.default_rng(one).random() for one in spawned]
+        everything = [*seeded, *(numbers[4] for numbers in found), *independent, *items]
+        assert len(set(everything)) == len(everything)
+
+
+def works_and_talks(*, parallelizer: Par) -> Any:
+    parallelizer.broadcast(np.ones(MIB // 8) if parallelizer.on_main else None)
+    return parallelizer.map(square, range(50))
+
+
+def test_stats_say_what_each_rank_did(p: Par) -> None:
+    p.run(works_and_talks)
+    stats = p.stats
+    expect(p, [type(rank).__name__ for rank in stats], ["RankStats"] * p.nprocs)
+    expect(p, sum(rank.tasks for rank in stats), 50)
+    for rank in stats:
+        assert 0 <= rank.waiting <= rank.collectives <= rank.seconds
+    # Main copies what it broadcasts once, however many processes there are.
+    expect(p, MIB <= stats[0].bytes_sent < 1.1 * MIB, p.nprocs > 1)
+    assert re.match(r"\d+ ranks, .* s: busy from .* MB sent", str(stats))
+    expect(p, "tasks" in str(stats), True)  # on a rank that was too late for any, not
+    assert "\n" not in str(stats)
+
+
+def maps_again(x: int) -> list[int]:
+    inner: Any = Parallelizer.lookup(None)
+    return [*inner.map(square, [x, x + 1]), *inner.imap(square, range(2))]
+
+
+def maps_inside_a_map(*, parallelizer: Par) -> Any:
+    return parallelizer.map(maps_again, range(20)), list(parallelizer.imap(maps_again, range(20)))
+
+
+@BOTH_WAYS
+def test_map_inside_a_mapped_function_is_that_process_s_own(p: Par, way: Any) -> None:
+    wanted = [[x * x, (x + 1) ** 2, 0, 1] for x in range(20)]
+    expect(p, way(p, maps_inside_a_map), (wanted, wanted))
+
+
+def gathers_for_an_item(x: int) -> Any:
+    return Parallelizer.lookup(None).gather(x)
+
+
+def gathers_inside_a_map(*, parallelizer: Par) -> Any:
+    return parallelizer.map(gathers_for_an_item, range(20))
+
+
+def test_a_collective_inside_a_mapped_function_is_an_error(p: Par) -> None:
+    if p.nprocs > 1:
+        expect_failure(p, ContractError, gathers_inside_a_map)
+    else:
+        expect(p, p.run(gathers_inside_a_map), [[x] for x in range(20)])
+
+
+# The last digits of what is computed from an array depend on how it lies in memory, so all
+# processes must find it laid out alike: row by row where it is cut into items or blocks, else as
+# it was passed where that is contiguous, in either order, and row by row where it is not.
+
+ODD_LAYOUTS: dict[str, Callable[[Array], Array]] = {
+    "rows": np.ascontiguousarray,
+    "columns": np.asfortranarray,
+    "every second": lambda a: np.repeat(a, 2, axis=1)[:, ::2],
+    "reversed": lambda a: a[::-1, ::-1].copy()[::-1, ::-1],
+    "part": lambda a: np.pad(a, 3)[3:-3, 3:-3],
+    "field": lambda a: np.rec.fromarrays([a, a], names="x,y")["x"],
+    "misaligned": lambda a: np.frombuffer(b"-" + a.tobytes(), a.dtype, offset=1).reshape(a.shape),
+    "big-endian": lambda a: a.astype(">f8")[::-1],
+}
+
+
+def digits(*values: Any, **options: Any) -> str:
+    """Spell all bits of products and sums of the arrays that these values hold."""
+    found = []
+    for a in arrays_in([values, options]):
+        found += [a @ a.T, a.sum(axis=0), np.fft.fft(a)]
+        found += [a.T @ np.ones(len(a)), a.mean(axis=-1)] if a.ndim > 1 else []
+    return "".join(np.asarray(result).tobytes().hex() for result in found)
+
+
+def arrays_in(value: Any) -> Iterator[Array]:
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, dict | Holder):
+        yield from arrays_in([*(value if isinstance(value, dict) else vars(value)).values()])
+    elif isinstance(value, list | tuple):
+        yield from itertools.chain.from_iterable(map(arrays_in, value))
+
+
+def sent(value: Any) -> Any:
+    """Lay arrays out as another process gets them."""
+    if isinstance(value, np.ndarray):
+        return np.array(value, order="A", copy=True)
+    if isinstance(value, Holder):
+        return Holder(sent(value.array), value.label)
+    if isinstance(value, dict):
+        return dict(zip(value, map(sent, value.values()), strict=True))
+    return type(value)(map(sent, value)) if isinstance(value, list | tuple) else value
+
+
+def digits_of_each(block: Any) -> list[str]:
+    return [digits(item) for item in block]
+
+
+# Each calls verbs of `par` on numbers that lie in memory in the way of `a`, and says what digits
+# came out, and by which calls of `digits` they must have.
+Calls = tuple[Sequence[str], Sequence[tuple[Any, ...]]]
+
+
+def by_rows(par: Par, a: Array) -> Calls:
+    extra = a[:, 3], {"k": [a[1:9], Holder(a[:, 4], "x")]}
+    calls = [(np.ascontiguousarray(row), *extra) for row in a]
+    found = par.map(digits, a, extra) or []
+    found += par.imap(digits, a, 2, extra)
+    return found, calls * 2 * par.on_main
+
+
+def by_items(par: Par, a: Array) -> Calls:
+    bare = [a[:, i] for i in range(30)]
+    found: list[str] = []
+    calls: list[tuple[Any, ...]] = []
+    for items in (bare, [[one] for one in bare], [Holder(one, "x") for one in bare]):
+        par.map(digits, iter(items), (), {"k": bare[3]}, callback=found.append)
+        found += par.map(digits, tuple(items), None, {"k": bare[3]}) or []
+        found += par.imap(digits, iter(items), 3, None, {"k": bare[3]})
+        calls += [(item, bare[3]) for item in items] * 3
+    return found, calls * par.on_main
+
+
+def by_stars(par: Par, a: Array) -> Calls:
+    pairs = [(a[:, i], {"k": a[:, i + 1]}) for i in range(20)]
+    found = par.starmap(digits, pairs) or []
+    found += par.map(functools.partial(digits, a[:, 7], a), range(5)) or []
+    return found, (pairs + [(a[:, 7], a)] * 5) * par.on_main
+
+
+def by_blocks(par: Par, a: Array) -> Calls:
+    columns = [a[:, i] for i in range(20)]
+    found = par.map(digits_of_each, a, vectorized=True) or []
+    found += par.map(digits_of_each, columns, vectorized=True) or []
+    calls = [(one,) for one in [*map(np.ascontiguousarray, a), *columns]]
+    return found, calls * par.on_main
+
+
+def column(a: Array, i: int) -> Array:
+    return a[:, i]
+
+
+def by_results(par: Par, a: Array) -> Calls:
+    take = functools.partial(column, a)
+    results = [*(par.map(take, range(20)) or []), *par.imap(take, range(20))]
+    return [digits(one) for one in results], [(a[:, i],) for i in range(20)] * 2 * par.on_main
+
+
+def by_broadcast(par: Par, a: Array) -> Calls:
+    values = [a, a[:, 3], [a[:, 4]], {"k": (a[1:9], a.T)}, Holder(a[2:5, ::3], "x")]
+    return [digits(par.broadcast(one)) for one in values], [(one,) for one in values]
+
+
+def by_scatter(par: Par, a: Array) -> Calls:
+    items = [a, [a[:, i] for i in range(20)], [Holder(a[:, i], "x") for i in range(20)]]
+    blocks: list[Any] = [block_of(one, par.id, par.nprocs) for one in items]
+    blocks[0] = np.ascontiguousarray(blocks[0])
+    return [digits(par.scatter(one)) for one in items], [(block,) for block in blocks]
+
+
+def by_gather(par: Par, a: Array) -> Calls:
+    values = [a[:, 3], [a[:, 4]], Holder(a[2:5, ::3], "x")]
+    found = [par.allgather(one, concatenate=False) for one in values]
+    found += [par.gather(one, concatenate=False) for one in values] if par.on_main else []
+    if not par.on_main:
+        assert all(in_worker(par.gather(one, concatenate=False)) for one in values)
+    calls = [([one] * par.nprocs,) for one in values] * (1 + par.on_main)
+    found.append(par.allgather(a[:, ::2]))
+    calls.append((joined([a[:, ::2]] * par.nprocs),))
+    return [digits(one) for one in found], calls
+
+
+def by_reduction(par: Par, a: Array) -> Calls:
+    found = [par.allreduce(a[:, 3], "max"), par.allreduce(a, lambda _, y: y[:, ::2])]
+    calls = [(a[:, 3],), (sent(a)[:, ::2] if par.nprocs > 1 else a,)]
+    return [digits(one) for one in found], calls
+
+
+def by_messages(par: Par, a: Array) -> Calls:
+    for rank in range(par.nprocs):
+        par.send([a[:, 3], a], rank)
+    found = [par.receive(rank) for rank in range(par.nprocs)]
+    return [digits(one) for one in found], [([a[:, 3], a],)] * par.nprocs
+
+
+WAYS = [by_rows, by_items, by_stars, by_blocks, by_results]
+IN_RUN = [by_broadcast, by_scatter, by_gather, by_reduction, by_messages]
+
+
+def keeps_the_bits(way: Callable[..., Calls], parallelizer: Par) -> None:
+    numbers = np.random.default_rng(1).standard_normal((36, 300)) * np.logspace(0, 9, 300)
+    for name, lay in ODD_LAYOUTS.items():
+        found, calls = way(parallelizer, lay(numbers))
+        wanted = [digits(*sent(call)) for call in calls]
+        check(found, wanted, f"{way.__name__} of {name}")
+
+
+@pytest.mark.parametrize("way", [*WAYS, *IN_RUN])
+def test_bits_do_not_depend_on_the_layout_of_what_was_passed(p: Par, way: Any) -> None:
+    p.run(functools.partial(keeps_the_bits, way))
+    if way in WAYS:
+        drive(p, keeps_the_bits, way)
+
+
+def gathers_digits(*args: Any, parallelizer: Par, **options: Any) -> Any:
+    return parallelizer.gather(digits(*args, **options))
+
+
+def test_arguments_of_run_are_laid_out_alike(p: Par) -> None:
+    numbers = np.random.default_rng(1).standard_normal((36, 300)) * np.logspace(0, 9, 300)
+    for lay in ODD_LAYOUTS.values():
+        a = lay(numbers)
+        args, options = (a, [a[:, 3]], Holder(a[:, 4], "x")), {"k": a[:, 5], "l": {"m": a[1:7]}}
+        wanted = digits(*sent((*args, *options.values())))
+        expect(p, p.run(gathers_digits, *args, **options), [wanted] * p.nprocs)
+        partial = functools.partial(gathers_digits, *args)
+        expect(p, p.run(partial, **options), [wanted] * p.nprocs)
+
+
+def maps_with_a_bar(*, parallelizer: Par) -> Any:
+    result = parallelizer.map(square, range(5), progress=True)
+    stream = list(parallelizer.imap(square, range(5), progress=True))
+    assert stream == (result if parallelizer.on_main else [])
+    return result
+
+
+def test_map_shows_its_progress(p: Par) -> None:
+    if importlib.util.find_spec("tqdm"):
+        expect(p, p.run(maps_with_a_bar), [0, 1, 4, 9, 16])
+    else:
+        error = failure(p, maps_with_a_bar)
+        expect(p, isinstance(error, ImportError) and "pip install" in str(error), True)
+    expect_to_work(p)
+
+
+# ---------------------------------------------------------------------------------------------
+# Other people's programs, which ask for a pool: the libraries themselves, against their own
+# serial runs
+
+
+def log_density(x: Array, width: float = 1.0) -> float:
+    return float(-0.5 * np.sum((x / width) ** 2))
+
+
+def unit_cube(u: Array) -> Array:
+    return 10 * u - 5
+
+
+def rosenbrock(x: Array) -> float:
+    return float(np.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2))
+
+
+def by_emcee(pool: Any) -> Any:
+    emcee = importlib.import_module("emcee")
+    start = np.random.default_rng(1).normal(size=(8, 2))
+    sampler = emcee.EnsembleSampler(8, 2, log_density, args=(2.0,), pool=pool)
+    sampler.random_state = np.random.RandomState(2).get_state()
+    sampler.run_mcmc(start, 20)
+    return sampler.get_chain(), sampler.get_log_prob()
+
+
+def by_dynesty(pool: Any) -> Any:
+    dynesty = importlib.import_module("dynesty")
+    rng = np.random.default_rng(3)
+    # As many at a time with and without a pool, as that decides which points are tried.
+    mapper = pool or types.SimpleNamespace(map=lambda f, xs, **_: [*map(f, xs)], size=4)
+    sampler = dynesty.NestedSampler(
+        log_density, unit_cube, 2, nlive=30, rstate=rng, pool=mapper, queue_size=4
+    )
+    sampler.run_nested(dlogz=2.0, print_progress=False)
+    return sampler.results.samples, sampler.results.logz
 
 
 def by_scipy(pool: Any) -> Any:
@@ -2745,8 +2915,16 @@ def test_bad_start_method() -> None:
         MultiprocessingParallelizer(nprocs=2, start_method="nonsense")
 
 
+def test_ranks_that_do_not_exist_are_ignored_on_one_process(p: Par) -> None:
+    if p.nprocs == 1:
+        assert p.run(own_id, comm=[0, 1, 99]) == 0
+        p.run(runs_on, [0, 3, 3])
+
+
 @pytest.mark.parametrize("comm", [[], [1], [0, 0], [0, -1], [0, 99], [1, 2], [0, 1, 1]])
 def test_bad_comm(p: Par, comm: list[int]) -> None:
+    if p.nprocs == 1 and max(comm, default=0) > 0:
+        comm = [-1, *comm]
     with pytest.raises(ValueError, match=r"comm|rank"):
         p.run(own_id, comm=comm)
     expect_to_work(p)
@@ -3197,16 +3375,8 @@ CELLS = [
     for method in ["fork", "forkserver", "spawn"]:
         with MultiprocessingParallelizer(2, start_method=method) as p:
             def adder(n):
-def test_ranks_that_do_not_exist_are_ignored_on_one_process(p: Par) -> None:
-    if p.nprocs == 1:
-        assert p.run(own_id, comm=[0, 1, 99]) == 0
-        p.run(runs_on, [0, 3, 3])
-
-
                 return lambda x: scaled(x) + n  # a closure, defined after the workers were born
             print(p.map(adder(1), range(4)), p.map(Point, [1.5, 2.5]) == [Point(1.5), Point(2.5)])
-    if p.nprocs == 1 and max(comm, default=0) > 0:
-        comm = [-1, *comm]
             print(p.run(lambda parallelizer: parallelizer.gather(Point(parallelizer.id))))
             try:
                 p.run(fails)
