@@ -59,6 +59,7 @@ import abc
 import atexit
 import collections
 import contextlib
+import copy
 import enum
 import functools
 import importlib
@@ -530,11 +531,10 @@ def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
 class _Pickler(pickle.Pickler):
     """Says how the objects are pickled of which this module knows better than they do."""
 
-    def __init__(self) -> None:
-        self.stream = io.BytesIO()
+    def __init__(self, stream: Any) -> None:
         self.buffers: list[pickle.PickleBuffer] = []
         self.relaid = False  # see `Message`
-        super().__init__(self.stream, 5, buffer_callback=self.buffers.append)
+        super().__init__(stream, 5, buffer_callback=self.buffers.append)
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray):
@@ -545,10 +545,13 @@ class _Pickler(pickle.Pickler):
             self.relaid = self.relaid or not obj.dtype.isnative
         return NotImplemented
 
-    def message(self, obj: Any) -> Message:
-        self.dump(obj)
-        buffers = [_as_bytes(buffer.raw()) for buffer in self.buffers]
-        return Message(self.stream.getvalue(), buffers, self.relaid)
+    @classmethod
+    def pack(cls, obj: Any) -> Message:
+        stream = io.BytesIO()
+        pickler = cls(stream)
+        pickler.dump(obj)
+        buffers = [_as_bytes(buffer.raw()) for buffer in pickler.buffers]
+        return Message(stream.getvalue(), buffers, pickler.relaid)
 
 
 @functools.cache
@@ -583,7 +586,7 @@ def _pack(obj: Any, what: str) -> Message:
     lost = _main_is_lost_to_others()
     for by_value in (lost, not lost):
         try:
-            return (_by_value_pickler() if by_value else _Pickler)().message(obj)
+            return (_by_value_pickler() if by_value else _Pickler).pack(obj)
         except ModuleNotFoundError as missing:  # noqa: PERF203 - two tries, not many
             if missing.name != "cloudpickle":
                 raise
@@ -626,15 +629,18 @@ _PLAIN_TYPES = frozenset(
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether `value`, or all that a list or tuple holds, stays just what it is when it is sent."""
-    if type(value) not in (list, tuple):
-        value = (value,)
-    kinds = set(map(type, value))
+    """Whether `value`, or all that a list, tuple or dict holds, stays just what it is when sent."""
+    parts: Iterable[Any] = (value,)
+    if type(value) is dict:
+        parts = (*value, *value.values())
+    elif type(value) in (list, tuple):
+        parts = value
+    kinds = set(map(type, parts))
     return kinds <= _PLAIN_TYPES or (
         kinds <= _PLAIN_TYPES | {np.ndarray}
         and all(
             one.flags.writeable and not one.dtype.hasobject and _is_laid_out(one)
-            for one in value
+            for one in parts
             if type(one) is np.ndarray
         )
     )
@@ -658,19 +664,83 @@ def _laid_out(value: Any) -> Any:
     """
     if _is_plain(value):
         return value
-    try:
-        message = _pack(value, "what may be laid out anew")
-    except PackingError:  # then it cannot be anywhere else
-        return value
-    return _unpack(message.copy(), "what was laid out anew") if message.relaid else value
+    search = _LayoutSearch()
+    with contextlib.suppress(Exception):  # what cannot be pickled cannot be anywhere else
+        search.dump(value)
+        return _sent(value) if search.relaid else value
+    return value
 
 
-def _with_arguments_laid_out(func: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, where it is a partial one with arguments of its own."""
-    if not isinstance(func, functools.partial):
-        return func
+class _LayoutSearch(_Pickler):
+    """Finds whether arrays would be laid out anew, by a pickle that is not kept."""
+
+    def __init__(self) -> None:
+        super().__init__(_Nowhere())
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, np.ndarray):
+            return super().reducer_override(obj)
+        # Functions may not be picklable, and the arrays of other libraries, all of which speak
+        # dlpack, would be copied. None of them lies otherwise elsewhere.
+        if isinstance(obj, types.FunctionType) or hasattr(type(obj), "__dlpack__"):
+            return int, ()
+        return NotImplemented
+
+
+class _Nowhere:
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def _with_arguments_laid_out(func: functools.partial[_R]) -> functools.partial[_R]:
     keywords = {name: _laid_out(value) for name, value in func.keywords.items()}
     return functools.partial(func.func, *map(_laid_out, func.args), **keywords)
+
+
+def _function_laid_out(func: Callable[..., _R]) -> Callable[..., _R]:
+    """The same function, in whose arguments, object or closure arrays are laid out anew.
+
+    Where there are such, the object is a copy that holds the same things otherwise.
+    """
+    if isinstance(func, functools.partial):
+        inner = functools.partial(_function_laid_out(func.func), *func.args, **func.keywords)
+        return _with_arguments_laid_out(inner)
+    if isinstance(func, types.MethodType):
+        return types.MethodType(func.__func__, _attributes_laid_out(func.__self__))
+    if not isinstance(func, types.FunctionType):
+        return _attributes_laid_out(func)  # type: ignore[no-any-return]
+    if not func.__closure__:
+        return func
+    cells = [_cell_laid_out(cell) for cell in func.__closure__]
+    if all(new is old for new, old in zip(cells, func.__closure__, strict=True)):
+        return func
+    copied = types.FunctionType(
+        func.__code__, func.__globals__, func.__name__, func.__defaults__, tuple(cells)
+    )
+    return functools.update_wrapper(
+        copied, func, (*functools.WRAPPER_ASSIGNMENTS, "__kwdefaults__")
+    )
+
+
+def _cell_laid_out(cell: types.CellType) -> types.CellType:
+    try:
+        content = cell.cell_contents
+    except ValueError:  # it is empty
+        return cell
+    laid_out = _laid_out(content)
+    return cell if laid_out is content else types.CellType(laid_out)
+
+
+def _attributes_laid_out(holder: Any) -> Any:
+    if isinstance(holder, type) or not hasattr(holder, "__dict__"):
+        return holder
+    pairs = ((name, old, _laid_out(old)) for name, old in vars(holder).items())
+    changed = {name: new for name, old, new in pairs if new is not old}
+    if not changed:
+        return holder
+    copied = copy.copy(holder)
+    vars(copied).update(changed)
+    return copied
 
 
 def _dumps(obj: Any) -> bytes:
@@ -3354,7 +3424,7 @@ class Parallelizer:
             raise TypeError(f"run needs a function, not {_describe(func)}")
         if "parallelizer" in kwargs:
             raise TypeError("run passes the keyword parallelizer itself; leave it out of the call")
-        work: Callable[..., _R] = functools.partial(func, *args, **kwargs)
+        work = functools.partial(func, *args, **kwargs)
         nested = self._runs_here()
         if not nested:
             work = _with_arguments_laid_out(work)
@@ -3616,8 +3686,9 @@ class Parallelizer:
         Parameters
         ----------
         data : object
-            Arrays that agree in dtype and trailing shape are concatenated along axis 0, empty
-            blocks never standing in the way; anything else makes a list in rank order.
+            Arrays of one trailing shape are concatenated along axis 0, their dtypes promoted as
+            numpy does, empty blocks never standing in the way; anything else makes a list in
+            rank order.
         concatenate : bool, optional
             False asks for the list in any case, True for a ValueError where they don't fit.
 
@@ -3642,7 +3713,10 @@ class Parallelizer:
         with self._calling("gather") as comm:
             return self._gather(comm, data, concatenate)
 
-    def _gather(self, comm: Communicator, data: Any, concatenate: bool | None) -> Any:
+    def _gather(
+        self, comm: Communicator, data: Any, concatenate: bool | None, *, is_sent: bool = False
+    ) -> Any:
+        """See `gather`; main's data may already be what another process would get."""
         data = _plain(data)
         if comm.size == 1:
             return _combine([_laid_out(data)], concatenate)
@@ -3658,7 +3732,7 @@ class Parallelizer:
             _unpack(message, f"what rank {rank} gathered")
             for rank, message in enumerate(messages[1:], 1)
         ]
-        return _combine([_as_sent(data), *others], concatenate)
+        return _combine([data if is_sent else _as_sent(data), *others], concatenate)
 
     def allgather(self, data: Any, *, concatenate: bool | None = None) -> Any:
         """As `gather`, with the result on every process.
@@ -3679,7 +3753,9 @@ class Parallelizer:
         ----------
         data : object
         op : {"sum", "prod", "min", "max"} or callable
-            Applied in rank order, so that the result does not depend on timing.
+            Applied in rank order, so that the result does not depend on timing. A word asks for
+            values of one shape on all ranks, and goes by numpy's rules: the sum of arrays of bool
+            is their "or", small integers wrap around, and NaN wins in "min" and "max".
 
         Returns
         -------
@@ -3688,7 +3764,7 @@ class Parallelizer:
         Raises
         ------
         ValueError
-            On every process, where `op` is another word.
+            On every process, where `op` is another word, or shapes differ.
 
         Examples
         --------
@@ -4025,7 +4101,7 @@ class Parallelizer:
         if self._in_task():  # this process's own affair
             quiet = functools.partial(make_task, progress=False)
             return SerialNonParallelizer()._map(func, data, quiet)
-        func = _with_arguments_laid_out(func)
+        func = _function_laid_out(func)
         if not self._main_is_alone():
             return _map_in_run(func, make_task, data, parallelizer=self)
         task = make_task()
@@ -4047,7 +4123,7 @@ class Parallelizer:
         if self._in_task():
             quiet = functools.partial(make_task, progress=False)
             return SerialNonParallelizer()._imap(func, data, quiet, ordered=ordered)
-        func = _with_arguments_laid_out(func)
+        func = _function_laid_out(func)
         work = functools.partial(_imap_in_run, func, ordered)
         if not self._main_is_alone():
             return work(make_task, data, parallelizer=self)
@@ -4590,7 +4666,8 @@ def _map_items(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
             done.append((start, task.compute(data[start:stop], start, comm)))
             reached(stop)
         reached(len(data))
-    gathered = parallelizer.gather(done, concatenate=False)
+    with parallelizer._calling("gather"):
+        gathered = parallelizer._gather(comm, done, False, is_sent=True)
     if comm.rank > 0:
         return gathered
     in_order = sorted(itertools.chain.from_iterable(gathered), key=operator.itemgetter(0))
