@@ -2025,7 +2025,7 @@ REFUSED_OPTIONS: dict[str, tuple[Any, type[Exception], str]] = {
     "an array": ((range(3), np.arange(1)), TypeError, "extra_args.*chunksize"),
     "no items": ((range(3), 0), ValueError, "chunksize must be at least 1"),
     "twice": ((range(3), 2, None, {"chunksize": 2}), TypeError, "chunksize is given twice"),
-    "half": ((range(3), (), None, {"chunksize": 1.5}), TypeError, "float"),
+    "half": ((range(3), (), None, {"chunksize": 1.5}), TypeError, "chunksize must be a number"),
     "no blocks": ((range(3), (), None, {"concatenate": False}), ValueError, "vectorized=True"),
     "no data": ((None, ()), TypeError, "iter"),
 }
@@ -3199,7 +3199,7 @@ def test_a_backend_of_ones_own(nprocs: int) -> None:
     folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
     told = run_program("-m", "parallelizer", *argv, PYTHONPATH=folders)
     assert f"{nprocs} on " in told
-    assert "7 checks passed" in told
+    assert "4 checks passed" in told
 
 
 def test_docstrings_show_what_happens() -> None:
