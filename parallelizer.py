@@ -1188,6 +1188,7 @@ class Communicator(abc.ABC):
         self.world_size = size
         self._set_members(tuple(range(size)))
         self.timeout = timeout
+        self.limit: _ThreadLimit | None = None  # of threads, where that is looked after
         self.call = Call(0, 0, "run")
         self._history: collections.deque[Call] = collections.deque(maxlen=100)
         # Whether the user's function is executing: only then may a signal end it.
@@ -1643,6 +1644,10 @@ class Communicator(abc.ABC):
         finally:
             self._set_members(members)
             self.call = call
+
+    def limiting(self) -> contextlib.AbstractContextManager[None]:
+        """Within, this process has the number of threads on which all of them agree."""
+        return contextlib.nullcontext() if self.limit is None else self.limit.counting()
 
     # -- the user's function, and the calls it makes --------------------------------------------
 
@@ -2259,6 +2264,7 @@ class _WorkerEnd(PipeCommunicator):
 
     def __init__(self, setup: _WorkerSetup) -> None:
         super().__init__(setup.process, setup.port, setup.slots, setup.tickets, setup.timeout)
+        self.limit = setup.limit
         self._main_pid = setup.main_pid
         self._life = setup.life.fileno()
 
@@ -2282,6 +2288,7 @@ class _MainEnd(PipeCommunicator):
 
     def __init__(self, workers: _Workers, timeout: float | None) -> None:
         super().__init__(0, workers.port, workers.slots, workers.tickets, timeout)
+        self.limit = workers.limit
         self._workers = workers
         _listen(self)
 
@@ -2396,7 +2403,7 @@ class _WorkerSetup(NamedTuple):
     life: Connection
     main_pid: int
     timeout: float | None
-    threads: int | None
+    limit: _ThreadLimit
     method: str
 
 
@@ -2436,7 +2443,7 @@ class _Workers:
             self.slots = _shared_slots(nprocs)
         except OSError as why:
             raise _out_of_resources(nprocs, why) from why
-        self._threads = _ThreadLimit(parallelizer.threads_per_process, nprocs)
+        self.limit = _ThreadLimit.of_pool(parallelizer.threads_per_process, nprocs, method)
         self._ports = [_new_port(reader, [writer for _, writer in pipes]) for reader, _ in pipes]
         self.port = self._ports[0]
         if self.tickets is not None:
@@ -2455,14 +2462,17 @@ class _Workers:
         # Threads may have been started since the parallelizer was opened.
         self._method = _safe_start_method(self._method, len(self._ports))
         try:
-            with _shielded_start(self._method), self._threads.environment(self._method):
+            with _shielded_start(self._method):
+                if self._method == "forkserver":
+                    with _ThreadLimit.set_aside():
+                        importlib.import_module("multiprocessing.forkserver").ensure_running()
                 for process in missing:
                     while self._ports[process].read():
                         pass  # what its dead predecessor has left unread
                     self._ports[process].forget_partial()
                     self._start(_WorkerSetup(
                         parallelizer, process, self._ports[process], self.slots, self.tickets,
-                        self._life, os.getpid(), self._timeout, self._threads.count, self._method,
+                        self._life, os.getpid(), self._timeout, self.limit, self._method,
                     ))  # fmt: skip
         except OSError as why:
             self.kill(list(self.processes))
@@ -2518,7 +2528,7 @@ class _Workers:
         """Wait for workers that were told to stop, kill those that do not, and free all else."""
         from multiprocessing.connection import wait
 
-        self._threads.lift()
+        self.limit.lift()
         self.owned = False
         try:
             deadline = time.monotonic() + _GRACE
@@ -2540,66 +2550,244 @@ class _Workers:
                 self.slots.close()
 
 
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS",
-)  # fmt: skip
+# BLAS gives other last digits with another number of threads, so that is the same on all processes
+# of a pool, main included, and on all ranks of an MPI job.
+#
+# Of libraries that are loaded, threadpoolctl tells and sets the numbers. Without it nobody is
+# limited, because all have the same number then: what their common environment gives them. What a
+# process loads later heeds its environment, and so do programs that it starts; therefore main's
+# environment holds the limit, too, while a pool is up. Where the user has set that environment, and
+# has not asked for a number, nothing is limited. In any case workers are given what main has.
+
+# What libraries heed when they are loaded, and of which kind these are (threadpoolctl's user_api).
+_THREAD_VARIABLES = {
+    "OMP_NUM_THREADS": "openmp", "NUMEXPR_NUM_THREADS": "openmp", "OPENBLAS_NUM_THREADS": "blas",
+    "MKL_NUM_THREADS": "blas", "BLIS_NUM_THREADS": "blas", "VECLIB_MAXIMUM_THREADS": "blas",
+}  # fmt: skip
+_THREAD_KINDS = ("blas", "openmp")
 
 
-class _ThreadLimit:
-    """Keeps BLAS and OpenMP to so many threads per process while a pool is up.
-
-    What is loaded already is limited by threadpoolctl, where that is installed, and forks inherit
-    it from main; what workers load later, or anew, heeds their environment.
-    """
-
-    def __init__(self, asked: int | None, nprocs: int) -> None:
-        self.count = asked
-        if asked is None and not any(name in os.environ for name in _THREAD_VARIABLES):
-            self.count = max(1, _available_cpus() // nprocs)
-        # Without being asked, never to more than the program has set itself.
-        self.lift = _limit_threads(self.count, raising=asked is not None)
-
-    @contextlib.contextmanager
-    def environment(self, method: str) -> Iterator[None]:
-        """For workers that are born with it: not from a fork server, which would keep it."""
-        before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-        if method == "spawn":
-            _set_thread_variables(self.count)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
-
-
-def _set_thread_variables(count: int | None) -> None:
-    if count is not None:
-        os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(count)))
+def _thread_libraries() -> dict[str, Any] | None:
+    """Controllers, by threadpoolctl, of what is loaded, by path; None without it."""
+    return _find_thread_libraries(len(sys.modules))
 
 
 @functools.lru_cache(1)
-def _thread_pools(imported: int) -> Any:  # noqa: ARG001 - the key of the cache
-    """A threadpoolctl.ThreadpoolController, made anew when modules have been imported."""
-    return importlib.import_module("threadpoolctl").ThreadpoolController()
-
-
-def _limit_threads(count: int | None, *, raising: bool) -> Callable[[], object]:
-    """Limit the libraries that are loaded; what undoes it is returned."""
-    if count is None:
-        return lambda: None
+def _find_thread_libraries(imported: int) -> dict[str, Any] | None:  # noqa: ARG001 - a key
+    """It takes milliseconds, so it is done again only when modules have been imported."""
     try:
-        controller = _thread_pools(len(sys.modules))
-    except ModuleNotFoundError:
-        return lambda: None
-    limits = {  # by the kind of library
-        info["prefix"]: count if raising else min(count, info["num_threads"])
-        for info in controller.info()
+        threadpoolctl = importlib.import_module("threadpoolctl")
+    except ImportError:
+        return None
+    found = threadpoolctl.ThreadpoolController().lib_controllers
+    return {library.filepath: library for library in found if library.num_threads}
+
+
+def _thread_numbers() -> dict[str, int]:
+    """Threads of each library that is loaded, by path."""
+    return {path: library.num_threads for path, library in (_thread_libraries() or {}).items()}
+
+
+def _set_thread_numbers(wanted: Callable[[str, str], int | None]) -> None:
+    """Give each library that is loaded the number that is wanted for its path and kind, if any."""
+    for path, library in (_thread_libraries() or {}).items():
+        number = wanted(path, library.user_api)
+        if number not in (None, library.num_threads):
+            library.set_num_threads(number)
+            # Else threadpoolctl 3.8 lets no other thread set it for as long as this one lives.
+            getattr(library, "clear_controlling_thread", lambda: None)()
+
+
+def _take_thread_numbers(numbers: Mapping[str, int]) -> None:
+    """Give the libraries here the numbers that main has, which may be another machine."""
+    if numbers == _thread_numbers():
+        return
+    here = {os.path.split(path)[1] for path in _thread_libraries() or numbers}
+    for path, number in numbers.items():
+        # What a function may load here, but to another number, is loaded now.
+        if os.path.split(path)[1] not in here and [number] != _threads_by_environment():
+            with contextlib.suppress(OSError):
+                importlib.import_module("ctypes").CDLL(path)
+                _find_thread_libraries.cache_clear()
+    by_name = {os.path.split(path)[1]: number for path, number in numbers.items()}
+    _set_thread_numbers(lambda path, _: by_name.get(os.path.split(path)[1]))
+
+
+def _threads_by_kind() -> dict[str, list[int]]:
+    """The numbers that libraries of each kind have, or would have if they were loaded now."""
+    loaded = (_thread_libraries() or {}).values()
+    numbers = {
+        kind: {library.num_threads for library in loaded if library.user_api == kind}
+        for kind in _THREAD_KINDS
     }
-    undo: Callable[[], object] = controller.limit(limits=limits).restore_original_limits
-    return undo
+    return {kind: sorted(found) or _threads_by_environment() for kind, found in numbers.items()}
+
+
+def _threads_by_environment() -> list[int]:
+    """What a library takes that is loaded now; several numbers, where its variables differ."""
+    told = (os.environ.get(name, "").partition(",")[0] for name in _THREAD_VARIABLES)
+    return sorted({int(number) for number in told if number.isdigit()}) or [len(_affinity())]
+
+
+class _ThreadState(NamedTuple):
+    """What decides on the threads of a process."""
+
+    variables: dict[str, str | None]  # None where they are not set
+    numbers: dict[str, int]  # see `_thread_numbers`
+
+    @classmethod
+    def present(cls) -> _ThreadState:
+        """Of this process, now."""
+        return cls({name: os.environ.get(name) for name in _THREAD_VARIABLES}, _thread_numbers())
+
+
+def _set_variables(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+class _ThreadLimit:
+    """So many threads for the libraries of each kind, on this process, until it is lifted.
+
+    Without counts it limits nothing, and tells the workers of a pool what main has.
+    """
+
+    _held: ClassVar[list[_ThreadLimit]] = []  # by this process; it is the last one that counts
+    _warned: ClassVar = False
+
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        self._counts = counts
+        before = self._held[0]._before if self._held else _ThreadState.present()
+        self._before: _ThreadState = before  # any limit
+        if counts:
+            self._held.append(self)
+            self._impose()
+        self.state: _ThreadState = _ThreadState.present()
+
+    @classmethod
+    def of_pool(cls, asked: int | None, nprocs: int, method: str) -> _ThreadLimit:
+        """Of all processes of a pool, or of none of them, which a warning says."""
+        counts = _threads_of_pool(asked, nprocs)
+        if _thread_libraries() is None:
+            if counts and [*set(counts.values())] != _threads_by_environment():
+                cls.warn(f"each of {nprocs} processes uses as many as it would alone")
+            elif method != "fork" and _variables_at_start() != _ThreadState.present().variables:
+                cls.warn("workers may use another number than main, as the program has set its own")
+            counts = {}
+        return cls(counts)
+
+    @classmethod
+    def warn(cls, consequence: str) -> None:
+        """Say, once in a program, what follows from threadpoolctl's not being installed."""
+        if not cls._warned:
+            cls._warned = True
+            _logger().warning(
+                "threads of BLAS and OpenMP cannot be limited without threadpoolctl, so %s: "
+                "pip install threadpoolctl, or set OMP_NUM_THREADS before the program starts",
+                consequence,
+            )
+
+    @classmethod
+    def users_variables(cls) -> dict[str, str | None]:
+        """The environment without what is held here."""
+        present = _ThreadState.present().variables
+        if not cls._held:
+            return present
+        held, before = cls._held[-1]._variables(), cls._held[-1]._before.variables
+        # What is another than was put there has been set by the user in the meantime.
+        return {
+            name: before[name] if value == held[name] else value for name, value in present.items()
+        }
+
+    @classmethod
+    @contextlib.contextmanager
+    def set_aside(cls) -> Iterator[None]:
+        """Within, the environment is the user's, for a process that outlives the limit."""
+        held = _ThreadState.present().variables
+        _set_variables(cls.users_variables())
+        try:
+            yield
+        finally:
+            _set_variables(held)
+
+    def _variables(self) -> dict[str, str]:
+        return {name: str(self._counts[kind]) for name, kind in _THREAD_VARIABLES.items()}
+
+    def _impose(self) -> None:
+        _set_variables(self._variables())
+        _set_thread_numbers(lambda _, kind: self._counts.get(kind))
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Within, it is this one that counts, of several that are held."""
+        if self not in self._held or self._held[-1] is self:
+            yield
+            return
+        latest = self._held[-1]
+        self._make_count()
+        try:
+            yield
+        finally:
+            latest._make_count()
+
+    def _make_count(self) -> None:
+        if self in self._held:
+            self._held.remove(self)
+            self._held.append(self)
+            self._impose()
+
+    def changed_numbers(self) -> dict[str, int] | None:
+        """The numbers of now, where they are others than at first.
+
+        The user may have set others, as by ``with threadpoolctl.threadpool_limits(1)``.
+        """
+        numbers = _thread_numbers()
+        return None if numbers == self.state.numbers else numbers
+
+    def lift(self) -> None:
+        """Put back what was before, or have another one count that is held."""
+        if self not in self._held:
+            return
+        variables, numbers = self.users_variables(), self._before.numbers
+        self._held.remove(self)
+        if self._held:
+            self._held[-1]._impose()
+            return
+        _set_variables(variables)
+        # What was loaded under the limit has never had a number of its own.
+        most = max(numbers.values(), default=None)
+        _set_thread_numbers(lambda path, _: numbers.get(path, most))
+
+    def adopt(self) -> None:
+        """On a worker: have what main had when it made this."""
+        self._held[:] = [self] if self._counts else []
+        _ThreadLimit._warned = True  # main does that
+        _set_variables(self.state.variables)
+        _take_thread_numbers(self.state.numbers)
+
+
+def _threads_of_pool(asked: int | None, nprocs: int) -> dict[str, int]:
+    """Threads of each kind for a process of a pool; empty where the user's environment says it."""
+    if asked is not None:
+        return dict.fromkeys(_THREAD_KINDS, asked)
+    if any(_ThreadLimit.users_variables().values()):
+        return {}
+    share = max(1, _available_cpus() // nprocs)
+    # Never more than the program has set itself.
+    return {kind: min(share, *numbers) for kind, numbers in _threads_by_kind().items()}
+
+
+def _variables_at_start() -> dict[str, str | None]:
+    """As this program was started with; where that is not to be known, as they are."""
+    try:
+        with open("/proc/self/environ", "rb") as file:  # noqa: PTH123 - pathlib is slow to import
+            items = [os.fsdecode(item).partition("=") for item in file.read().split(b"\0")]
+    except OSError:
+        return _ThreadState.present().variables
+    started = {name: value for name, _, value in items}
+    return {name: started.get(name) for name in _THREAD_VARIABLES}
 
 
 def _new_port(inbox: Connection, outboxes: Sequence[Connection]) -> _Port:
@@ -2686,9 +2874,7 @@ def _worker_main(setup: _WorkerSetup) -> None:
     Parallelizer._registry.clear()
     Parallelizer._living.clear()
     Parallelizer._living[parallelizer._key] = parallelizer
-    _set_thread_variables(setup.threads)
-    if setup.method != "fork":
-        _limit_threads(setup.threads, raising=True)
+    setup.limit.adopt()
     if "numpy.random" in sys.modules:
         # A fork has inherited the state of this very generator, too.
         np.random.seed(np.frombuffer(os.urandom(32), np.uint32))  # noqa: NPY002
@@ -2829,6 +3015,39 @@ class MPICommunicator(Communicator):
         self._main_ended_after = math.inf  # this run
         self._leaving = self._all_left = False
         self.dying: set[int] = set()  # numbered as in COMM_WORLD
+
+    def agree_on_threads(self) -> None:
+        """Give all ranks the least of the numbers that each would have; they stay so.
+
+        Each would have its share of the CPUs that it may use, which ranks of one machine may have
+        to share, or what its user has set by the environment.
+        """
+        share = self._share_of_cpus()
+        present = _threads_by_kind()
+        if any(_ThreadLimit.users_variables().values()):
+            offer = present
+        else:
+            offer = {kind: [share, *numbers] for kind, numbers in present.items()}
+        able = _thread_libraries() is not None
+        told = self._letters.allgather((able, present, offer))
+        agreed = {kind: min(min(one[kind]) for _, _, one in told) for kind in _THREAD_KINDS}
+        as_they_are = [numbers for _, numbers, _ in told]
+        if not all(able for able, _, _ in told):
+            if self.process == 0 and any(numbers != as_they_are[0] for numbers in as_they_are):
+                _ThreadLimit.warn("ranks have different numbers, and may get different last digits")
+            agreed = {}
+        elif all(numbers[kind] == [agreed[kind]] for numbers in as_they_are for kind in agreed):
+            agreed = {}
+        self.limit = _ThreadLimit(agreed)
+
+    def _share_of_cpus(self) -> int:
+        """CPUs for this rank, where each is divided among the ranks that may run on it."""
+        own, host = _affinity(), _hostname()
+        beside = [cpus for where, cpus in self._letters.allgather((host, own)) if where == host]
+        ranks_on = collections.Counter(itertools.chain.from_iterable(beside))
+        share = sum(1 / ranks_on[cpu] for cpu in own) + 1e-6  # not to round a whole number down
+        quotas = [quota // len(beside) for quota in _cgroup_cpus()]
+        return max(1, min([int(share), *quotas, *_slurm_cpus()]))
 
     # -- what arrives -------------------------------------------------------------------------
 
@@ -3480,7 +3699,7 @@ class Parallelizer:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         """Within, the processes are up, and this thread is the one that runs."""
-        with self._reserved("run"), self:
+        with self._reserved("run"), self, self._communicator().limiting():
             communicator = self._communicator()
             communicator.runner = threading.get_ident()
             try:
@@ -3499,7 +3718,8 @@ class Parallelizer:
         if self._drives_workers:
             packed = _pack(work, "the function that is run or mapped, or its arguments")
             # All can read whom it is meant for, and by which names main is registered.
-            head = pickle.dumps((list(ranks), self._names(), packed.pickled))
+            threads = communicator.limit and communicator.limit.changed_numbers()
+            head = pickle.dumps((list(ranks), self._names(), threads, packed.pickled))
             communicator.command(Message(head, packed.buffers))
 
     def _execute(
@@ -3567,11 +3787,11 @@ class Parallelizer:
             communicator.runner = runner
 
     def _obey(self, communicator: Communicator, message: Message) -> None:
-        ranks, names, pickled = pickle.loads(message.pickled)
+        ranks, names, threads, pickled = pickle.loads(message.pickled)
         for name in self._names():
             del self._registry[name]
         self._registry.update(dict.fromkeys(names, self))
-        work = functools.partial(_run_packed, Message(pickled, message.buffers))
+        work = functools.partial(_run_packed, Message(pickled, message.buffers), threads)
         # Main has been told of a failure and raises it; a worker goes on to serve.
         with contextlib.suppress(BaseException):
             if communicator.process in ranks:
@@ -4144,7 +4364,7 @@ class Parallelizer:
         """A run whose function, on main, is interrupted by what the user does with the results."""
         # Not to keep open what its own `with` statement closes.
         opened = contextlib.nullcontext() if self._entered else self
-        with self._reserved("imap"), opened:
+        with self._reserved("imap"), opened, self._communicator().limiting():
             self._stream = itself[0]
             communicator = self._communicator()
             ranks = range(communicator.size)
@@ -4461,8 +4681,14 @@ def _raise_final(communicator: Communicator, error: BaseException) -> NoReturn:
         del final, error  # their tracebacks hold this frame
 
 
-def _run_packed(packed: Message, *, parallelizer: Parallelizer) -> Any:
+def _run_packed(
+    packed: Message, threads: dict[str, int] | None, *, parallelizer: Parallelizer
+) -> Any:
     work = _unpack(packed, "the function of a run, or its arguments,")
+    # Now, because unpacking has imported the modules of the function.
+    limit = parallelizer._communicator().limit
+    if limit is not None:
+        _take_thread_numbers(threads or limit.state.numbers)
     return work(parallelizer=parallelizer)
 
 
@@ -4896,7 +5122,8 @@ class MultiprocessingParallelizer(Parallelizer):
     threads_per_process : int, optional
         Threads of BLAS and OpenMP on each process, main included, while the processes are up.
         By default their share of the CPUs, unless the environment sets OMP_NUM_THREADS or the
-        like. What is loaded before is limited where threadpoolctl is installed.
+        like. This takes threadpoolctl; without it a warning says that nothing is limited. While
+        the processes are up, main's environment has the number, for what is loaded later.
     timeout : float, optional
         See `Parallelizer`.
 
@@ -4992,19 +5219,25 @@ def _mpi_is_up() -> bool:
     return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
 
 
+def _affinity() -> set[int]:
+    """The CPUs that the system lets this process run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def _available_cpus() -> int:
     """CPUs that this process may use: affinity, cgroup quota, and Slurm's share of a task."""
-    if hasattr(os, "sched_getaffinity"):
-        limits = [len(os.sched_getaffinity(0))]
-    else:
-        limits = [os.cpu_count() or 1]
+    limits = [len(_affinity())]
     if hasattr(os, "process_cpu_count"):  # Python 3.13: heeds PYTHON_CPU_COUNT
         limits.append(getattr(os, "process_cpu_count")() or 1)  # noqa: B009 - for type checkers
-    limits += _cgroup_cpus()
-    slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if slurm.isdigit():
-        limits.append(int(slurm))
-    return max(1, min(limits))
+    return max(1, min(limits + _cgroup_cpus() + _slurm_cpus()))
+
+
+def _slurm_cpus() -> list[int]:
+    """CPUs of this task."""
+    told = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return [int(told)] if told.isdigit() else []
 
 
 def _cgroup_cpus() -> list[int]:
@@ -5029,6 +5262,11 @@ class MPIParallelizer(Parallelizer):
         By default ``COMM_WORLD``. All its ranks must make the parallelizer together.
     timeout : float, optional
         See `Parallelizer`.
+
+    Notes
+    -----
+    The ranks of `comm` agree on their number of threads of BLAS and OpenMP: the least of what
+    each has by its environment, or has as its share of the CPUs of its machine.
 
     Raises
     ------
@@ -5089,6 +5327,8 @@ def _connected(mpi: Any, comm: Any) -> MPICommunicator:
     communicator: MPICommunicator | None = comm.Get_attr(_keyval(mpi))
     if communicator is None:
         communicator = MPICommunicator(mpi, comm)
+        if communicator.size > 1:
+            communicator.agree_on_threads()
         comm.Set_attr(_keyval(mpi), communicator)
         if mpi.COMM_WORLD.Get_size() > 1:
             _job_end(mpi).communicators.append(communicator)

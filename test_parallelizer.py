@@ -3442,15 +3442,217 @@ def test_processes_share_the_cpus_among_their_threads(
         share = max(1, everything.nprocs // 2)
     make = functools.partial(MultiprocessingParallelizer, 2, start_method=start_method)
     assert make(threads_per_process=2).run(count_threads) == [{2}, {2}]
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the user's word, which is left alone
-    found = make().run(count_threads)
-    assert found[0] == before
-    if start_method != "forkserver":  # whose environment is that of its server's start
-        assert found[1] == ({1} if start_method == "spawn" else before)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the user's word, after which nothing is limited
+    assert make().run(count_threads) == [before, before]
     for name in ("OMP", "OPENBLAS", "MKL"):
         monkeypatch.delenv(f"{name}_NUM_THREADS", raising=False)
     assert make().run(count_threads) == [{share}, {share}]
     assert SerialNonParallelizer().run(count_threads) == [before]
+
+
+# Of the programs below, which need not find what the test's own environment says. To each of the
+# libraries, an empty word is none.
+NO_THREADS_SET: dict[str, Any] = {
+    f"{name}_THREADS": ""
+    for name in ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM", "NUMEXPR_NUM")
+}
+
+
+def threads_of_all(*, parallelizer: Par) -> Any:
+    """Threads of each library, of which scipy brings one that may have to be loaded for this."""
+    importlib.import_module("scipy.linalg")
+    pools = importlib.import_module("threadpoolctl").threadpool_info()
+    return parallelizer.allgather({pool["filepath"]: pool["num_threads"] for pool in pools})
+
+
+def threads_of_a_program(*, parallelizer: Par) -> Any:
+    """Of one that is started by the function, which has nothing but its environment."""
+    call = "import numpy, threadpoolctl as t; print(t.threadpool_info()[0]['num_threads'])"
+    env: dict[str, Any] = held_variables()
+    return parallelizer.gather(int(run_program("-c", call, **env)))
+
+
+def held_variables() -> dict[str, str]:
+    return {name: os.environ.get(name, "") for name in NO_THREADS_SET}
+
+
+def threads_of_inner_pools(*, parallelizer: Par) -> Any:
+    inner = MultiprocessingParallelizer(2, start_method="spawn").run(threads_of_all)
+    return [*itertools.chain(*parallelizer.allgather(inner, concatenate=False))]
+
+
+def same_threads(method: str) -> None:
+    """Print how many threads each process has, after making sure that it is one number on all."""
+    limits = importlib.import_module("threadpoolctl").threadpool_limits
+    make = functools.partial(MultiprocessingParallelizer, 2, start_method=method)
+
+    def tell(situation: str, found: list[dict[str, int]], libraries: int = 2) -> None:
+        (numbers,) = {tuple(sorted(one.items())) for one in found}  # the same on all
+        assert len(numbers) == libraries, (situation, numbers)
+        print(situation, *sorted({number for _, number in numbers}), sep=", ", flush=True)
+
+    def now() -> Any:
+        return SerialNonParallelizer().run(threads_of_all)
+
+    cpus, environment = len(os.sched_getaffinity(0)), held_variables()
+    assert "scipy.linalg" not in sys.modules
+    with make() as p:
+        tell("loaded late", p.run(threads_of_all))
+        print(*p.run(threads_of_a_program))
+    tell("afterwards", now())
+    assert held_variables() == environment
+    tell("asked for", make(threads_per_process=cpus).run(threads_of_all))
+    with limits(1):
+        tell("limited by the program", MultiprocessingParallelizer(1).run(threads_of_all))
+        tell("limited by the program", make().run(threads_of_all))
+    with make() as p:
+        tell("not yet limited", p.run(threads_of_all))
+        with limits(cpus):
+            tell("limited for a call", p.run(threads_of_all))
+            tell("limited for a call", p.map(threads_of_an_item, range(8)))
+        tell("limited no more", p.run(threads_of_all))
+    with make(threads_per_process=cpus) as first:
+        second = make(threads_per_process=1)
+        with second:
+            tell("beside another", second.run(threads_of_all))
+            tell("beside another", first.run(threads_of_all))
+            tell("after another", first.run(inside_another, main_kwargs={"inner": second}))
+            first.__exit__()
+            tell("when the first is closed", second.run(threads_of_all))
+            first.__enter__()
+    tell("afterwards", now())
+    assert held_variables() == environment
+    tell("nested", make(threads_per_process=cpus).run(threads_of_inner_pools))
+    os.environ["OMP_NUM_THREADS"] = "1"  # which comes too late
+    tell("set late", make().run(threads_of_all))
+
+
+def inside_another(*, inner: Any = None, parallelizer: Par) -> Any:
+    """Have main use another pool, after which all have their own numbers again."""
+    if inner is not None:
+        inner.run(threads_of_all)
+    return threads_of_all(parallelizer=parallelizer)
+
+
+def threads_of_an_item(_: int) -> dict[str, int]:
+    (found,) = SerialNonParallelizer().run(threads_of_all)
+    return found  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("start_method", MULTIPROCESSING)
+def test_every_process_has_the_same_number_of_threads(start_method: str) -> None:
+    call = f"import test_parallelizer as t; t.same_threads({start_method!r})"
+    cpus = len(os.sched_getaffinity(0))
+    share = max(1, cpus // 2)
+    told = run_program("-c", call, PARALLELIZER_TEST_PROGRAM=call, **NO_THREADS_SET)
+    assert told.splitlines() == [
+        f"loaded late, {share}",
+        f"{share} {share}",
+        f"afterwards, {cpus}",
+        f"asked for, {cpus}",
+        *["limited by the program, 1"] * 2,
+        f"not yet limited, {share}",
+        *[f"limited for a call, {cpus}"] * 2,
+        f"limited no more, {share}",
+        "beside another, 1",
+        f"beside another, {cpus}",
+        f"after another, {cpus}",
+        "when the first is closed, 1",
+        f"afterwards, {cpus}",
+        f"nested, {share}",
+        f"set late, {cpus}",
+    ]
+
+
+def product(_: int) -> float:
+    """Whose last digits depend on the number of threads."""
+    left, right = np.random.default_rng(1).random((2, 10**6))
+    return float(left @ right)
+
+
+def products(set_late: bool, methods: list[str], threads: int | None) -> None:
+    """Print whether many equal products have one value, that of a serial one, by each method."""
+    if set_late:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    for method in methods:
+        with MultiprocessingParallelizer(2, start_method=method, threads_per_process=threads) as p:
+            print(set(p.map(product, range(40))) == {product(0)})
+
+
+@pytest.fixture
+def no_threadpoolctl(tmp_path: Path) -> str:
+    """Make its import fail; the path on which it does."""
+    (tmp_path / "threadpoolctl.py").write_text("raise ModuleNotFoundError('it is not installed')")
+    return os.pathsep.join([str(tmp_path), str(HERE)])
+
+
+NOT_LIMITED = "threads of BLAS and OpenMP cannot be limited without threadpoolctl"
+
+
+@pytest.mark.parametrize(
+    ("call", "variables", "warned"),
+    [
+        ("False, t.MULTIPROCESSING, None", {}, "each of 2 processes uses as many"),
+        ("False, t.MULTIPROCESSING, 2", {"OMP_NUM_THREADS": "1"}, "each of 2 processes"),
+        ("False, t.MULTIPROCESSING, 1", {"OMP_NUM_THREADS": "1"}, ""),
+        ("False, t.MULTIPROCESSING, None", {"OPENBLAS_NUM_THREADS": "1"}, ""),
+        ("True, ['fork'], None", {}, ""),
+        ("True, ['spawn'], None", {}, "workers may use another number than main"),
+    ],
+)
+def test_without_threadpoolctl_no_process_is_limited(
+    call: str, variables: dict[str, str], warned: str, no_threadpoolctl: str
+) -> None:
+    call = f"import test_parallelizer as t; t.products({call})"
+    env = NO_THREADS_SET | {"PYTHONPATH": no_threadpoolctl} | variables
+    code, out, err = finish("-c", call, PARALLELIZER_TEST_PROGRAM=call, **env)
+    assert code == 0, err
+    if "another" not in warned:
+        assert set(out.split()) == {"True"}
+    assert len(err.splitlines()) == bool(warned), err  # once, whatever is opened
+    if warned:
+        assert err.startswith(NOT_LIMITED)
+        assert warned in err
+        assert "pip install threadpoolctl" in err
+
+
+def mpi_threads(body: Callable[..., Any]) -> None:
+    """Print how many threads ranks have: some of them, then all, who have to agree anew."""
+    world = importlib.import_module("mpi4py.MPI").COMM_WORLD
+    some = MPIParallelizer(world.Split(world.rank == 1))
+    told = [some.run(body)]
+    whole = MPIParallelizer()
+    told += [whole.run(body), some.run(body)]
+    if whole.on_main:
+        print([{number for found in one for number in found.values()} for one in told])
+
+
+def products_of_all(*, parallelizer: Par) -> Any:
+    return parallelizer.allgather({"product": product(0)})
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("limited", [True, False])
+@pytest.mark.parametrize("alike", [True, False])
+def test_ranks_have_the_same_number_of_threads(
+    alike: bool, limited: bool, no_threadpoolctl: str
+) -> None:
+    rank = "int(os.environ.get('PMI_RANK') or os.environ['OMPI_COMM_WORLD_RANK'])"
+    call = "import os; "
+    call += "" if alike else f"os.environ['OMP_NUM_THREADS'] = str(3 - {rank}); "
+    call += "import test_parallelizer as t; "
+    call += f"t.mpi_threads(t.{'threads_of_all' if limited else 'products_of_all'})"
+    variables = NO_THREADS_SET | ({} if limited else {"PYTHONPATH": no_threadpoolctl})
+    code, out, err = finish("-c", call, ranks=3, PARALLELIZER_TEST_PROGRAM=call, **variables)
+    assert code == 0, err
+    told = ast.literal_eval(out)
+    if limited:
+        share = max(1, len(os.sched_getaffinity(0)) // 3)
+        assert told[1:] == [{share if alike else 1}] * 2
+        assert len(told[0]) == 1
+    elif alike:
+        assert [len(one) for one in told] == [1, 1, 1]
+    assert err.count(NOT_LIMITED) == (not limited and not alike), err
 
 
 # ---------------------------------------------------------------------------------------------
