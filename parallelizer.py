@@ -2995,12 +2995,19 @@ class MPICommunicator(Communicator):
     """The transport of MPI, by mpi4py's buffer verbs."""
 
     spmd = True
+    known: ClassVar[weakref.WeakValueDictionary[str, MPICommunicator]] = (
+        weakref.WeakValueDictionary()
+    )
 
     def __init__(self, mpi: Any, comm: Any) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())
         self._mpi = mpi
         # Apart from the user's own messages, and from each other.
         self._letters, self._bulk = comm.Dup(), comm.Dup()
+        # By which pickled parallelizers find it, the same on all ranks.
+        self.key: str = self._letters.bcast(os.urandom(16).hex())
+        self.known[self.key] = self
+        self.made = 0  # parallelizers, by this rank
         self._groups = {self.members: self._bulk}
         self._counters: dict[tuple[int, ...], Any] = {}
         self._status = mpi.Status()
@@ -3529,8 +3536,13 @@ class Parallelizer:
         self._lock = threading.RLock()  # a run at a time
         self._stream: Callable[[], Any] = lambda: None  # the `imap` of main alone that goes on
         self._reports: list[bytes] = []  # of the latest run, by rank
-        self._key = os.urandom(16).hex()
-        self._living[self._key] = self
+        self._absent = False  # whether it is only held here, and its processes are others
+        self._be_known_as(os.urandom(16).hex())
+
+    def _be_known_as(self, key: str) -> None:
+        """Be what is unpickled under that key on this process."""
+        self._key = key
+        self._living[key] = self
 
     # -- roles and life -----------------------------------------------------------------------
 
@@ -3552,6 +3564,7 @@ class Parallelizer:
     @property
     def on_main(self) -> bool:
         """Whether this is the process that `run` returns its result on."""
+        self._refuse_if_absent()
         return self.id in (0, None)
 
     def __repr__(self) -> str:
@@ -3559,6 +3572,7 @@ class Parallelizer:
 
     def __enter__(self: _Self) -> _Self:
         """Bring the processes up, and be what ``lookup(None)`` finds. Re-entrant."""
+        self._refuse_if_absent()
         if self._entered == 0:
             self._start()
         self._entered += 1
@@ -3594,8 +3608,25 @@ class Parallelizer:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """On another process it is the parallelizer that runs there."""
-        return _restored, (type(self), self._key, self._options())
+        """On the processes that take part in it, it is the one that each of them has."""
+        up = self._absent or (self._comm is not None and self._comm.world_size > 1)
+        return _restored, (type(self), self._key, self._options(), up)
+
+    @classmethod
+    def _stand_in(cls: type[_Self], key: str, options: dict[str, Any]) -> _Self:
+        """What a pickled one is where its key is not known: a closed one with the same options."""
+        found = cls(**options)
+        found._be_known_as(key)
+        return found
+
+    def _refuse_if_absent(self) -> None:
+        if self._absent:
+            raise ContractError(
+                f"this {type(self).__name__} was pickled by another program or for other "
+                f"processes, and the present process takes no part in it: use the one that runs "
+                f"here (the keyword parallelizer, or Parallelizer.lookup(None)), or give the "
+                f"object that holds it another one"
+            )
 
     # -- running ------------------------------------------------------------------------------
 
@@ -3709,6 +3740,7 @@ class Parallelizer:
 
     def _runs_here(self) -> bool:
         """Whether this thread executes a run, on this parallelizer or one that shares its ranks."""
+        self._refuse_if_absent()
         return self._comm is not None and self._comm.runner == threading.get_ident()
 
     def _command(
@@ -3801,6 +3833,7 @@ class Parallelizer:
         return [name for name, held in self._registry.items() if held is self]
 
     def _communicator(self) -> Communicator:
+        self._refuse_if_absent()
         if self._comm is None:
             raise ContractError(f"{self!r} is not up; open it with a 'with' statement")
         return self._comm
@@ -3812,7 +3845,7 @@ class Parallelizer:
                 f"{verb} was called by a function that map calls for an item, where not all "
                 f"processes come to it; call it before or after map"
             )
-        if self._comm is None or self._main_is_alone():
+        if self._main_is_alone() or self._comm is None:
             raise ContractError(
                 f"{verb} was called outside run, where the workers cannot take part; put it into "
                 f"a function and call that by {type(self).__name__}.run"
@@ -4160,7 +4193,7 @@ class Parallelizer:
         >>> parallelizer.rng(1).random() == parallelizer.rng(1).random()
         True
         """
-        return _spawned_rng(seed, _RANK_STREAMS, self.id or 0)
+        return _spawned_rng(seed, _RANK_STREAMS, 0 if self.on_main else self.id)
 
     # -- mapping ------------------------------------------------------------------------------
 
@@ -4563,14 +4596,19 @@ def _opened() -> list[Parallelizer]:
     return [found for reference in Parallelizer._open if (found := reference()) is not None]
 
 
-def _restored(kind: type[Parallelizer], key: str, options: dict[str, Any]) -> Parallelizer:
-    """What a pickled parallelizer is on this process: itself, the one that runs, or one alike."""
-    alike = (opened for opened in _opened() if type(opened) is kind)
-    found = Parallelizer._living.get(key) or next(alike, None)
+def _restored(
+    kind: type[Parallelizer], key: str, options: dict[str, Any], up: bool = False
+) -> Parallelizer:
+    """What a pickled parallelizer is on this process: itself, or a stand-in, never another one.
+
+    It is told by its key, as two may be alike in all else and be of other processes. One that comes
+    within a run, and was up where it was pickled, has processes of its own, elsewhere.
+    """
+    found = Parallelizer._living.get(key)
     if found is None:
-        found = kind(**options)
-        found._key = key
-        Parallelizer._living[key] = found
+        found = kind._stand_in(key, options)
+        runs = (opened._runs_here() for opened in _opened())
+        found._absent = found._absent or (up and found._comm is None and any(runs))
     return found._here()
 
 
@@ -5289,7 +5327,25 @@ class MPIParallelizer(Parallelizer):
     def __init__(self, comm: Any = None, *, timeout: float | None = None) -> None:
         super().__init__(timeout=timeout)
         mpi = _import_mpi()
-        self._comm = _world(mpi) if comm is None else _connected(mpi, comm)
+        communicator = _world(mpi) if comm is None else _connected(mpi, comm)
+        self._comm = communicator
+        # The ranks make their parallelizers on a communicator in the same order.
+        communicator.made += 1
+        self._be_known_as(f"{communicator.key}-{communicator.made}")
+
+    @classmethod
+    def _stand_in(cls: type[_Self], key: str, options: dict[str, Any]) -> _Self:
+        """One on the same communicator; absent where that is not known, or MPI is not there."""
+        communicator = MPICommunicator.known.get(key.partition("-")[0])
+        for opened in _opened():
+            if isinstance(opened, cls) and opened._comm is communicator is not None:
+                return opened
+        found = cls.__new__(cls)
+        Parallelizer.__init__(found, **options)
+        found._comm = communicator
+        found._absent = communicator is None
+        found._be_known_as(key)
+        return found
 
     @contextlib.contextmanager
     def _others_serving(self) -> Iterator[None]:

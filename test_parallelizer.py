@@ -747,6 +747,161 @@ def identities(held: Any, *, parallelizer: Par) -> Any:
     return parallelizer.gather(all(one is parallelizer for one in found))
 
 
+ABSENT = "was pickled by another program or for other processes"
+
+
+def refuses_everything(held: Par, *, closed: bool = False) -> bool:
+    """Check that one of other processes does nothing; a closed one may be opened."""
+    calls: list[Callable[[], object]] = [
+        functools.partial(getattr(held, verb), *args) for verb, args in OUTSIDE.items()
+    ]
+    told = "outside run" if closed else ABSENT
+    if not closed:
+        calls += [
+            lambda: held.run(own_id),
+            lambda: held.apply(own_id),
+            lambda: held.map(square, [1, 2]),
+            lambda: held.map(square, np.arange(2), vectorized=True),
+            lambda: held.starmap(pow, [(1, 2)]),
+            lambda: next(held.imap(square, [1, 2])),
+            lambda: next(held.imap_unordered(square, [1, 2])),
+            lambda: held.share(np.arange(2)),
+            lambda: held.print("nothing"),
+            lambda: held.rng(1),
+            held.serve,
+            lambda: held.on_main,
+            held.__enter__,
+            lambda: main_part(7, parallelizer=held),
+            lambda: ClientServerRunner(own_id, parallelizer=held).run(),
+        ]
+    errors = [caught_from(call) for call in calls]
+    assert all(type(error) is ContractError for error in errors), errors
+    assert all(told in str(error) for error in errors), errors
+    assert (held.id, held.nprocs) == (None, None)
+    assert repr(held) == f"{type(held).__name__}(id=None, nprocs=None)"
+    assert Parallelizer.lookup(held) is held is copy.deepcopy([held])[0]
+    return True
+
+
+def look_at_held(held: dict[str, Par], *, parallelizer: Par) -> Any:
+    """Be one of the processes of some of these, and none of the others'."""
+    job = copy.deepcopy(Job(held["own"]))
+    assert held["own"] is job.par is pickle.loads(pickle.dumps(parallelizer)) is parallelizer
+    assert held["serial"].run(roll_call) == ([0], sum(range(100)))
+    if not parallelizer.on_main:
+        assert refuses_everything(held["open"])
+        assert refuses_everything(held["closed"], closed=True)
+        assert held["closed"].run(roll_call)[0] == [0, 1, 2, 3]
+        assert Parallelizer.lookup(None) is parallelizer
+        # On its way from one to the next it stays what it is.
+        parallelizer.send(held["open"], 3 - parallelizer.id)
+        assert refuses_everything(parallelizer.receive(3 - parallelizer.id))
+    return parallelizer.gather(held)
+
+
+@pytest.mark.parametrize("start_method", MULTIPROCESSING)
+def test_an_object_does_not_get_another_pool(start_method: str) -> None:
+    make = functools.partial(MultiprocessingParallelizer, start_method=start_method)
+    held = {"own": make(3), "open": make(2), "closed": make(4), "serial": SerialNonParallelizer()}
+    with held["open"], held["own"]:
+        returned = held["own"].run(look_at_held, held)
+        assert held["own"].map(holds_another, [Job(held["open"])] * 9) == [held["open"]] * 9
+        assert (
+            held["open"].run(identities, [{"job": Job(held["open"])}, held["open"]]) == [True] * 2
+        )
+    for one in returned:  # which have come back from where they were others
+        assert all(one[name] is par for name, par in held.items())
+    key = weakref.ref(held.pop("closed"))
+    del returned, one
+    gc.collect()
+    assert key() is None
+
+
+def holds_another(job: Job) -> Any:
+    assert job.par is not Parallelizer.lookup(None)
+    return job.par
+
+
+def save_parallelizers(path: str) -> None:
+    """Run as a program of its own by the test below, under MPI."""
+    kept: Any = {"data": np.arange(3), "mpi": MPIParallelizer(), "serial": SerialNonParallelizer()}
+    with MultiprocessingParallelizer(2, start_method="spawn") as pool:
+        assert pool.run(own_id) == 0
+        if kept["mpi"].on_main:
+            Path(path).write_bytes(pickle.dumps({**kept, "pool": pool, "again": pool}))
+
+
+def open_parallelizers(path: str, mpi: bool) -> None:
+    """Run as a program of its own by the test below, with MPI and without it."""
+    if not mpi:
+        sys.modules["mpi4py"] = None  # type: ignore[assignment]  # as Python marks what is missing
+    kept = pickle.loads(Path(path).read_bytes())
+    assert "mpi4py.MPI" not in sys.modules
+    check(kept["data"], np.arange(3))
+    assert kept["serial"].run(roll_call) == ([0], sum(range(100)))
+    assert kept["pool"] is kept["again"]
+    assert kept["pool"].run(roll_call)[0] == [0, 1]
+    with kept["pool"].register("kept"):
+        assert Parallelizer.lookup(None) is Parallelizer.lookup("kept") is kept["pool"]
+        assert kept["pool"].map(square, [1, 2]) == [1, 4]
+    for saved in (kept["mpi"], pickle.loads(Path(path).read_bytes())["mpi"]):
+        with MPIParallelizer() if mpi else contextlib.nullcontext() as present:
+            assert refuses_everything(saved)
+            assert saved is not present
+        assert refuses_everything(pickle.loads(pickle.dumps(saved)))
+
+
+@pytest.mark.timeout(100)
+def test_what_another_program_has_saved_can_be_opened(tmp_path: Path) -> None:
+    path = str(tmp_path / "saved")
+    call = "import test_parallelizer as t; t."
+    for ranks, saves in [(2, f"save_parallelizers({path!r})"),
+                         (None, f"open_parallelizers({path!r}, False)"),
+                         (2, f"open_parallelizers({path!r}, True)")]:  # fmt: skip
+        run_program("-c", call + saves, ranks=ranks)
+
+
+if UNDER_MPI:
+
+    def test_an_object_does_not_get_another_communicator(p: Par) -> None:
+        world = importlib.import_module("mpi4py.MPI").COMM_WORLD
+        part = world.Split(world.rank >= 2)  # 0 and 1, and the others
+        inner = MPIParallelizer(part)
+        # Of many on one communicator, an object gets the very one that holds it elsewhere.
+        others = [MPIParallelizer(part) for _ in range(3)]
+        with p, others[1]:
+            check(inner.run(broadcasts_another, p, inner, others), True)
+        # Of the other part, p's ranks know nothing.
+        p.run(broadcasts_of_a_part, inner, part.rank == world.rank)
+        # One rank alone may unpickle one: that takes no collective.
+        pickled = world.bcast(pickle.dumps(p))
+        for rank in range(world.size):
+            if world.rank == rank:
+                assert pickle.loads(pickled) is p
+            world.Barrier()
+        # Made, dropped and made again, or dropped only, it is of the same communicator.
+        dropped, reference = pickle.dumps(others[2]), weakref.ref(others.pop())
+        gc.collect()
+        assert reference() is None
+        again = pickle.loads(dropped)
+        assert again is not inner
+        check(again.run(roll_call), (list(range(part.size)), sum(range(100))))
+        assert MPIParallelizer(part).run(roll_call)[0] == list(range(part.size))
+
+    def broadcasts_another(outer: Par, inner: Par, others: list[Par], *, parallelizer: Par) -> bool:
+        found = parallelizer.broadcast([Job(one) for one in (outer, inner, *others)])
+        assert [job.par for job in found] == [outer, inner, *others]
+        assert found[0].par.nprocs == importlib.import_module("mpi4py.MPI").COMM_WORLD.size
+        return True
+
+    def broadcasts_of_a_part(inner: Par, is_mine: bool, *, parallelizer: Par) -> None:
+        found = parallelizer.broadcast(Job(inner)).par
+        assert found is inner if is_mine else refuses_everything(found)
+        # It comes home as what it was.
+        back = parallelizer.gather(found, concatenate=False)
+        assert not parallelizer.on_main or back == [inner] * parallelizer.nprocs
+
+
 def test_bound_methods_are_mapped(p: Par) -> None:
     expect(p, drive(p, map_a_method), [0, 3, 6])
 
