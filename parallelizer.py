@@ -313,13 +313,16 @@ def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
 
 
 def _plain(data: Any) -> Any:
-    """An array that does not lie in a process's own memory as one that says nothing of that."""
-    return np.asarray(data) if isinstance(data, (np.memmap, _SharedArray)) else data
+    """An array that lies in mapped memory as an ordinary one, in memory of this process's own."""
+    if type(data) not in (np.ndarray, np.memmap) or _map_under(data) is None:
+        return data
+    return np.array(data, order="A")
 
 
 def _describe(data: Any) -> str:
     if isinstance(data, np.ndarray):
-        return f"an array of shape {data.shape} and dtype {data.dtype}"
+        kind = "an array" if type(data) is np.ndarray else f"a {type(data).__name__}"
+        return f"{kind} of shape {data.shape} and dtype {data.dtype}"
     return "None" if data is None else f"a {type(data).__name__}"
 
 
@@ -538,6 +541,9 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray):
+            mapped = None if obj.base is None else _reduce_mapped(obj)
+            if mapped is not None:  # which stays where it lies
+                return mapped
             self.relaid = self.relaid or not _is_laid_out(obj)
             if type(obj) is np.ndarray:
                 return _reduce_array(obj)
@@ -579,7 +585,7 @@ def _main_is_lost_to_others() -> bool:
 
 def _pack(obj: Any, what: str) -> Message:
     """Pack `obj`; `what` names it in the `PackingError`."""
-    if type(obj) is np.ndarray and _is_raw(obj):
+    if type(obj) is np.ndarray and _is_raw(obj) and _map_under(obj) is None:
         spec, data = _raw(obj)
         return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data], not _is_laid_out(obj))
     failure: Exception | None = None
@@ -783,12 +789,15 @@ class GatherPlan:
 
 
 # ---------------------------------------------------------------------------------------------
-# Shared arrays: one read-only copy per machine, which travels as a handle
+# Mapped memory: an array that lies in a file travels as its place there
 # ---------------------------------------------------------------------------------------------
+#
+# Such an array is known by the memory that it lies in, and not by its type: what `share` returns is
+# a plain array, so that whatever is computed from it is what the original would give.
 
 
 class _Handle(NamedTuple):
-    """Where the memory of a shared array is to be found."""
+    """Where memory is to be found that is mapped from a file."""
 
     host: str
     path: str
@@ -796,97 +805,108 @@ class _Handle(NamedTuple):
     nbytes: int
 
 
-class _SharedMemory:
-    """A file in memory without a name of its own, mapped to be read.
+# The maps of this process that can be found by others: each is made once, and has one handle.
+_MAPS: weakref.WeakValueDictionary[_Handle, mmap.mmap] = weakref.WeakValueDictionary()
+_HANDLES: weakref.WeakKeyDictionary[mmap.mmap, _Handle] = weakref.WeakKeyDictionary()
+
+
+def _map_under(array: np.ndarray[Any, Any]) -> mmap.mmap | None:
+    """The map whose memory this is, or is a view of; None for memory of any other kind."""
+    owner: Any = array.base
+    while owner is not None and not isinstance(owner, mmap.mmap):
+        # Between a view and the array that it was made of, numpy may put an object of its own.
+        has_base = isinstance(owner, np.ndarray) or hasattr(owner, "__array_interface__")
+        owner = getattr(owner, "base" if has_base else "obj", None)
+    return owner
+
+
+def _reduce_mapped(array: np.ndarray[Any, Any]) -> tuple[Any, ...] | None:
+    """An array in a map that others can find as its place there; None where it must be copied."""
+    mapped = _map_under(array)
+    handle = None if mapped is None else _HANDLES.get(mapped)
+    if handle is None or not _is_pickled_by_numpy(type(array)):
+        return None
+    place = (array.shape, array.dtype, _offset(array, mapped), array.strides)
+    return _mapped_array, (type(array), handle, place)
+
+
+def _is_pickled_by_numpy(kind: type[np.ndarray[Any, Any]]) -> bool:
+    """Whether this kind of array is no more, to pickle, than its type and its numbers."""
+    names = ("__reduce__", "__reduce_ex__", "__setstate__")
+    return all(getattr(kind, name) is getattr(np.ndarray, name) for name in names)
+
+
+def _offset(array: np.ndarray[Any, Any], mapped: Any) -> int:
+    """Bytes from the beginning of the map to the first item."""
+    if array.size == 0:
+        return 0  # nothing has no place
+    begin = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
+    return int(array.__array_interface__["data"][0] - begin)
+
+
+def _mapped_array(
+    kind: type[np.ndarray[Any, Any]], handle: _Handle, place: tuple[Any, ...]
+) -> np.ndarray[Any, Any]:
+    shape, dtype, offset, strides = place
+    # The constructor of a subclass does not run, as in numpy's own pickles.
+    return np.ndarray.__new__(kind, shape, dtype, _attach(handle), offset, strides)
+
+
+def _attach(handle: _Handle) -> mmap.mmap:
+    """The map of that handle in this process; it is made once."""
+    known = _MAPS.get(handle)  # still mapped, so that no other file has its inode
+    if known is not None:
+        return known
+    try:
+        with open(handle.path, "rb") as file:  # noqa: PTH123 - pathlib is slow to import
+            if os.fstat(file.fileno()).st_ino != handle.inode or _hostname() != handle.host:
+                raise FileNotFoundError(handle.path)
+            return _map_shared(handle, file.fileno())
+    except OSError as why:
+        raise ParallelizerError(
+            f"a shared array of {handle.nbytes} bytes is not to be found: it was shared on "
+            f"{handle.host}, and has been released there, or this is another machine; keep a "
+            f"reference to it for as long as it is in use, and share it on all machines "
+            f"together"
+        ) from why
+
+
+def _map_shared(handle: _Handle, file: int) -> mmap.mmap:
+    mapped = mmap.mmap(file, max(handle.nbytes, 1), access=mmap.ACCESS_READ)
+    return _remember(mapped, handle)
+
+
+def _remember(mapped: mmap.mmap, handle: _Handle) -> mmap.mmap:
+    _MAPS[handle], _HANDLES[mapped] = mapped, handle
+    return mapped
+
+
+def _shared_copy(content: _Bytes) -> mmap.mmap:
+    """A copy in a file in memory without a name of its own, mapped to be read.
 
     The process that made it keeps the file open; the others on its machine reach that by
     /proc (Linux), or by the name of a temporary file elsewhere. Nothing is left behind when the
     processes end, however they end, but for such a temporary file after a crash.
     """
+    if sys.platform == "linux" and hasattr(os, "memfd_create"):
+        file = os.memfd_create("parallelizer-share")
+        path = f"/proc/{os.getpid()}/fd/{file}"
+    else:
+        import tempfile
 
-    _attached: ClassVar[weakref.WeakValueDictionary[_Handle, _SharedMemory]] = (
-        weakref.WeakValueDictionary()
-    )
-
-    def __init__(self, handle: _Handle, file: int) -> None:
-        self.handle = handle
-        self.mapped = mmap.mmap(file, max(handle.nbytes, 1), access=mmap.ACCESS_READ)
-        self._attached[handle] = self
-
-    @classmethod
-    def create(cls, content: _Bytes) -> _SharedMemory:
-        """Copy `content` into shared memory."""
-        if sys.platform == "linux" and hasattr(os, "memfd_create"):
-            file = os.memfd_create("parallelizer-share")
-            path = f"/proc/{os.getpid()}/fd/{file}"
-        else:
-            import tempfile
-
-            file, path = tempfile.mkstemp(prefix="parallelizer-share-")
-        with open(file, "wb", closefd=False) as stream:
-            stream.write(content.data if content.nbytes else b"-")
-        handle = _Handle(_hostname(), path, os.fstat(file).st_ino, content.nbytes)
-        memory = cls(handle, file)
-        weakref.finalize(memory, _release_file, file, path)
-        return memory
-
-    @classmethod
-    def attach(cls, handle: _Handle) -> _SharedMemory:
-        """The memory of that handle in this process; it is mapped once."""
-        known = cls._attached.get(handle)  # mapped, so that no other file has its inode
-        if known is not None:
-            return known
-        try:
-            with open(handle.path, "rb") as file:  # noqa: PTH123 - pathlib is slow to import
-                if os.fstat(file.fileno()).st_ino != handle.inode or _hostname() != handle.host:
-                    raise FileNotFoundError(handle.path)
-                return cls(handle, file.fileno())
-        except OSError as why:
-            raise ParallelizerError(
-                f"a shared array of {handle.nbytes} bytes is not to be found: it was shared on "
-                f"{handle.host}, and has been released there, or this is another machine; keep a "
-                f"reference to it for as long as it is in use, and share it on all machines "
-                f"together"
-            ) from why
+        file, path = tempfile.mkstemp(prefix="parallelizer-share-")
+    with open(file, "wb", closefd=False) as stream:
+        stream.write(content.data if content.nbytes else b"-")
+    handle = _Handle(_hostname(), path, os.fstat(file).st_ino, content.nbytes)
+    mapped = _map_shared(handle, file)
+    weakref.finalize(mapped, _release_file, file, path)
+    return mapped
 
 
 def _release_file(file: int, path: str) -> None:
     os.close(file)
     if not path.startswith("/proc/"):
         os.unlink(path)  # noqa: PTH108 - pathlib is slow to import
-
-
-class _SharedArray(np.ndarray[Any, Any]):
-    """An array in shared memory: it, and views of it, are pickled as handles."""
-
-    memory: _SharedMemory | None
-
-    def __array_finalize__(self, source: object) -> None:
-        self.memory = getattr(source, "memory", None)
-
-    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
-        """What is computed from it is an ordinary array."""
-        plain = np.asarray(array)
-        return plain[()] if return_scalar and plain.ndim == 0 else plain
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        memory = self.memory
-        if memory is not None:
-            whole = np.frombuffer(memory.mapped, np.uint8)
-            offset = self.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
-            offset *= self.size > 0  # an empty view has no place
-            if 0 <= offset <= memory.handle.nbytes:
-                return _shared_view, (memory.handle, offset, self.dtype, self.shape, self.strides)
-        return np.asarray(self).__reduce_ex__(protocol)
-
-
-def _shared_view(
-    handle: _Handle, offset: int, dtype: np.dtype[Any], shape: Any, strides: Any
-) -> _SharedArray:
-    memory = _SharedMemory.attach(handle)
-    array = _SharedArray(shape, dtype, memory.mapped, offset, strides)
-    array.memory = memory
-    return array
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4120,19 +4140,21 @@ class Parallelizer:
 
         Parameters
         ----------
-        array : array_like
-            Without objects in it.
+        array : numpy.ndarray or numpy.memmap, list, number
+            Of numbers or text, without objects in it.
 
         Returns
         -------
-        A read-only array. It can be passed to `run` and `map`, closed over and put into objects
-        at no cost, as it and its views travel as handles. It is released when the last
-        reference to it goes. Serial: a read-only view of `array`.
+        A read-only numpy.ndarray. It can be passed to `run` and `map`, closed over and put into
+        objects at no cost, as it and its views travel as handles; what is computed from it, and
+        its copies, are ordinary arrays. It is released when the last reference to it goes.
+        Serial: a read-only view of `array`.
 
         Raises
         ------
         TypeError
-            For an array of objects.
+            On every process that calls it, for anything else: an array of objects; a masked
+            array, a matrix, a quantity, a table, which are more than the numbers in them.
 
         Examples
         --------
@@ -4612,36 +4634,61 @@ def _restored(
     return found._here()
 
 
+# What `share` takes: whose numbers and text say everything. Of a masked array, a matrix, a quantity
+# or a table the rest, which decides what the numbers mean, would be lost.
+_SHARABLE_TYPES = frozenset([np.ndarray, np.memmap, list, *_PLAIN_TYPES]) - {type(None), range}
+
+
 def _sharable(array: Any) -> np.ndarray[Any, Any]:
-    data = np.asarray(array)
-    if not _is_raw(data):
-        raise TypeError(f"share needs an array of plain numbers or text, not {_describe(array)}")
+    whole = not isinstance(array, (str, bytes)) and _is_sharable(array)
+    data = np.asarray(array) if whole else None
+    if data is None or not _is_raw(data):
+        raise TypeError(
+            f"share needs an array of plain numbers or text, a list or a number, not "
+            f"{_describe(array)}. Of what is more than that, share the arrays in it one by one, "
+            f"as numpy.asarray gives them, and put it together again where it is used"
+        )
     return data
+
+
+def _is_sharable(value: Any) -> bool:
+    if type(value) is list:
+        return all(map(_is_sharable, value))
+    return type(value) in _SHARABLE_TYPES
 
 
 def _share(array: Any) -> np.ndarray[Any, Any]:
     spec, content = _raw(_sharable(array))
-    memory = _SharedMemory.create(content)
-    flat = _shared_view(memory.handle, 0, spec.dtype, (math.prod(spec.shape),), None)
+    flat: np.ndarray[Any, Any] = np.ndarray(
+        (math.prod(spec.shape),), spec.dtype, _shared_copy(content)
+    )
     return flat.reshape(spec.shape, order=spec.order)
 
 
 def _share_in_run(array: Any = None, *, parallelizer: Parallelizer) -> Any:
     """On each machine the lowest rank makes the copy, and the others attach to it."""
-    comm = parallelizer._speaking("share")
-    if comm.size == 1:
-        view = _sharable(array).view()
-        view.flags.writeable = False
-        return view
-    hosts = parallelizer.allgather(_hostname())
+    hosts: Any = None
+
+    def prepare() -> list[str]:
+        _sharable(array)  # or it is refused on every rank
+        found: list[str] = hosts
+        return found
+
+    with parallelizer._calling("share") as comm:
+        if comm.size == 1:
+            view = _sharable(array).view()
+            view.flags.writeable = False
+            return view
+        hosts = parallelizer._gather(comm, _hostname(), False)
+        hosts = parallelizer._from_main(comm, prepare)
     leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
     handle = b""
     if comm.rank in leaders:
         with comm.restricted_to(leaders):
             copy = _share(parallelizer.broadcast(array))
-        handle = pickle.dumps(copy)
+        handle = _dumps(copy)
     handles = parallelizer.allgather(handle)
-    shared = pickle.loads(handles[hosts.index(hosts[comm.rank])])
+    shared = _loads(handles[hosts.index(hosts[comm.rank])])
     parallelizer.wait()  # before it is attached to, nobody may let go
     return shared
 
