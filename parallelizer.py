@@ -57,9 +57,11 @@ from __future__ import annotations
 
 import abc
 import atexit
+import builtins
 import collections
 import contextlib
 import copy
+import copyreg
 import enum
 import functools
 import importlib
@@ -81,7 +83,16 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    ParamSpec,
+    TypeVar,
+)
 
 import numpy as np
 
@@ -118,8 +129,10 @@ __all__ = [
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+_P = ParamSpec("_P")
 
 _Self = TypeVar("_Self", bound="Parallelizer")
+_F = TypeVar("_F", bound="Failure")
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -155,7 +168,8 @@ class WaitTimeout(ParallelizerError, TimeoutError):
 class RemoteTraceback(Exception):
     """The ``__cause__`` of an exception that was raised on another process.
 
-    Its text names rank, host and process id, and carries the traceback of that process.
+    Its text names rank, host and process id, and carries the traceback of that process. Its own
+    ``__cause__`` and ``__context__`` are those that the exception had there.
     """
 
     def __init__(self, text: str) -> None:
@@ -180,28 +194,41 @@ class Failure(NamedTuple):
     rank: int
     summary: str
     traceback: str
-    pickled: bytes | None  # None where the exception cannot be pickled
+    pickled: tuple[bytes, ...] = ()  # ways to make the exception again, the best first
+    causes: bytes | None = None  # apart, because it must arrive where they cannot be pickled
     consequence: bool = False  # see `_is_consequence`
 
     @classmethod
-    def of(cls, error: BaseException, rank: int, size: int) -> Failure:
-        """Of this process, which is `rank` of `size`."""
-        header = _headline(rank, size)
-        told = f"{header}\n{_formatted(error)}"
-        return cls(rank, _summary(error), told, _dump_exception(error), _is_consequence(error))
+    def in_words(cls: type[_F], error: BaseException, rank: int, size: int) -> _F:
+        """Of this process, which is `rank` of `size`; text alone."""
+        told = f"{_headline(rank, size)}\n{_formatted(error)}"
+        return cls(rank, _summary(error), told, consequence=_is_consequence(error))
+
+    @classmethod
+    def of(cls: type[_F], error: BaseException, rank: int, size: int) -> _F:
+        """With the exception itself."""
+        return cls.in_words(error, rank, size).with_exception(error)
+
+    def with_exception(self: _F, error: BaseException) -> _F:
+        """The same, with what makes `error` again, where that can be pickled."""
+        return self._replace(pickled=_dumped_exception(error), causes=_dumped(_causes_of(error)))
 
     def exception(self) -> BaseException:
-        """The original exception, or a `WorkerError`, caused by its `RemoteTraceback`."""
-        error: BaseException | None = None
-        if self.pickled is not None:
-            with contextlib.suppress(BaseException):  # whatever a user's constructor may raise
-                error = _load_exception(self.pickled)
+        """The original exception, or a `WorkerError`, caused by its `RemoteTraceback`.
+
+        What caused the original stands below that, where it has come.
+        """
+        loaded = (error for error in map(_loaded_exception, self.pickled) if error is not None)
+        error = next(loaded, None)
         if error is None:
             error = WorkerError(
                 f"rank {self.rank} raised an exception that cannot be pickled: {self.summary}\n"
                 f"{self.traceback}"
             )
-        error.__cause__ = RemoteTraceback(self.traceback)
+        remote = RemoteTraceback(self.traceback)
+        with contextlib.suppress(Exception):  # whatever a user's constructor may raise
+            _set_causes(remote, _loads(self.causes) if self.causes else {})
+        _set_causes(error, {"__cause__": remote})
         return error
 
 
@@ -212,30 +239,30 @@ def _is_consequence(error: Failure | BaseException) -> bool:
     return isinstance(error, (ContractError, PackingError, WaitTimeout))
 
 
-def _dump_exception(error: BaseException) -> bytes | None:
-    """As it pickles itself, or in parts, where its constructor does not take its own ``args``."""
-    whole = _dump_if_loadable(error, type(error))
-    return whole or _dump_if_loadable((type(error), error.args, vars(error)), type(error))
+def _dumped_exception(error: BaseException) -> tuple[bytes, ...]:
+    """By what its class says of that, and by its parts, where that cannot be unpickled."""
+    ways = (_reduce_by_its_class(error, {}), _reduce_to_parts(error, {}))
+    dumped = (_dumped((type(error), way)) for way in ways if way is not None)
+    return tuple(one for one in dumped if one is not None)
 
 
-def _dump_if_loadable(content: Any, kind: type[BaseException]) -> bytes | None:
+def _dumped(content: Any) -> bytes | None:
     try:
-        pickled = _dumps(content)
-        return pickled if type(_load_exception(pickled)) is kind else None
-    except BaseException as why:  # whatever a user's __reduce__ or constructor may raise
-        _logger().debug("a %s cannot be pickled: %s", kind, why)
+        return _dumps(content)
+    except Exception as why:  # whatever a user's __reduce__ may raise
+        _logger().debug("%s cannot be pickled: %s", _describe(content), _summary(why))
         return None
 
 
-def _load_exception(pickled: bytes) -> BaseException:
-    content = _loads(pickled)
-    if isinstance(content, BaseException):
-        return content
-    kind, arguments, attributes = content
-    error: BaseException = kind.__new__(kind, *arguments)
-    error.args = arguments
-    error.__dict__.update(attributes)
-    return error
+def _loaded_exception(pickled: bytes) -> BaseException | None:
+    try:
+        kind, (make, arguments, state, _, _, set_state) = _loads(pickled)
+        error: BaseException = make(*arguments)
+        set_state(error, state)
+    except Exception as why:  # whatever a user's constructor may raise
+        _logger().debug("an exception cannot be unpickled: %s", _summary(why))
+        return None
+    return error if type(error) is kind else None
 
 
 def _logger() -> logging.Logger:
@@ -272,8 +299,45 @@ def _summary(error: BaseException) -> str:
 
 
 def _add_note(error: BaseException, note: str) -> None:
-    """`BaseException.add_note`, also where Python 3.10 has none."""
-    error.__dict__["__notes__"] = [*getattr(error, "__notes__", ()), note]
+    """`BaseException.add_note`, also where Python 3.10 has none, or the notes are no list."""
+    notes: Any = None
+    with contextlib.suppress(Exception):  # whatever a user's __getattr__ may raise
+        notes = getattr(error, "__notes__", None)
+    if not isinstance(notes, (list, tuple)):
+        notes = [] if notes is None else [notes]
+    vars(error)["__notes__"] = [*notes, note]
+
+
+class _Context(contextlib.AbstractContextManager[_T, None]):
+    """What `_context` makes."""
+
+    def __init__(self, steps: Any) -> None:
+        self._steps = steps
+
+    def __enter__(self) -> _T:
+        return next(self._steps)  # type: ignore[no-any-return]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            next(self._steps, None)
+        else:
+            self._steps.close()
+
+
+def _context(
+    steps: Callable[_P, Iterator[_T]],
+) -> Callable[_P, contextlib.AbstractContextManager[_T, None]]:
+    """As `contextlib.contextmanager`, where what follows the ``yield`` stands in a ``finally``.
+
+    The one of the standard library sets an attribute of the exception that passes, which that
+    may refuse: a frozen dataclass does.
+    """
+
+    @functools.wraps(steps)
+    def begin(*args: _P.args, **kwargs: _P.kwargs) -> _Context[_T]:
+        return _Context(steps(*args, **kwargs))
+
+    return begin
 
 
 class _Missing(enum.Enum):
@@ -531,12 +595,129 @@ def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
     return spec.build, (pickle.PickleBuffer(data),)  # type: ignore[arg-type,unused-ignore]
 
 
+# Pickle would call the class of an exception with its ``args``, which its constructor may not
+# take, or take for something else. So an exception is made by its builtin base, and its parts are
+# put back by their descriptors, whatever its class makes of attributes.
+
+_Reduced = tuple[Callable[..., Any], tuple[Any, ...], Any, None, None, Callable[..., Any]]
+
+_CAUSES = ("__cause__", "__context__", "__suppress_context__")  # to set the first sets the last
+_UNSET = object()
+
+
+def _is_builtin(kind: type) -> bool:
+    return vars(builtins).get(kind.__name__) is kind
+
+
+def _blank_exception(kind: type[BaseException], *arguments: Any) -> BaseException:
+    """An exception of that class, of which no constructor but a builtin one has run."""
+    base: Any = kind
+    while not _is_builtin(base):
+        base = base.__base__
+    return base.__new__(kind, *arguments)  # type: ignore[no-any-return]
+
+
+def _causes_of(error: BaseException) -> dict[str, Any]:
+    found = {name: vars(BaseException)[name].__get__(error) for name in _CAUSES}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _set_causes(error: BaseException, causes: Mapping[str, Any]) -> None:
+    """Also where the class lets no attributes be set, as a frozen dataclass does."""
+    for name, value in causes.items():
+        vars(BaseException)[name].__set__(error, value)
+
+
+@functools.lru_cache(128)
+def _members(kind: type) -> list[tuple[type, str]]:
+    """Slots and builtin members, ``args`` and ``__dict__`` among them, and where they stand."""
+    kinds = (types.MemberDescriptorType, types.GetSetDescriptorType)
+    # What `obj` refers to, an exception of Python's own leaves behind, too.
+    others = {(BaseException, name) for name in (*_CAUSES, "__traceback__")}
+    others.add((AttributeError, "obj"))
+    return [
+        (base, name)
+        for base in kind.__mro__
+        if issubclass(base, BaseException)
+        for name, member in vars(base).items()
+        if isinstance(member, kinds) and name != "__weakref__" and (base, name) not in others
+    ]
+
+
+def _part(error: BaseException, base: type, name: str) -> Any:
+    try:
+        return vars(base)[name].__get__(error)
+    except AttributeError:  # of a slot that is not set
+        return _UNSET
+
+
+def _set_parts(error: BaseException, state: tuple[Any, Any]) -> None:
+    parts, causes = state
+    for base, name, value in parts:
+        vars(base)[name].__set__(error, value)
+    _set_causes(error, causes)
+
+
+def _reduce_to_parts(error: BaseException, causes: Mapping[str, Any]) -> _Reduced | None:
+    """None for a class in C that hides some."""
+    kind: Any = type(error)
+    arguments: tuple[Any, ...] = ()
+    group: Any = vars(builtins).get("BaseExceptionGroup")
+    if group is not None and isinstance(error, group):
+        arguments = (_part(error, group, "message"), _part(error, group, "exceptions"))
+    try:
+        blank = _blank_exception(kind, *arguments)
+        parts = [
+            (base, name, part)
+            for base, name in _members(kind)
+            if (part := _part(error, base, name)) is not _part(blank, base, name)
+        ]
+        _set_parts(blank, (parts, {}))
+    except (AttributeError, TypeError):
+        return None
+    return _blank_exception, (kind, *arguments), (parts, causes), None, None, _set_parts
+
+
+def _reduce_by_its_class(error: BaseException, causes: Mapping[str, Any]) -> _Reduced | None:
+    """As its ``__reduce__`` or copyreg says; None where nothing does, or it fails."""
+    kind, hooks = type(error), ("__reduce__", "__reduce_ex__")
+    found = [next(base for base in kind.__mro__ if hook in vars(base)) for hook in hooks]
+    if kind not in copyreg.dispatch_table and all(map(_is_builtin, found)):
+        return None
+    reduce = copyreg.dispatch_table.get(kind, operator.methodcaller("__reduce_ex__", 5))
+    try:
+        reduced = reduce(error)
+    except Exception as why:  # whatever it may raise
+        _logger().debug("%s cannot be pickled its own way: %s", _describe(error), _summary(why))
+        return None
+    if not isinstance(reduced, tuple):
+        return None
+    make, arguments, state, items, pairs, set_state = (*reduced, *[None] * 4)[:6]
+    if items is not None or pairs is not None:
+        return None
+    state = (set_state, state, vars(error).get("__notes__"), causes)
+    return make, arguments, state, None, None, _set_state
+
+
+def _set_state(error: Any, state: tuple[Any, ...]) -> None:
+    set_state, own, notes, causes = state
+    if own is not None:
+        (set_state or type(error).__setstate__)(error, own)
+    if isinstance(error, BaseException):
+        if notes is not None:
+            vars(error).setdefault("__notes__", notes)
+        _set_causes(error, causes)
+
+
 class _Pickler(pickle.Pickler):
     """Says how the objects are pickled of which this module knows better than they do."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, *, with_causes: bool = True) -> None:
         self.buffers: list[pickle.PickleBuffer] = []
         self.relaid = False  # see `Message`
+        self._stream = stream
+        self._with_causes = with_causes  # else those of exceptions are told in text
+        self.has_causes = False
         super().__init__(stream, 5, buffer_callback=self.buffers.append)
 
     def reducer_override(self, obj: Any) -> Any:
@@ -549,15 +730,25 @@ class _Pickler(pickle.Pickler):
                 return _reduce_array(obj)
             # The pickles of numpy's subclasses arrive in the receiver's order of bytes.
             self.relaid = self.relaid or not obj.dtype.isnative
+        elif issubclass(type(obj), BaseException):
+            return self._reduce_exception(obj)
         return NotImplemented
 
-    @classmethod
-    def pack(cls, obj: Any) -> Message:
-        stream = io.BytesIO()
-        pickler = cls(stream)
-        pickler.dump(obj)
-        buffers = [_as_bytes(buffer.raw()) for buffer in pickler.buffers]
-        return Message(stream.getvalue(), buffers, pickler.relaid)
+    def _reduce_exception(self, error: BaseException) -> Any:
+        causes = _causes_of(error)
+        self.has_causes = self.has_causes or len(causes) > 1
+        if not self._with_causes:
+            causes = {
+                name: RemoteTraceback(_formatted(it)) if isinstance(it, BaseException) else it
+                for name, it in causes.items()
+            }
+        reduced = _reduce_by_its_class(error, causes) or _reduce_to_parts(error, causes)
+        return NotImplemented if reduced is None else reduced
+
+    def message(self, obj: Any) -> Message:
+        self.dump(obj)
+        buffers = [_as_bytes(buffer.raw()) for buffer in self.buffers]
+        return Message(self._stream.getvalue(), buffers, self.relaid)
 
 
 @functools.cache
@@ -589,15 +780,20 @@ def _pack(obj: Any, what: str) -> Message:
         spec, data = _raw(obj)
         return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data], not _is_laid_out(obj))
     failure: Exception | None = None
+    tried: list[_Pickler] = []
     lost = _main_is_lost_to_others()
-    for by_value in (lost, not lost):
+    for with_causes, by_value in itertools.product((True, False), (lost, not lost)):
+        if not with_causes and not any(pickler.has_causes for pickler in tried):
+            break
         try:
-            return (_by_value_pickler() if by_value else _Pickler).pack(obj)
-        except ModuleNotFoundError as missing:  # noqa: PERF203 - two tries, not many
+            kind = _by_value_pickler() if by_value else _Pickler
+            tried.append(kind(io.BytesIO(), with_causes=with_causes))
+            return tried[-1].message(obj)
+        except ModuleNotFoundError as missing:
             if missing.name != "cloudpickle":
                 raise
         except Exception as why:  # whatever a user's __reduce__ may raise
-            failure = failure or why
+            failure = why if failure is None else failure
     raise PackingError(
         f"cannot pickle {what} ({_describe(obj)}): {_summary(failure or Exception())}. Nothing "
         f"was sent. Functions and classes must stand at the top level of a module; lambdas and "
@@ -1503,7 +1699,7 @@ class Communicator(abc.ABC):
             except (RunEnded, ParallelizerError) as error:
                 self.fail_run(error)
 
-    @contextlib.contextmanager
+    @_context
     def _idling(self) -> Iterator[None]:
         """Within, waits may last for ever, and it is in order if processes wait for each other."""
         self._idle = True
@@ -1624,17 +1820,27 @@ class Communicator(abc.ABC):
         """On main, at the end of a run whose other processes wait for its word."""
         if self.spmd:
             if isinstance(first, BaseException):
-                first = Failure.of(first, self.process, self.world_size)
-            for process in self.members[1:]:
-                self._tell(process, "over", first)
+                self._tell_failure(self.members[1:], "over", first)
+            else:
+                for process in self.members[1:]:
+                    self._tell(process, "over", first)
+
+    def _tell_failure(self, processes: Iterable[int], verb: str, error: BaseException) -> None:
+        """They wait for it, so it is told whatever interrupts the pickling of `error`."""
+        failure = Failure.in_words(error, self.process, self.world_size)
+        try:
+            failure = failure.with_exception(error)
+        finally:
+            for process in processes:
+                self._tell(process, verb, failure)
 
     def _leave_early(self, error: BaseException) -> BaseException:
         """Elsewhere: tell main; return what is to be raised, which under MPI main decides."""
         if isinstance(error, RunEnded) or self._end.called_off:
             self._tell(0, "return", b"-")  # main only waits for this process to leave
         else:
-            self._tell(0, "failed", Failure.of(error, self.process, self.world_size))
             self._unheard = True
+            self._tell_failure([0], "failed", error)
         return self._hear_verdict(error) if self.spmd else error
 
     def _hear_verdict(self, error: BaseException) -> BaseException:
@@ -1653,7 +1859,7 @@ class Communicator(abc.ABC):
         if self._in_run and self._end.called_off:
             raise RunEnded
 
-    @contextlib.contextmanager
+    @_context
     def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
         """Within, only these of the present ranks take part, counted anew from 0."""
         members, call = self.members, self.call
@@ -2722,7 +2928,7 @@ class _ThreadLimit:
         }
 
     @classmethod
-    @contextlib.contextmanager
+    @_context
     def set_aside(cls) -> Iterator[None]:
         """Within, the environment is the user's, for a process that outlives the limit."""
         held = _ThreadState.present().variables
@@ -2739,7 +2945,7 @@ class _ThreadLimit:
         _set_variables(self._variables())
         _set_thread_numbers(lambda _, kind: self._counts.get(kind))
 
-    @contextlib.contextmanager
+    @_context
     def counting(self) -> Iterator[None]:
         """Within, it is this one that counts, of several that are held."""
         if self not in self._held or self._held[-1] is self:
@@ -2852,7 +3058,7 @@ def _cause_of_death(code: int | None) -> str:
     return f"killed by {name}. Likely cause: {likely.get(name, 'see the manual of signals')}"
 
 
-@contextlib.contextmanager
+@_context
 def _shielded_start(method: str | None) -> Iterator[None]:
     """A Ctrl-C while children start waits, and does not kill them half-born with a traceback."""
     if _POSIX and method != "fork":
@@ -3291,7 +3497,7 @@ class MPICommunicator(Communicator):
             raise
         except BaseException as error:
             # Main may be counting on this rank, which therefore stays until main knows of it.
-            self._tell(0, "failed", Failure.of(error, self.process, self.world_size))
+            self._tell_failure([0], "failed", error)
             self.listen(_GRACE, lambda: self._heard(parent) or self._end.called_off)
             if not self._heard(parent):
                 raise
@@ -3614,7 +3820,7 @@ class Parallelizer:
     def _stop(self) -> None:
         """Let the processes go."""
 
-    @contextlib.contextmanager
+    @_context
     def _others_serving(self) -> Iterator[None]:
         """On main, while the other processes `serve`."""
         yield
@@ -3729,7 +3935,7 @@ class Parallelizer:
             )
         return self.run(func, *args, **kwargs)
 
-    @contextlib.contextmanager
+    @_context
     def _reserved(self, what: str) -> Iterator[None]:
         """Within, nothing else is run: by no other thread, nor by an imap that goes on."""
         if not self._lock.acquire(timeout=min(self.timeout or math.inf, threading.TIMEOUT_MAX)):
@@ -3747,7 +3953,7 @@ class Parallelizer:
         finally:
             self._lock.release()
 
-    @contextlib.contextmanager
+    @_context
     def _running(self) -> Iterator[None]:
         """Within, the processes are up, and this thread is the one that runs."""
         with self._reserved("run"), self, self._communicator().limiting():
@@ -5010,7 +5216,7 @@ def _guided_bounds(length: int, comm: Communicator, chunksize: int | None) -> li
     return bounds
 
 
-@contextlib.contextmanager
+@_context
 def _bar(total: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
     """A bar of so many items, and the function that says how many have been reached."""
     if not shown:
@@ -5394,7 +5600,7 @@ class MPIParallelizer(Parallelizer):
         found._be_known_as(key)
         return found
 
-    @contextlib.contextmanager
+    @_context
     def _others_serving(self) -> Iterator[None]:
         """On main, while the other ranks `serve`."""
         communicator = self._communicator()

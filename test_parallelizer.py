@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import array
 import ast
+import builtins
 import collections
 import contextlib
 import copy
@@ -2841,6 +2842,404 @@ def test_an_exception_that_cannot_be_pickled(p: Par) -> None:
         expect(p, "UnpicklableError" in str(error) and "has a lock" in str(error), True)
         expect(p, isinstance(error.__cause__, RemoteTraceback), True)
         expect(p, "raises_there" in str(error.__cause__), True)
+    expect_to_work(p)
+
+
+# -- exceptions arrive as they were, and are not constructed anew ---------------------------------
+
+CONSTRUCTED: list[str] = []  # by constructors of this file, on this process
+
+
+class Counted(Exception):
+    """Says in its text what it was given, so that to be constructed from that doubles it."""
+
+    def __init__(self, name: object, *, code: int = 3) -> None:
+        CONSTRUCTED.append(type(self).__name__)
+        super().__init__(f"parameter {name} must be positive")
+        self.code = code
+
+
+class NeedsKeywords(Counted):
+    def __init__(self, *, reason: object) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class MadeByNew(Counted):
+    def __new__(cls, one: int, two: int) -> MadeByNew:  # noqa: ARG004
+        return super().__new__(cls, "of", "new")
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(one + two)
+
+
+class Slotted(Counted):
+    __slots__ = ("__hidden", "none", "seen", "unset")
+
+    def __init__(self) -> None:
+        super().__init__("slotted")
+        self.__hidden, self.seen, self.none = "hidden", [1, 2], None
+
+    def __str__(self) -> str:
+        return f"{self.__hidden} {hasattr(self, 'unset')} {self.none}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    x: float
+    name: str = "frozen"
+
+    def __post_init__(self) -> None:
+        CONSTRUCTED.append("Frozen")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrozenSlotted(Exception):
+    x: float
+
+
+class Bothered(Counted):  # noqa: PLW1641 - that it has no hash is part of it
+    """Minds whatever is done with it."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "code":
+            raise RuntimeError(f"{name} is not to be set")
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"{name} is not to be had")
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("not to be compared")
+
+    def __str__(self) -> str:
+        raise RuntimeError("not to be told")
+
+
+class TwoKinds(Counted, KeyError, AttributeError):
+    """Of two kinds of which the second has the members."""
+
+
+class FileMissing(OSError):
+    """Python passes a number on to it that it would make another class of."""
+
+
+class FileWanted(OSError):
+    def __init__(self, name: str) -> None:
+        CONSTRUCTED.append("FileWanted")
+        super().__init__(2, "is wanted", name)
+
+
+class ItsOwnWay(Exception):
+    def __init__(self, name: str, code: int) -> None:
+        super().__init__(f"{name}: {code}")
+        self.name, self.code = name, code
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.name, self.code)
+
+
+class InheritsItsWay(ItsOwnWay):
+    """Its constructor does not take what its base would call it with."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, 7)
+
+
+class HasNoWay(Counted):
+    def __reduce__(self) -> Any:
+        raise RuntimeError("no way")
+
+
+class ComesAsAnother(Counted):
+    def __reduce__(self) -> Any:
+        return RuntimeError, ("another",)
+
+
+def with_changed_args() -> Exception:
+    error = Counted("first")
+    error.args = ("second", {"third": 3})
+    return error
+
+
+def of_a_local_class() -> Exception:
+    class Local(Exception):
+        def __init__(self, name: str) -> None:
+            super().__init__(f"local {name}")
+
+    return Local("class")
+
+
+def found_in_itself() -> Exception:
+    error = Counted("itself")
+    error.__dict__["itself"] = [error]
+    return error
+
+
+# How each is made; by a name, as not all can be pickled.
+TO_RAISE: dict[str, Callable[[], BaseException]] = {
+    "doubled text": lambda: Counted("x"),
+    "keywords": lambda: NeedsKeywords(reason="none"),
+    "its own __new__": lambda: MadeByNew(1, 2),
+    "changed args": with_changed_args,
+    "slots": Slotted,
+    "frozen": lambda: Frozen(1.5),
+    "frozen slots": lambda: FrozenSlotted(1.5),
+    "bothered": lambda: Bothered("x"),
+    "two kinds": lambda: TwoKinds("x"),
+    "local class": of_a_local_class,
+    "arrays": lambda: NeedsKeywords(reason=np.arange(1000.0).reshape(10, 100).T),
+    "parallelizer": lambda: NeedsKeywords(reason=Parallelizer.lookup("serial")),
+    "itself": found_in_itself,
+    "own way": lambda: ItsOwnWay("name", 3),
+    "inherited way": lambda: InheritsItsWay("name"),
+    "no way": lambda: HasNoWay("x"),
+    "another's way": lambda: ComesAsAnother("x"),
+    "KeyError": lambda: KeyError("a\nkey"),
+    "SystemExit": lambda: SystemExit(3),
+    "BaseException": lambda: BaseException("base"),
+    "StopIteration": lambda: StopIteration([5]),
+    "OSError": lambda: OSError(2, "gone", "from", None, "to"),
+    "FileNotFoundError": lambda: FileNotFoundError("by its text"),
+    "BlockingIOError": lambda: BlockingIOError(11, "later", 5),
+    "FileMissing": lambda: FileMissing(2, "is missing", b"name"),
+    "FileWanted": lambda: FileWanted("name"),
+    "ImportError": lambda: ImportError("none", name="it", path="there"),
+    "SyntaxError": lambda: SyntaxError("bad", ("file.py", 3, 5, "x = = 3", 3, 6)),
+    "UnicodeDecodeError": lambda: UnicodeDecodeError("utf-8", b"\xff\xfe", 0, 1, "no start"),
+    "UnicodeTranslateError": lambda: UnicodeTranslateError("text", 1, 2, "no"),
+    "AxisError": lambda: getattr(np, "exceptions", np).AxisError(5, 2, "here"),
+    "LinAlgError": lambda: np.linalg.LinAlgError("singular"),
+    "JSONDecodeError": lambda: json.JSONDecodeError("bad", "{", 1),
+    "CalledProcessError": lambda: subprocess.CalledProcessError(3, "ls", "out"),
+    "WaitTimeout": lambda: WaitTimeout("long"),
+}
+if sys.version_info >= (3, 11):
+
+    class OwnGroup(builtins.ExceptionGroup[Exception]):
+        """Its constructor takes something else than its base's."""
+
+        def __new__(cls, code: int) -> OwnGroup:
+            return super().__new__(cls, f"code {code}", [NeedsKeywords(reason="x"), Frozen(2.0)])
+
+    TO_RAISE["OwnGroup"] = lambda: OwnGroup(5)
+    TO_RAISE["ExceptionGroup"] = lambda: builtins.ExceptionGroup(
+        "two", [Frozen(1), OSError(2, "x")]
+    )
+
+AS_PICKLE_HAS_IT = {"inherited way", "another's way"}  # an exception that is a value
+CONSTRUCTED_ANEW = {"own way", "inherited way", "another's way", "JSONDecodeError"}
+
+
+def raise_in_full(name: str) -> None:
+    error = TO_RAISE[name]()
+    vars(error)["__notes__"] = [f"noted of {name}"]
+    try:
+        raise LookupError("the context")
+    except LookupError:
+        raise error from Counted("the cause")
+
+
+def caught_in_full(name: str) -> BaseException:
+    try:
+        raise_in_full(name)
+    except BaseException as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def seen(error: BaseException | None, depth: int = 0) -> Any:
+    """Describe an exception by all that can be seen of it; its causes are those of its origin."""
+    if error is None or depth > 3:
+        return None
+    causes = error.__cause__ if isinstance(error.__cause__, RemoteTraceback) else error
+    told = {}
+    for name in ("__str__", "__repr__", *sorted({*dir(error)} - {"with_traceback", "add_note"})):
+        if not name.startswith("__") or name in ("__notes__", "__str__", "__repr__", "__dict__"):
+            try:
+                found = getattr(error, name)
+                found = found() if callable(found) else found
+            except Exception as why:
+                found = why
+            nested = isinstance(found, tuple | list) and any(
+                isinstance(one, BaseException) for one in found
+            )
+            told[name] = [seen(one, depth + 1) for one in found] if nested else repr(found)
+    told.pop("__dict__" if "itself" in vars(error) else "", None)
+    return (
+        type(error).__name__,
+        told,
+        causes.__suppress_context__,
+        seen(causes.__cause__, depth + 1),
+        seen(causes.__context__, depth + 1),
+    )
+
+
+def raises_in_full(name: str, rank: int, *, parallelizer: Par) -> None:
+    parallelizer.wait()
+    if parallelizer.id == rank:
+        raise_in_full(name)
+    parallelizer.wait()
+
+
+def counts_constructions(*, parallelizer: Par) -> Any:
+    return sum(parallelizer.allgather(len(CONSTRUCTED)))
+
+
+@pytest.mark.parametrize("name", TO_RAISE)
+def test_an_exception_arrives_as_it_was(p: Par, name: str) -> None:
+    original = caught_in_full(name)
+    for rank in {0, p.nprocs - 1}:
+        before = p.run(counts_constructions)
+        error: Any = None
+        try:
+            p.run(raises_in_full, name, rank)
+        except BaseException as raised:
+            error = raised
+        constructed = p.run(counts_constructions) - before
+        expect(p, seen(error), seen(original))
+        expect(p, name == "local class" or type(error) is type(original), True)
+        if name not in CONSTRUCTED_ANEW:
+            before = len(CONSTRUCTED)
+            caught_in_full(name)
+            expect(p, constructed, len(CONSTRUCTED) - before)
+        remote = isinstance(error.__cause__, RemoteTraceback)
+        expect(p, remote and "raise_in_full" in str(error.__cause__), rank > 0)
+        expect_to_work(p)
+
+
+def hands_on(name: str, *, parallelizer: Par) -> Any:
+    error = caught_in_full(name)
+    gathered = parallelizer.gather([error])
+    mapped = parallelizer.map(caught_in_full, [name] * 6, chunksize=1)
+    came = parallelizer.broadcast({"error": error} if parallelizer.on_main else None)["error"]
+    told = parallelizer.gather(seen(came))
+    if not parallelizer.on_main:
+        return None
+    return [*(seen(one) for (one,) in gathered), *map(seen, mapped), *told]
+
+
+@pytest.mark.parametrize("name", [name for name in TO_RAISE if name not in AS_PICKLE_HAS_IT])
+def test_an_exception_that_is_a_value_stays_as_it_was(p: Par, name: str) -> None:
+    wanted = seen(caught_in_full(name))
+    for found in p.run(hands_on, name) or []:
+        expect(p, found, wanted) if p.on_main else None
+
+
+def refuses_an_item(x: int) -> int:
+    if x == 5:
+        raise Frozen(5.0)
+    return x
+
+
+def refuses_in(what: str, *, parallelizer: Par) -> Any:
+    """Let an exception that refuses attributes pass what the module does around a function."""
+    if what == "subset":
+        return parallelizer.run(refuses_in, "map", comm=[0])
+    if what == "imap":
+        return list(parallelizer.imap(refuses_an_item, range(20)))
+    return parallelizer.map(refuses_an_item, range(20), progress=what == "bar")
+
+
+@pytest.mark.parametrize("what", ["map", "subset", "imap", "bar"])
+@BOTH_WAYS
+def test_an_exception_that_refuses_attributes_passes_everywhere(
+    p: Par, way: Any, what: str
+) -> None:
+    error = caught_from(way, p, refuses_in, what)
+    expect(p, (type(error), error and vars(error).get("x")), (Frozen, 5.0))
+    expect_to_work(p)
+
+
+def notes_oddly(notes: Any, *, parallelizer: Par) -> None:
+    error = Frozen(float(parallelizer.id))
+    vars(error)["__notes__"] = notes
+    parallelizer.wait()
+    raise error
+
+
+@pytest.mark.parametrize("notes", [None, "text", ("a", "tuple"), 5, ["a list"]])
+def test_odd_notes_disturb_nobody(p: Par, notes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallelizer._SETTLING", 5)  # main goes on once all have failed
+    error = failure(p, notes_oddly, notes)
+    kept = [*notes] if isinstance(notes, list | tuple) else [notes] if notes is not None else []
+    wanted = [*kept, *(f"rank {rank} failed too" for rank in range(1, p.nprocs))]
+    found = vars(error)["__notes__"]
+    if p.on_main and p.nprocs > 1:
+        found = [note if note in kept else note[:17] for note in found]
+    expect(p, (type(error), found), (Frozen, wanted if p.nprocs > 1 else notes))
+
+
+def has_a_cause_with_a_lock(where: str, *, parallelizer: Par) -> Any:
+    error = Counted("x")
+    error.__cause__ = UnpicklableError("has a lock")
+    if where == "value":
+        found = parallelizer.gather({"error": error})
+        return [(type(one["error"]), str(one["error"].__cause__)) for one in found or []]
+    if parallelizer.id == parallelizer.nprocs - 1:
+        raise error
+    return parallelizer.gather(0)
+
+
+def test_an_exception_arrives_without_what_cannot_be_pickled(p: Par) -> None:
+    for kind, cause in p.run(has_a_cause_with_a_lock, "value") or []:
+        expect(p, (kind, "has a lock" in cause), (Counted, True))
+    error = failure(p, has_a_cause_with_a_lock, "raised")
+    expect(p, (type(error), "has a lock" in str(error.__cause__)), (Counted, True))
+    expect_to_work(p)
+
+
+class Interrupts(Exception):
+    """Is interrupted where it is pickled, or where it is unpickled."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__(when)
+
+    def __reduce__(self) -> Any:
+        if self.args == ("pickled",):
+            raise KeyboardInterrupt(*self.args)
+        return interrupt, self.args
+
+
+def interrupt(when: str) -> None:
+    raise KeyboardInterrupt(when)
+
+
+def fails_to_interrupt(when: str, *, parallelizer: Par) -> None:
+    if parallelizer.id == parallelizer.nprocs - 1:
+        raise Interrupts(when)
+    parallelizer.wait()
+
+
+def test_an_interrupt_amid_an_exception_is_not_swallowed(p: Par) -> None:
+    """Nor does main wait for the word of a process that was interrupted."""
+    for when in ("pickled", "unpickled"):
+        raised: BaseException | None = None
+        try:
+            p.run(fails_to_interrupt, when)
+        except BaseException as error:
+            raised = error
+        kind = {"pickled": WorkerError, "unpickled": KeyboardInterrupt}[when]
+        expect(p, type(raised), kind if p.nprocs > 1 else Interrupts)
+        expect_to_work(p)
+
+
+def raises_what_main_does_not_know(*, parallelizer: Par) -> None:
+    if parallelizer.id == parallelizer.nprocs - 1:
+        kind = type("KnownHere", (Counted,), {"__module__": __name__})
+        globals()["KnownHere"] = kind
+        raise kind("of a class that is not known")
+    parallelizer.wait()
+
+
+def test_an_exception_of_a_class_that_main_does_not_know(p: Par) -> None:
+    error = failure(p, raises_what_main_does_not_know)
+    kind = "KnownHere" if p.nprocs == 1 else "WorkerError"
+    expect(p, (type(error).__name__, "is not known" in str(error)), (kind, True))
+    globals().pop("KnownHere", None)
     expect_to_work(p)
 
 
