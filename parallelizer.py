@@ -3075,7 +3075,8 @@ def _shielded_start(method: str | None) -> Iterator[None]:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with warnings.catch_warnings():
-            # Python 3.12 warns of threads it cannot know: BLAS libraries stop theirs for a fork.
+            # Python 3.12 warns of threads that it does not know. Where fork is used, they are
+            # harmless: see `_why_not_to_fork`.
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
             yield
     finally:
@@ -5408,8 +5409,8 @@ class MultiprocessingParallelizer(Parallelizer):
     nprocs : int, optional
         By default the number of CPUs that this process may use.
     start_method : {"fork", "forkserver", "spawn"}, optional
-        By default the platform's. Never fork where other threads run or MPI is up: forkserver
-        or spawn take its place then.
+        By default the platform's. Never fork where other threads run, those of a library such
+        as polars or OpenMP included, or MPI is up: forkserver takes its place, with a warning.
     threads_per_process : int, optional
         Threads of BLAS and OpenMP on each process, main included, while the processes are up.
         By default their share of the CPUs, unless the environment sets OMP_NUM_THREADS or the
@@ -5495,14 +5496,87 @@ def _safe_start_method(asked: str | None, nprocs: int) -> str:
     import multiprocessing
 
     method = asked or multiprocessing.get_start_method(allow_none=True) or _start_methods()[0]
-    if method == "fork" and (threading.active_count() > 1 or _mpi_is_up()):
-        tell = _logger().warning if asked else _logger().info
-        tell("other threads run, or MPI is up, so that fork is not safe: forkserver is used")
+    if method == "fork" and (why := _why_not_to_fork()):
+        _warn_of_no_fork(why)
         method = "forkserver"
     # A fork server takes at most 256 descriptors for a child.
     if method == "forkserver" and nprocs > 240:
         method = "spawn"
     return method
+
+
+def _why_not_to_fork() -> str:
+    """What a fork would harm; empty where there is nothing.
+
+    A child has none of the other threads of its parent, and what they had locked stays locked.
+    """
+    if threading.active_count() > 1:
+        return "other threads run"
+    if _mpi_is_up():
+        return "MPI is up"
+    if _threads_outlive_a_fork():
+        return "a library runs threads of its own (OpenMP, polars, or the like)"
+    return ""
+
+
+@functools.cache  # once per program
+def _warn_of_no_fork(why: str) -> None:
+    _logger().warning(
+        "%s, so that fork is not safe: forkserver is used, whose workers import the program anew. "
+        "Open the parallelizer before that, or choose start_method='forkserver' or 'spawn', which "
+        "leaves out this warning", why,
+    )  # fmt: skip
+
+
+def _threads_outlive_a_fork() -> bool:
+    """Whether threads run that Python knows nothing of, and that a fork does not stop (Linux).
+
+    Some libraries end theirs just before a fork and start them anew when they need them: OpenBLAS,
+    and so numpy, does; OpenMP, polars, numba and torch do not. No list of libraries says which
+    threads these are, nor how many. A fork does: those that are left after one are not stopped.
+    """
+    if _is_single_threaded():
+        return False
+    # With no signal that could have the child return from here.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        with warnings.catch_warnings(), contextlib.suppress(OSError):
+            warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+            os.kill(child, signal.SIGKILL)  # should a hook of somebody's hang in it
+            os.waitpid(child, 0)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return not _is_single_threaded()
+
+
+def _is_single_threaded() -> bool:
+    """Whether no thread runs beside this one, or just one that sleeps and blocks all signals.
+
+    Such a thread serves, and does not compute: it is that of `faulthandler.dump_traceback_later`,
+    which the tests of many projects run with, and which holds nothing that a child needs.
+    """
+    tasks = "/proc/self/task"
+    others = {*os.listdir(tasks)} if sys.platform == "linux" else set()  # noqa: PTH208 - slow
+    others.discard(str(threading.get_native_id()))
+    serving = 0
+    for task in others:
+        with contextlib.suppress(OSError), open(f"{tasks}/{task}/stat") as file:  # noqa: PTH123
+            state, *fields = file.read().rpartition(")")[2].split()
+            flags, blocked = int(fields[5]), int(fields[28])
+            if flags & _PF_EXITING:  # it has been waited for, and is listed a little longer
+                continue
+            # One that begins blocks all signals, too, but has yet to run.
+            if state != "S" or ~blocked & _BLOCKABLE:
+                return False
+            serving += 1
+    return serving <= 1
+
+
+_PF_EXITING = 4  # in the flags of /proc/PID/stat
+_BLOCKABLE = 2**31 - 1 - (1 << 8) - (1 << 18)  # the first 31 signals but SIGKILL and SIGSTOP
 
 
 def _mpi_is_up() -> bool:

@@ -5044,6 +5044,69 @@ def test_fork_is_not_used_while_threads_run() -> None:
         thread.join()
 
 
+def start_a_native_thread() -> None:
+    """As a library in C would: Python does not know of it. It waits for a lock that is held."""
+    ctypes: Any = importlib.import_module("ctypes")
+    libc, lock, thread = ctypes.CDLL(None), ctypes.create_string_buffer(64), ctypes.c_ulong()
+    HELD.append(lock)
+    libc.pthread_mutex_lock(lock)
+    assert libc.pthread_create(ctypes.byref(thread), None, libc.pthread_mutex_lock, lock) == 0
+
+
+def multiply(*, parallelizer: Par) -> Any:
+    return parallelizer.gather(float((np.ones((200, 200)) @ np.ones((200, 200))).sum()))
+
+
+def forks_beside(threads: str) -> None:
+    """Run as a program of its own by the test below."""
+    pools = [MultiprocessingParallelizer(3, start_method="fork") for _ in range(3)]
+    if threads == "watchdog":  # started anew, now that pytest is no more
+        faulthandler.dump_traceback_later(100)
+    multiply(parallelizer=SerialNonParallelizer())
+    if threads == "library after numpy":
+        assert pools[0].run(multiply) == [8e6] * 3  # ends the threads of numpy
+    if threads.startswith("library"):
+        start_a_native_thread()
+    with pools[1] as par:
+        if threads == "late library":
+            start_a_native_thread()
+        print(par.run(parent_is_main), par.run(multiply) == [8e6] * 3)
+        if threads == "threads amid runs":
+            start_a_native_thread()
+            multiply(parallelizer=SerialNonParallelizer())
+        victim = par.run(pids)[1]
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: not alive(victim))
+        assert isinstance(caught_from(par.run, pids), WorkerDied)
+        print(par.run(parent_is_main), par.run(multiply) == [8e6] * 3)
+    print(pools[2].run(parent_is_main), pools[2].run(multiply) == [8e6] * 3)
+
+
+FORKS_BESIDE = {
+    # Which of the three times it forked.
+    "numpy": [True, True, True],
+    "watchdog": [True, True, True],
+    "library": [False, False, False],
+    "library after numpy": [False, False, False],
+    "late library": [False, False, False],
+    "threads amid runs": [True, False, False],
+}
+
+
+@pytest.mark.parametrize("threadpoolctl", [True, False])
+@pytest.mark.parametrize("threads", FORKS_BESIDE)
+def test_fork_is_not_used_beside_threads_that_it_does_not_stop(
+    threads: str, threadpoolctl: bool
+) -> None:
+    hide = "" if threadpoolctl else "sys.modules['threadpoolctl'] = None; "
+    call = f"import sys; {hide}import test_parallelizer as t; t.forks_beside({threads!r})"
+    code, out, err = finish("-W", "error", "-c", call, OMP_NUM_THREADS="2")  # so numpy has some
+    assert code == 0, err
+    assert out.splitlines() == [f"{forked} True" for forked in FORKS_BESIDE[threads]]
+    told = [] if threads in ("numpy", "watchdog") else ["a library runs threads of its own"]
+    assert [line[:33] for line in err.splitlines()] == told
+
+
 def parent_is_main(parallelizer: Par) -> Any:
     mains, parents = parallelizer.allgather(os.getpid()), parallelizer.allgather(os.getppid())
     return mains[0] == parents[1]
