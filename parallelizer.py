@@ -2688,7 +2688,7 @@ class _Workers:
         # Threads may have been started since the parallelizer was opened.
         self._method = _safe_start_method(self._method, len(self._ports))
         try:
-            with _shielded_start(self._method):
+            with _shielded_start(self._method), _apart_from_the_mpi_job():
                 if self._method == "forkserver":
                     with _ThreadLimit.set_aside():
                         importlib.import_module("multiprocessing.forkserver").ensure_running()
@@ -3016,6 +3016,35 @@ def _variables_at_start() -> dict[str, str | None]:
     return {name: started.get(name) for name in _THREAD_VARIABLES}
 
 
+_RC_INITIALIZE = "MPI4PY_RC_INITIALIZE"
+
+
+@_context
+def _apart_from_the_mpi_job() -> Iterator[None]:
+    """Workers that are born within do not initialize MPI where a launcher started this process.
+
+    They inherit its variables, by which MPI would take them for this very rank once more. The main
+    module, whose imports may do that, is imported before anything of ours, so mpi4py must find
+    this in the environment.
+    """
+    before = os.environ.get(_RC_INITIALIZE)
+    if _launched_ranks() > 0:
+        os.environ[_RC_INITIALIZE] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(_RC_INITIALIZE, None)
+        if before is not None:
+            os.environ[_RC_INITIALIZE] = before
+
+
+def _stay_apart_from_the_mpi_job() -> None:
+    """In a worker: the same for later imports, but not for programs that the worker starts."""
+    if _launched_ranks() > 0 and os.environ.pop(_RC_INITIALIZE, "") == "0":
+        with contextlib.suppress(ImportError):
+            importlib.import_module("mpi4py").rc.initialize = False
+
+
 def _new_port(inbox: Connection, outboxes: Sequence[Connection]) -> _Port:
     return _Port(inbox, outboxes) if _POSIX else _WindowsPort(inbox, outboxes)
 
@@ -3040,9 +3069,11 @@ def _cause_of_death(code: int | None) -> str:
     if code is None:
         return "its exit code is unknown, as this program ignores SIGCHLD or waits for all children"
     if code >= 0:
+        mpi = ", or calls MPI at its top, which is not initialized in workers"
         return (
             f"exit code {code}. Likely causes: os._exit in the function, or, at the start, a "
-            f"script that lacks 'if __name__ == \"__main__\":' (the worker's own words are above)"
+            f"script that lacks 'if __name__ == \"__main__\":'{mpi if _launched_ranks() else ''} "
+            f"(the worker's own words are above)"
         )
     likely = {
         "SIGKILL": "the system ran out of memory, or somebody used kill -9",
@@ -3093,6 +3124,7 @@ def _worker_main(setup: _WorkerSetup) -> None:
     if _POSIX:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     setup = setup._replace(life=_die_with_main(setup.life))
+    _stay_apart_from_the_mpi_job()
     communicator = _WorkerEnd(setup)
     parallelizer = setup.parallelizer
     parallelizer._become_worker(communicator)
@@ -5499,8 +5531,9 @@ def _safe_start_method(asked: str | None, nprocs: int) -> str:
     if method == "fork" and (why := _why_not_to_fork()):
         _warn_of_no_fork(why)
         method = "forkserver"
-    # A fork server takes at most 256 descriptors for a child.
-    if method == "forkserver" and nprocs > 240:
+    # A fork server takes at most 256 descriptors for a child, and its children are not born with
+    # an environment of their own, which they need under a launcher of MPI.
+    if method == "forkserver" and (nprocs > 240 or _launched_ranks() > 0):
         method = "spawn"
     return method
 
@@ -5749,12 +5782,12 @@ def _named_by_environment(text: str) -> Parallelizer:
 
 
 def _launched_ranks() -> int:
-    """How many ranks an MPI launcher says that it has started; 1 without a launcher."""
+    """How many ranks an MPI launcher says that it has started; 0 without a launcher."""
     names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"]
     if "SLURM_STEP_ID" in os.environ:
         names.append("SLURM_NTASKS")
     told = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
-    return int(told[0]) if told else 1
+    return int(told[0]) if told else 0
 
 
 def _automatic_mode() -> str:

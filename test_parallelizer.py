@@ -5112,6 +5112,61 @@ def parent_is_main(parallelizer: Par) -> Any:
     return mains[0] == parents[1]
 
 
+# -- a pool in a process that an MPI launcher has started ------------------------------------------
+
+
+OPENS_POOLS = """
+import os, sys
+from parallelizer import MultiprocessingParallelizer
+if sys.argv[1] == "main imports MPI":
+    from mpi4py import MPI
+
+def gathers(*, parallelizer):
+    here = "MPI4PY_RC_INITIALIZE" in os.environ  # programs that it starts would inherit that
+    if parallelizer.id > 0:
+        from mpi4py import MPI
+        here = here or MPI.Is_initialized()
+    return parallelizer.gather(here)
+
+if __name__ == "__main__":
+    for method in (None, "fork", "forkserver", "spawn"):
+        with MultiprocessingParallelizer(3, start_method=method) as p:
+            assert p.run(gathers) == [False, False, False], method
+    from mpi4py import MPI
+    total = MPI.COMM_WORLD.allreduce(1)
+    if MPI.COMM_WORLD.rank == 0:
+        print(total)
+"""
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("importer", ["main imports MPI", "workers import MPI"])
+def test_a_pool_takes_no_part_in_the_mpi_job(importer: str, ranks: int, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(OPENS_POOLS)
+    told = run_program(str(script), importer, ranks=ranks, limit=180)
+    assert told == f"{ranks}\n"
+
+
+CALLS_MPI = """
+from mpi4py import MPI
+rank = MPI.COMM_WORLD.Get_rank()
+from parallelizer import MultiprocessingParallelizer
+if __name__ == "__main__":
+    MultiprocessingParallelizer(2).map(abs, [1])
+"""
+
+
+def test_a_script_that_calls_mpi_in_workers_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CALLS_MPI)
+    code, _, err = finish(str(script), ranks=1)
+    assert code != 0
+    assert "WorkerDied" in err
+    assert "MPI at its top, which is not initialized in workers" in err
+
+
 # -- faults under MPI ----------------------------------------------------------------------------
 
 
