@@ -3091,38 +3091,106 @@ def _cause_of_death(code: int | None) -> str:
 
 @_context
 def _shielded_start(method: str | None) -> Iterator[None]:
-    """A Ctrl-C while children start waits, and does not kill them half-born with a traceback."""
-    if _POSIX and method != "fork":
-        # It unblocks the signal when it is started, so that must have happened before.
-        importlib.import_module("multiprocessing.resource_tracker").ensure_running()
-    held: list[int] = []
-    before: Any = None
-    handler = signal.getsignal(signal.SIGINT)
-    shield = _POSIX and _on_main_thread() and handler is not None  # or it could not be put back
-    if shield:
-        # The mask is for the children, who inherit it. Here a thread of a BLAS library may still
-        # take the signal, upon which Python calls the handler on this one.
-        signal.signal(signal.SIGINT, lambda *_: held.append(1))
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Signals wait while children start: they neither kill them half-born nor interrupt main."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if _POSIX else set()
+    held: set[int] = set()
+    handlers: dict[int, Any] = {}
     try:
+        if _POSIX:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _requests())  # children inherit the mask
+        if _POSIX and method != "fork":
+            # It keeps the mask, so that no signal to all processes ends it; but it unblocks some.
+            importlib.import_module("multiprocessing.resource_tracker").ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, _requests())
+        if _POSIX and _on_main_thread():
+            # A thread of a BLAS library may still take a signal, upon which Python calls its
+            # handler on this one.
+            for number in _requests():
+                handler = signal.getsignal(number)
+                if callable(handler) and handler is not _leave_to_main:
+                    handlers[number] = handler
+                    signal.signal(number, lambda number, _: held.add(number))
         with warnings.catch_warnings():
             # Python 3.12 warns of threads that it does not know. Where fork is used, they are
             # harmless: see `_why_not_to_fork`.
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
             yield
     finally:
-        if shield:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)  # which waits until it is unblocked
+        if _POSIX:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            signal.signal(signal.SIGINT, handler)
-            if held:
-                signal.raise_signal(signal.SIGINT)
+
+
+# Signals by which somebody asks something of the program, and that end a process which does not
+# handle them; the faults of a process itself are not among them.
+_REQUESTS = (
+    "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM",
+    "SIGPROF", "SIGXCPU", "SIGIO", "SIGPWR", "SIGBREAK",
+)  # fmt: skip
+
+
+@functools.cache
+def _requests() -> frozenset[int]:
+    named = [getattr(signal, name) for name in _REQUESTS if hasattr(signal, name)]
+    if hasattr(signal, "SIGRTMIN"):
+        named += range(signal.SIGRTMIN, signal.SIGRTMAX + 1)
+    return frozenset(named)
+
+
+def _leave_to_main(signum: int, frame: types.FrameType | None) -> None:
+    """Handle a request in a worker, which main has got as well."""
+
+
+def _leave_signals_to_main() -> None:
+    """On a worker: let only main hear what is sent to all processes of the program.
+
+    Terminals, `timeout` and batch systems signal the whole group. What main does then is its own
+    affair, and may be to save its state and go on; workers end with main anyway. So they survive
+    all requests, whether main handles them now, later or never, and whether they were forked. They
+    do so by a handler, because programs that they start would inherit that a signal is ignored.
+    Handlers in compiled code stay: that of faulthandler shows what a worker is doing.
+    """
+    signal.set_wakeup_fd(-1)  # a fork has inherited the one by which main's asyncio hears of them
+    caught = _caught_signals()
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        by_default = handler == signal.SIG_DFL and number not in caught
+        if number in _requests() and (callable(handler) or by_default):
+            signal.signal(number, _leave_to_main)
+            if _POSIX:
+                signal.siginterrupt(number, False)  # compiled code may not expect to be interrupted
+        elif callable(handler):  # one of main's
+            # From its start on, Python ignores two that would end a process for a failed write.
+            ignored = number in (getattr(signal, "SIGPIPE", 0), getattr(signal, "SIGXFSZ", 0))
+            signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    if _POSIX:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.register_at_fork(after_in_child=_heed_termination)
+
+
+def _caught_signals() -> set[int]:
+    """Those that have a handler, also one that Python does not know; on Linux alone."""
+    from pathlib import Path
+
+    found = 0
+    with contextlib.suppress(OSError, IndexError):
+        status = Path("/proc/self/status").read_bytes()
+        found = int(status.partition(b"SigCgt:")[2].split(maxsplit=1)[0], 16)
+    return {number for number in range(1, 65) if found >> (number - 1) & 1}
+
+
+def _heed_termination() -> None:
+    """In a process that a worker has forked: be such that `multiprocessing` can terminate it."""
+    if signal.getsignal(signal.SIGTERM) is _leave_to_main:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _worker_main(setup: _WorkerSetup) -> None:
     """A worker's whole life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is main's to handle
-    if _POSIX:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    _leave_signals_to_main()
     setup = setup._replace(life=_die_with_main(setup.life))
     _stay_apart_from_the_mpi_job()
     communicator = _WorkerEnd(setup)

@@ -4787,6 +4787,140 @@ def test_one_interrupt_is_one_traceback(method: str, stage: str, target: str) ->
         wait_until(lambda: not group_members(program.pid))
 
 
+# Some of what may be sent to all processes at once. Main handles the first half from the beginning,
+# the others only when the workers are up.
+REQUESTS = ["SIGTERM", "SIGUSR1", "SIGALRM", "SIGRTMIN", "SIGWINCH", "SIGPIPE",
+            "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR2", "SIGXCPU", "SIGCONT"]  # fmt: skip
+
+
+def asked(method: str) -> None:
+    """Main handles what is sent to the whole group, and goes on."""
+    heard: list[int] = []
+
+    def hear(number: int, _: object) -> None:
+        heard.append(number)
+        print(REQUESTS[len(set(heard)) - 1], os.getpid() == main, flush=True)
+
+    main, half = os.getpid(), len(REQUESTS) // 2
+    numbers = [getattr(signal, name) for name in REQUESTS]
+    for number in numbers[:half]:
+        signal.signal(number, hear)
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        before = par.run(pids)
+        for number in numbers[half:]:
+            signal.signal(number, hear)
+        par.run(computes_until, main_kwargs={"ready": lambda: heard == numbers})
+        assert par.run(pids) == before
+    assert heard == numbers
+
+
+def computes_until(ready: Callable[[], bool] = bool, *, parallelizer: Par) -> None:
+    parallelizer.wait()
+    if parallelizer.on_main:
+        announce()
+        while not ready():
+            time.sleep(0.01)
+    parallelizer.wait()
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_main_alone_hears_what_is_sent_to_the_whole_group(method: str) -> None:
+    with started(f"import test_parallelizer as t; t.asked({method!r})") as program:
+        read_until(program, "ready")
+        for name in REQUESTS:
+            os.killpg(program.pid, getattr(signal, name))
+            read_until(program, f"{name} True")
+        assert program.communicate(timeout=30) == ("", "")
+        assert program.returncode == 0
+
+
+def terminated(handled: bool, stage: str, method: str) -> None:
+    def save(*_: object) -> None:
+        print("saved", flush=True)
+        sys.exit(3)
+
+    if handled:
+        signal.signal(signal.SIGTERM, save)
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        par.run(unwinds, stage)
+
+
+def unwinds(stage: str, *, parallelizer: Par) -> None:
+    try:
+        parallelizer.wait()
+        if parallelizer.on_main:
+            announce()
+            if stage == "verb":
+                parallelizer.gather(0)
+        time.sleep(100)
+    finally:
+        os.write(1, b"unwound\n")  # whole, whoever else writes
+
+
+@pytest.mark.parametrize("stage", ["function"])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_termination_that_main_handles_is_a_failed_run(method: str, stage: str) -> None:
+    call = f"import test_parallelizer as t; t.terminated(True, {stage!r}, {method!r})"
+    with started(call) as program:
+        read_until(program, "ready")
+        os.killpg(program.pid, signal.SIGTERM)
+        out, err = program.communicate(timeout=30)
+        assert (sorted(out.split()), err) == (["saved", "unwound", "unwound", "unwound"], "")
+        assert program.returncode == 3
+        wait_until(lambda: not group_members(program.pid))
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_termination_that_main_does_not_handle_ends_all_at_once(method: str) -> None:
+    call = f"import test_parallelizer as t; t.terminated(False, 'function', {method!r})"
+    with started(call) as program:
+        read_until(program, "ready")
+        os.killpg(program.pid, signal.SIGTERM)
+        assert program.communicate(timeout=30) == ("", "")
+        assert program.returncode == -signal.SIGTERM
+        wait_until(lambda: not group_members(program.pid))
+
+
+def signals_itself(numbers: list[int], *, parallelizer: Par) -> Any:
+    if not parallelizer.on_main:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        solver = "import signal; print(signal.getsignal(signal.SIGTERM), signal.sigpending())"
+        out = subprocess.check_output([sys.executable, "-c", solver], text=True)
+        assert out == "0 set()\n", out
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return parallelizer.gather(0)
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_workers_inherit_no_handling_of_signals(method: str) -> None:
+    """Neither functions of Python, nor what tells asyncio of them, nor a mask."""
+    own, main = {signal.SIGURG, signal.SIGCHLD}, os.getpid()  # which main gets of its workers
+    numbers = [*own, *(getattr(signal, name) for name in REQUESTS)]
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+
+    def hear(*_: object) -> None:
+        if os.getpid() != main:
+            theirs.send(b"x")
+
+    with ours, theirs:
+        before = {number: signal.signal(number, hear) for number in numbers}
+        file = signal.set_wakeup_fd(theirs.fileno())
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
+        try:
+            with MultiprocessingParallelizer(2, start_method=method) as par:
+                assert par.run(signals_itself, numbers) == [0, 0]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            signal.set_wakeup_fd(file)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        theirs.send(bytes(own))
+        assert {*ours.recv(1000)} == own
+
+
 @contextlib.contextmanager
 def started(call: str) -> Iterator[subprocess.Popen[str]]:
     """A program in a process group of its own, as a terminal would start it."""
