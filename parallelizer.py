@@ -692,7 +692,8 @@ def _reduce_by_its_class(error: BaseException, causes: Mapping[str, Any]) -> _Re
         return None
     if not isinstance(reduced, tuple):
         return None
-    make, arguments, state, items, pairs, set_state = (*reduced, *[None] * 4)[:6]
+    told: list[Any] = [*reduced, None, None, None, None]
+    make, arguments, state, items, pairs, set_state = told[:6]
     if items is not None or pairs is not None:
         return None
     state = (set_state, state, vars(error).get("__notes__"), causes)
