@@ -376,11 +376,10 @@ def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(starts))
 
 
-def _plain(data: Any) -> Any:
+def _own(data: Any) -> Any:
     """An array that lies in mapped memory as an ordinary one, in memory of this process's own."""
-    if type(data) not in (np.ndarray, np.memmap) or _map_under(data) is None:
-        return data
-    return np.array(data, order="A")
+    mapped = isinstance(data, np.memmap) or (type(data) is np.ndarray and _map_under(data))
+    return np.array(data, order="A") if mapped else data
 
 
 def _describe(data: Any) -> str:
@@ -392,7 +391,7 @@ def _describe(data: Any) -> str:
 
 def _split(data: Any, parts: int) -> list[Any]:
     """Blocks of `data`; of arrays they are views where those could be sent as they are."""
-    data = list(data) if isinstance(data, Iterator) else _plain(data)
+    data = list(data) if isinstance(data, Iterator) else data
     sized = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if not sized or isinstance(data, Mapping) or (isinstance(data, np.ndarray) and not data.ndim):
         raise TypeError(
@@ -406,9 +405,16 @@ def _split(data: Any, parts: int) -> list[Any]:
 
 
 def _own_rows(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The array itself where it can be written to and lies in memory row by row; else a copy."""
+    """The array itself where it can be written to and lies in memory row by row; else a copy.
+
+    What is written to a mapped file is meant for that, however its rows lie.
+    """
     if block.flags.carray or (block.nbytes == 0 and block.flags.writeable):
         return block
+    if block.flags.writeable and _reduce_mapped(block) is not None:
+        return block
+    if isinstance(block, np.memmap):
+        return np.array(block, order="C")
     # Of items without bytes, numpy copies the dtype U0 as U1; pickle does not.
     return block.copy() if block.dtype.itemsize else pickle.loads(pickle.dumps(block))
 
@@ -459,11 +465,11 @@ def _combine(values: list[Any], concatenate: bool | None) -> Any:
     """What `gather` makes of the values in rank order (see there)."""
     if concatenate is False:
         return values
-    arrays = [_plain(value) for value in values]
+    arrays = [np.asarray(v) if isinstance(v, np.memmap) else v for v in values]
     fitting = _fitting(arrays)
     if fitting is not None:
         if len(arrays) == 1:
-            return _own_rows(arrays[0])
+            return _own_rows(_own(arrays[0]))
         filled, dtype, shape = fitting
         # Into an array made for it, as concatenate would make the byte order native.
         return np.concatenate(filled, out=np.empty(shape, dtype) if dtype.itemsize else None)
@@ -723,7 +729,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray):
-            mapped = None if obj.base is None else _reduce_mapped(obj)
+            mapped = _reduce_mapped(obj)
             if mapped is not None:  # which stays where it lies
                 return mapped
             self.relaid = self.relaid or not _is_laid_out(obj)
@@ -990,7 +996,9 @@ class GatherPlan:
 # ---------------------------------------------------------------------------------------------
 #
 # Such an array is known by the memory that it lies in, and not by its type: what `share` returns is
-# a plain array, so that whatever is computed from it is what the original would give.
+# a plain array, so that whatever is computed from it is what the original would give, and a view of
+# a `numpy.memmap` is found to be one, whatever has been made of it. Who gets it maps the same file,
+# so that rows which a worker writes are in the file.
 
 
 class _Handle(NamedTuple):
@@ -998,8 +1006,11 @@ class _Handle(NamedTuple):
 
     host: str
     path: str
+    device: int
     inode: int  # of the file, as its path may come to mean another one
     nbytes: int
+    offset: int = 0  # in the file
+    mode: str = ""  # of a `numpy.memmap`, "r" or "r+"; empty for what is shared
 
 
 # The maps of this process that can be found by others: each is made once, and has one handle.
@@ -1007,24 +1018,90 @@ _MAPS: weakref.WeakValueDictionary[_Handle, mmap.mmap] = weakref.WeakValueDictio
 _HANDLES: weakref.WeakKeyDictionary[mmap.mmap, _Handle] = weakref.WeakKeyDictionary()
 
 
-def _map_under(array: np.ndarray[Any, Any]) -> mmap.mmap | None:
-    """The map whose memory this is, or is a view of; None for memory of any other kind."""
-    owner: Any = array.base
-    while owner is not None and not isinstance(owner, mmap.mmap):
+def _bases(array: np.ndarray[Any, Any]) -> Iterator[Any]:
+    """The array, what it is a view of, and so on to what owns the memory."""
+    owner: Any = array
+    while owner is not None:
+        yield owner
         # Between a view and the array that it was made of, numpy may put an object of its own.
         has_base = isinstance(owner, np.ndarray) or hasattr(owner, "__array_interface__")
         owner = getattr(owner, "base" if has_base else "obj", None)
-    return owner
+
+
+def _map_under(array: np.ndarray[Any, Any]) -> mmap.mmap | None:
+    """The map whose memory this is, or is a view of; None for memory of any other kind."""
+    if array.base is None:
+        return None
+    *_, owner = _bases(array)
+    return owner if isinstance(owner, mmap.mmap) else None
 
 
 def _reduce_mapped(array: np.ndarray[Any, Any]) -> tuple[Any, ...] | None:
     """An array in a map that others can find as its place there; None where it must be copied."""
     mapped = _map_under(array)
-    handle = None if mapped is None else _HANDLES.get(mapped)
-    if handle is None or not _is_pickled_by_numpy(type(array)):
+    if mapped is None or array.dtype.hasobject or not _is_pickled_by_numpy(type(array)):
         return None
-    place = (array.shape, array.dtype, _offset(array, mapped), array.strides)
-    return _mapped_array, (type(array), handle, place)
+    handle = _HANDLES.get(mapped) or _handle_of_memmap(array, mapped)
+    if handle is None or not _is_in_place(handle):
+        return None
+    # An empty array has no place.
+    offset = _address(array) - _address_of(mapped) if array.size else 0
+    place = (array.shape, array.dtype, offset, array.strides, array.flags.writeable)
+    told = {}
+    if isinstance(array, np.memmap):
+        mode = "r+" if array.mode == "w+" else array.mode  # because the file is there by now
+        told = {"filename": array.filename, "offset": array.offset, "mode": mode}
+    return _mapped_array, (type(array), handle, place, told)
+
+
+def _handle_of_memmap(array: np.ndarray[Any, Any], mapped: mmap.mmap) -> _Handle | None:
+    """Of a file that others can open to see the same; None for a file of any other kind."""
+    whole: Any = [owner for owner in _bases(array) if isinstance(owner, np.memmap)][-1:]
+    if not whole or whole[0].filename is None or whole[0].mode not in ("r", "r+", "w+"):
+        return None
+    (whole,) = whole
+    path = os.path.realpath(whole.filename)
+    try:
+        file = os.stat(path)  # noqa: PTH116 - pathlib is slow to import
+    except OSError:  # it has been deleted
+        return None
+    if not _is_mapped_from(path, file.st_ino, _address_of(mapped)):
+        return None
+    offset = whole.offset - (_address(whole) - _address_of(mapped))
+    mode = "r" if whole.mode == "r" else "r+"
+    path = os.fspath(whole.filename)
+    handle = _Handle(_hostname(), path, file.st_dev, file.st_ino, len(mapped), offset, mode)
+    _remember(mapped, handle)
+    return handle
+
+
+def _is_mapped_from(path: str, inode: int, address: int) -> bool:
+    """Whether the file that is mapped there is still the one of this path, and not its predecessor.
+
+    Linux tells; elsewhere it is believed. A file system in layers, such as a container's, may give
+    a file another inode here, and one that knows no paths another path, so that either will do.
+    """
+    try:
+        with open("/proc/self/maps", "rb") as maps:  # noqa: PTH123 - pathlib is slow to import
+            for line in maps:
+                span, _, _, _, number, *name = line.rstrip(b"\n").split(None, 5)
+                start, stop = (int(bound, 16) for bound in span.split(b"-"))
+                if start <= address < stop:
+                    return int(number) == inode or name == [os.fsencode(path)]
+    except OSError:
+        pass
+    return True
+
+
+def _is_in_place(handle: _Handle) -> bool:
+    """Whether a memmap's file has neither been deleted since nor been replaced by another."""
+    if not handle.mode:
+        return True
+    try:
+        found = os.stat(handle.path)  # noqa: PTH116 - pathlib is slow to import
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (handle.device, handle.inode)
 
 
 def _is_pickled_by_numpy(kind: type[np.ndarray[Any, Any]]) -> bool:
@@ -1033,20 +1110,31 @@ def _is_pickled_by_numpy(kind: type[np.ndarray[Any, Any]]) -> bool:
     return all(getattr(kind, name) is getattr(np.ndarray, name) for name in names)
 
 
-def _offset(array: np.ndarray[Any, Any], mapped: Any) -> int:
-    """Bytes from the beginning of the map to the first item."""
-    if array.size == 0:
-        return 0  # nothing has no place
-    begin = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
-    return int(array.__array_interface__["data"][0] - begin)
+def _address(array: np.ndarray[Any, Any]) -> int:
+    """Where in memory the first item lies."""
+    return int(array.__array_interface__["data"][0])
+
+
+def _address_of(mapped: mmap.mmap) -> int:
+    return _address(np.frombuffer(mapped, np.uint8))
 
 
 def _mapped_array(
-    kind: type[np.ndarray[Any, Any]], handle: _Handle, place: tuple[Any, ...]
+    kind: type[np.ndarray[Any, Any]],
+    handle: _Handle,
+    place: tuple[Any, ...],
+    told: Mapping[str, Any],
 ) -> np.ndarray[Any, Any]:
-    shape, dtype, offset, strides = place
+    """The inverse of `_reduce_mapped`; `told` are the attributes of a memmap."""
+    shape, dtype, offset, strides, writeable = place
+    mapped = _attach(handle)
     # The constructor of a subclass does not run, as in numpy's own pickles.
-    return np.ndarray.__new__(kind, shape, dtype, _attach(handle), offset, strides)
+    array = np.ndarray.__new__(kind, shape, dtype, mapped, offset, strides)
+    if not writeable:
+        array.flags.writeable = False
+    if isinstance(array, np.memmap):
+        vars(array).update(told, _mmap=mapped)
+    return array
 
 
 def _attach(handle: _Handle) -> mmap.mmap:
@@ -1054,22 +1142,38 @@ def _attach(handle: _Handle) -> mmap.mmap:
     known = _MAPS.get(handle)  # still mapped, so that no other file has its inode
     if known is not None:
         return known
+    here = _hostname() == handle.host
     try:
-        with open(handle.path, "rb") as file:  # noqa: PTH123 - pathlib is slow to import
-            if os.fstat(file.fileno()).st_ino != handle.inode or _hostname() != handle.host:
-                raise FileNotFoundError(handle.path)
-            return _map_shared(handle, file.fileno())
-    except OSError as why:
-        raise ParallelizerError(
-            f"a shared array of {handle.nbytes} bytes is not to be found: it was shared on "
-            f"{handle.host}, and has been released there, or this is another machine; keep a "
-            f"reference to it for as long as it is in use, and share it on all machines "
-            f"together"
-        ) from why
+        # pathlib is slow to import
+        with open(handle.path, "r+b" if handle.mode == "r+" else "rb") as file:  # noqa: PTH123
+            found = os.fstat(file.fileno())
+            # Other machines number the devices of a file system that they share in their own way.
+            device = found.st_dev if here or not handle.mode else handle.device
+            if (device, found.st_ino) != (handle.device, handle.inode):
+                raise FileNotFoundError(f"{handle.path} is another file here")
+            return _map(handle, file.fileno())
+    except (OSError, ValueError) as why:  # the latter of a file that has become shorter
+        raise ParallelizerError(_describe_loss(handle, why)) from why
 
 
-def _map_shared(handle: _Handle, file: int) -> mmap.mmap:
-    mapped = mmap.mmap(file, max(handle.nbytes, 1), access=mmap.ACCESS_READ)
+def _describe_loss(handle: _Handle, why: Exception) -> str:
+    if handle.mode:
+        return (
+            f"a numpy.memmap travels as the name of its file, but that cannot be opened on "
+            f"{_hostname()} as the file that it was on {handle.host}: {why}. Leave the file where "
+            f"it is while it is in use, and on a file system that all machines see, or send a "
+            f"copy: numpy.array(memmap)"
+        )
+    return (
+        f"a shared array of {handle.nbytes} bytes is not to be found: it was shared on "
+        f"{handle.host}, and has been released there, or this is another machine; keep a "
+        f"reference to it for as long as it is in use, and share it on all machines together"
+    )
+
+
+def _map(handle: _Handle, file: int) -> mmap.mmap:
+    access = mmap.ACCESS_WRITE if handle.mode == "r+" else mmap.ACCESS_READ
+    mapped = mmap.mmap(file, max(handle.nbytes, 1), access=access, offset=handle.offset)
     return _remember(mapped, handle)
 
 
@@ -1094,8 +1198,9 @@ def _shared_copy(content: _Bytes) -> mmap.mmap:
         file, path = tempfile.mkstemp(prefix="parallelizer-share-")
     with open(file, "wb", closefd=False) as stream:
         stream.write(content.data if content.nbytes else b"-")
-    handle = _Handle(_hostname(), path, os.fstat(file).st_ino, content.nbytes)
-    mapped = _map_shared(handle, file)
+    made = os.fstat(file)
+    handle = _Handle(_hostname(), path, made.st_dev, made.st_ino, content.nbytes)
+    mapped = _map(handle, file)
     weakref.finalize(mapped, _release_file, file, path)
     return mapped
 
@@ -4298,7 +4403,7 @@ class Parallelizer:
         self, comm: Communicator, data: Any, concatenate: bool | None, *, is_sent: bool = False
     ) -> Any:
         """See `gather`; main's data may already be what another process would get."""
-        data = _plain(data)
+        data = _own(data)
         if comm.size == 1:
             return _combine([_laid_out(data)], concatenate)
         if type(data) is np.ndarray and data.ndim > 0 and concatenate is not False:
@@ -4377,7 +4482,7 @@ class Parallelizer:
         self, comm: Communicator, data: Any, op: str | Callable[[Any, Any], Any]
     ) -> Callable[[], Any]:
         """Have all data sent to main; what is returned folds it there, a value at a time."""
-        data = _plain(data)
+        data = _own(data)
         if comm.size == 1:
             return functools.partial(_laid_out, data)
         others = comm.gather_in_turn(_pack(data, f"what rank {comm.rank} reduces"))
@@ -5246,7 +5351,9 @@ def _blockwise(data: Any) -> Any:
 def _sized(data: Any) -> Any:
     """What has a length, and whose slices hold the items that iteration gives."""
     if isinstance(data, np.ndarray):
-        return np.require(data, requirements=["C", "ALIGNED"])
+        # What is written to the items of a mapped file is meant for that.
+        stays = data.flags.writeable and _reduce_mapped(data) is not None
+        return data if stays else np.require(data, requirements=["C", "ALIGNED"])
     # The slices of a DataFrame, for one, hold other things.
     return data if isinstance(data, (list, tuple, range, str, bytes)) else list(data)
 

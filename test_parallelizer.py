@@ -4276,20 +4276,20 @@ def test_shared_arrays_are_gathered_as_arrays(p: Par) -> None:
     expect(p, p.run(gathers_shared), (np.arange(12.0), twos, twos))
 
 
-# Of numbers from 0 to 71 in shape (6, 12): views of any kind lie where the whole does.
+# Of numbers in shape (6 n, 12): views of any kind lie where the whole does.
 VIEWS: dict[str, Callable[[Array], Array]] = {
     "itself": lambda a: a,
     "rows": lambda a: a[2:4],
     "a part": lambda a: a[1:5:2, 3:-2],
     "reversed": lambda a: a[::-1, ::-3],
     "transposed": lambda a: a.T,
-    "another shape": lambda a: a.reshape(3, 2, 12)[:, 1],
+    "another shape": lambda a: a.reshape(3, -1, 12)[:, 1],
     "another dtype": lambda a: a.view("<i2")[:, 1::3],
     "as bytes": lambda a: a.reshape(-1).view("u1")[5:40],
     "windows": lambda a: np.lib.stride_tricks.sliding_window_view(a, 3, axis=1),
     "repeated": lambda a: np.broadcast_to(a[0], (4, 12)),
     "one number": lambda a: a[3, 4, ...],
-    "none": lambda a: a[6:],
+    "none": lambda a: a[len(a) :],
     "by way of a buffer": lambda a: np.frombuffer(memoryview(a), a.dtype)[7:],
     "fields": lambda a: a.view([("x", "<f8"), ("y", ">f8")])["y"][1:],
 }  # fmt: skip
@@ -4388,6 +4388,238 @@ def shares_numbers(*, parallelizer: Par) -> Any:
 
 def test_numbers_and_lists_of_them_are_shared(p: Par) -> None:
     expect(p, p.run(shares_numbers), [""] * p.nprocs)
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory-mapped files
+
+
+def on_file(path: Path, mode: str, order: Any = "C") -> Any:
+    """Map a new file of numbers from 0 on, behind a head of some length."""
+    make: Any = np.memmap
+    whole = make(path, float, "w+", 4100, (72, 12), order)
+    whole[...] = np.arange(864.0).reshape(72, 12)
+    return whole if mode == "w+" else make(path, float, mode, 4100, (72, 12), order)
+
+
+@contextlib.contextmanager
+def folder_of(par: Par) -> Iterator[Path]:
+    """Make a folder, the same on all processes, which goes when main leaves it."""
+    with tempfile.TemporaryDirectory() if par.on_main else contextlib.nullcontext() as made:
+        yield Path(par.broadcast(made))
+        par.wait()
+
+
+def negate(row: Array, *_: Any) -> None:
+    row[...] = -row
+
+
+def negates(block: Any) -> None:
+    for row in block:
+        negate(row)
+
+
+def by_map(par: Par, table: Any) -> None:
+    par.map(negate, table, chunksize=1)
+
+
+def by_list(par: Par, table: Any) -> None:
+    par.map(negate, None if table is None else list(table))
+
+
+def by_argument(par: Par, table: Any) -> None:
+    rows = range(0 if table is None else len(table))
+    par.starmap(negate_row, [(i,) for i in rows], None, {"table": table})
+    par.map(negate_row, rows, (table,))
+    list(par.imap(negate_row, rows, 2, (table,)))
+
+
+def negate_row(i: int, table: Array) -> None:
+    negate(table[i])
+
+
+def by_blocks_of_it(par: Par, table: Any) -> None:
+    par.map(negates, table, vectorized=True)
+
+
+def by_scattering_it(par: Par, table: Any) -> None:
+    negate(par.scatter(table))
+
+
+def by_broadcasting_it(par: Par, table: Any) -> None:
+    table = par.broadcast({"table": [table]})["table"][0]
+    negate(table[par.id :: par.nprocs])
+
+
+def by_sending_it(par: Par, table: Any) -> None:
+    if par.on_main:
+        for rank, (start, stop) in enumerate(internals._block_bounds(len(table), par.nprocs)):
+            par.send(table[start:stop], rank)
+    negate(par.receive(0))
+
+
+SCRIBES: list[Callable[[Par, Any], None]] = [
+    by_map, by_list, by_argument, by_blocks_of_it, by_scattering_it, by_broadcasting_it,
+    by_sending_it,
+]  # fmt: skip
+
+PARTS: dict[str, Callable[[Any], Any]] = {
+    "whole": lambda m: m,
+    "plain": np.asarray,
+    "columns": lambda m: m.T,
+    "part": lambda m: m[3:70:2, 9:1:-3],
+    "plain part": lambda m: np.asarray(m)[::-1, 1:],
+    "matrix": lambda m: np.asarray(m).view(np.matrix),
+}
+
+
+def writes(scribe: Callable[[Par, Any], None], *, parallelizer: Par) -> Any:
+    """Have all rows negated, in each mode, and look into the file."""
+    par, found = parallelizer, []
+    with folder_of(par) if par._runs_here() else tempfile.TemporaryDirectory() as folder:
+        for (name, part), (mode, order) in itertools.product(PARTS.items(), MODES):
+            path = Path(folder, f"{name} {mode}")
+            table = on_file(path, mode, order) if par.on_main else None
+            wanted = None if table is None else np.array(table, order="K")
+            scribe(par, None if table is None else part(table))
+            if par._runs_here():
+                par.wait()
+            if wanted is not None:
+                negate(part(wanted))
+                written = np.fromfile(path, offset=4100).reshape(72, 12, order=order)
+                found.append(difference(written, np.ascontiguousarray(wanted)))
+    return found
+
+
+MODES: list[tuple[str, Any]] = [("w+", "C"), ("r+", "F")]
+
+
+@pytest.mark.parametrize("scribe", SCRIBES)
+def test_rows_that_are_written_are_in_the_file(p: Par, scribe: Callable[[Par, Any], None]) -> None:
+    good = [""] * len(PARTS) * len(MODES)
+    expect(p, p.run(writes, scribe), good)
+    if scribe in (by_map, by_list, by_argument, by_blocks_of_it):
+        expect(p, drive(p, writes, scribe), good)
+
+
+def negates_its_rows(table: Any, *, parallelizer: Par) -> None:
+    parallelizer.wait()
+    negate(table[parallelizer.id :: parallelizer.nprocs])
+
+
+def test_rows_are_written_by_arguments_of_run_and_closures(engine: str) -> None:
+    p = create(engine)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "table")
+        table = on_file(path, "r+")
+        p.run(negates_its_rows, table)  # under MPI each rank has a file of its own, here and below
+        p.run(functools.partial(negates_its_rows, table))
+        p.run(lambda parallelizer: negates_its_rows(table, parallelizer=parallelizer))
+        rows = slice(p.id, None, p.nprocs) if UNDER_MPI else slice(None)
+        wanted = np.arange(864.0).reshape(72, 12)
+        negate(wanted[rows])
+        check(np.fromfile(path, offset=4100).reshape(72, 12), wanted)
+
+
+def receives_memmaps(*, parallelizer: Par) -> None:
+    par, numbers = parallelizer, np.arange(864.0).reshape(72, 12)
+    with folder_of(par) as folder:
+        for mode, (name, view) in itertools.product(("r", "r+", "w+"), (PARTS | VIEWS).items()):
+            path = folder / f"{name} {mode}"
+            one = view(on_file(path, mode)) if par.on_main else None
+            for found in (par.broadcast(one), par.broadcast({"x": [one]})["x"][0]):
+                check(np.array(found), np.array(view(numbers)), f"{name} {mode}")
+                told: Any = type(found), found.strides, found.flags.writeable
+                check(par.broadcast(told), told)
+                assert internals._map_under(found) is not None
+                if type(found) is np.memmap and not par.on_main:
+                    told = (found.filename, found.offset, found.mode)
+                    check(told, (path, 4100, "r" if mode == "r" else "r+"))
+                    found.flush()
+
+
+def test_views_of_memmaps_arrive_as_views_of_the_file(p: Par) -> None:
+    p.run(receives_memmaps)
+
+
+def lost_files(folder: Path) -> list[Any]:
+    """Map what others cannot find, or must not write to."""
+    found = [on_file(folder / str(i), "r+") for i in range(3)] + [on_file(folder / "c", "c")]
+    (folder / "0").unlink()
+    on_file(folder / "other", "w+").fill(-1)
+    (folder / "other").replace(folder / "1")
+    (folder / "2").rename(folder / "3")
+    on_file(folder / "2", "w+").fill(-2)
+    found.append(found[0].copy())  # of memmap's type, in memory of its own
+    with tempfile.TemporaryFile() as file:
+        file.write(np.arange(864.0).tobytes())
+        found.append(np.memmap(file, float, "r+", 0, (72, 12)))
+    with (folder / "replaced later").open("wb") as file:
+        file.write(np.arange(864.0).tobytes())
+    found.append(np.memmap(folder / "replaced later", float, "r", 0, (72, 12)))
+    internals._dumps(found[-1])
+    (folder / "other").write_bytes(bytes(864 * 8))
+    (folder / "other").replace(folder / "replaced later")
+    return found
+
+
+def copies_memmaps(*, parallelizer: Par) -> None:
+    par = parallelizer
+    with folder_of(par) as folder:
+        given = lost_files(folder) if par.on_main else []
+        for found in [*par.broadcast(given), *par.allgather(given)[0]]:
+            check(np.array(found), np.arange(864.0).reshape(72, 12))
+            assert type(found) is np.memmap
+
+
+def test_memmaps_of_files_that_others_cannot_find_are_copied(p: Par) -> None:
+    p.run(copies_memmaps)
+
+
+def loses_a_file(*, parallelizer: Par) -> Any:
+    par = parallelizer
+    with folder_of(par) as folder:
+        if par.on_main:
+            table = on_file(folder / "table", "r")
+            par.send([table], par.nprocs - 1)
+            on_file(folder / "table 2", "w+")
+            (folder / "table 2").replace(folder / "table")
+        par.wait()
+        error = caught_from(par.receive, 0) if par.id == par.nprocs - 1 else None
+    return par.allgather((type(error), str(error)))[-1]
+
+
+def test_another_file_of_the_same_name_is_not_opened(p: Par) -> None:
+    kind, text = p.run(loses_a_file)
+    if p.nprocs > 1:
+        expect(p, (kind, "travels as the name of its file" in text), (PackingError, True))
+
+
+def combines_memmaps(*, parallelizer: Par) -> Any:
+    par = parallelizer
+    with folder_of(par) as folder:
+        table = par.broadcast(on_file(folder / "table", "r+") if par.on_main else None)
+        part = block_of(table, par.id, par.nprocs)
+        found = [
+            par.allgather(part), par.allgather(np.asarray(part)), par.allreduce(part[:1]),
+            par.allgather(par.map(itself, [0], (part,), vectorized=True))[0],
+        ]  # fmt: skip
+        found += par.allgather(part, concatenate=False)
+        read_only = on_file(folder / "read", "r") if par.on_main else None
+        found.append(par.scatter(read_only))
+        for one in found:
+            assert type(one) is np.ndarray
+            overwrite(one)
+        par.wait()
+        check(np.array(table), np.arange(864.0).reshape(72, 12))
+
+
+def itself(_: Any, value: Any) -> Any:
+    return value
+
+
+def test_gathered_memmaps_are_arrays_of_ones_own(p: Par) -> None:
+    p.run(combines_memmaps)
 
 
 # ---------------------------------------------------------------------------------------------
