@@ -2983,19 +2983,21 @@ def _set_variables(values: Mapping[str, str | None]) -> None:
 class _ThreadLimit:
     """So many threads for the libraries of each kind, on this process, until it is lifted.
 
-    Without counts it limits nothing, and tells the workers of a pool what main has.
+    Without counts it limits nothing, and tells the workers of a pool what main has. One that is not
+    imposed says what the numbers are anyway, to which `counting` returns when others are held.
     """
 
     _held: ClassVar[list[_ThreadLimit]] = []  # by this process; it is the last one that counts
     _warned: ClassVar = False
 
-    def __init__(self, counts: Mapping[str, int]) -> None:
+    def __init__(self, counts: Mapping[str, int], *, imposed: bool = True) -> None:
         self._counts = counts
-        before = self._held[0]._before if self._held else _ThreadState.present()
-        self._before: _ThreadState = before  # any limit
-        if counts:
+        self._users = self.users_variables()
+        self._before: _ThreadState = _ThreadState.present()
+        if counts and imposed:
             self._held.append(self)
-            self._impose()
+            _set_variables(self._variables())
+            _set_thread_numbers(lambda _, kind: counts.get(kind))
         self.state: _ThreadState = _ThreadState.present()
 
     @classmethod
@@ -3011,26 +3013,29 @@ class _ThreadLimit:
         return cls(counts)
 
     @classmethod
-    def warn(cls, consequence: str) -> None:
+    def warn(cls, consequence: str, *, aloud: bool = True) -> None:
         """Say, once in a program, what follows from threadpoolctl's not being installed."""
-        if not cls._warned:
-            cls._warned = True
+        warned, cls._warned = cls._warned, True
+        if aloud and not warned:
             _logger().warning(
                 "threads of BLAS and OpenMP cannot be limited without threadpoolctl, so %s: "
                 "pip install threadpoolctl, or set OMP_NUM_THREADS before the program starts",
                 consequence,
             )
 
+    def _variables(self) -> dict[str, str]:
+        return {name: str(self._counts[kind]) for name, kind in _THREAD_VARIABLES.items()}
+
     @classmethod
     def users_variables(cls) -> dict[str, str | None]:
-        """The environment without what is held here."""
+        """The environment as it would be if nothing were held."""
         present = _ThreadState.present().variables
         if not cls._held:
             return present
-        held, before = cls._held[-1]._variables(), cls._held[-1]._before.variables
+        users, held = cls._held[-1]._users, cls._held[-1]._variables()
         # What is another than was put there has been set by the user in the meantime.
         return {
-            name: before[name] if value == held[name] else value for name, value in present.items()
+            name: users[name] if value == held[name] else value for name, value in present.items()
         }
 
     @classmethod
@@ -3044,31 +3049,17 @@ class _ThreadLimit:
         finally:
             _set_variables(held)
 
-    def _variables(self) -> dict[str, str]:
-        return {name: str(self._counts[kind]) for name, kind in _THREAD_VARIABLES.items()}
-
-    def _impose(self) -> None:
-        _set_variables(self._variables())
-        _set_thread_numbers(lambda _, kind: self._counts.get(kind))
-
     @_context
     def counting(self) -> Iterator[None]:
         """Within, it is this one that counts, of several that are held."""
-        if self not in self._held or self._held[-1] is self:
+        if not (self._counts and self._held) or self._held[-1]._counts == self._counts:
             yield
             return
-        latest = self._held[-1]
-        self._make_count()
+        again = _ThreadLimit(self._counts)
         try:
             yield
         finally:
-            latest._make_count()
-
-    def _make_count(self) -> None:
-        if self in self._held:
-            self._held.remove(self)
-            self._held.append(self)
-            self._impose()
+            again.lift()
 
     def changed_numbers(self) -> dict[str, int] | None:
         """The numbers of now, where they are others than at first.
@@ -3079,15 +3070,17 @@ class _ThreadLimit:
         return None if numbers == self.state.numbers else numbers
 
     def lift(self) -> None:
-        """Put back what was before, or have another one count that is held."""
+        """Put back what was before; if another one counts, that does it when it is lifted."""
         if self not in self._held:
             return
-        variables, numbers = self.users_variables(), self._before.numbers
+        position = self._held.index(self)
         self._held.remove(self)
-        if self._held:
-            self._held[-1]._impose()
+        if position < len(self._held):
+            self._held[position]._before = self._before
             return
-        _set_variables(variables)
+        (variables, numbers), mine = self._before, self._variables()
+        # Not what the user has set in the meantime.
+        _set_variables({n: v for n, v in variables.items() if os.environ.get(n) == mine[n]})
         # What was loaded under the limit has never had a number of its own.
         most = max(numbers.values(), default=None)
         _set_thread_numbers(lambda path, _: numbers.get(path, most))
@@ -3095,7 +3088,7 @@ class _ThreadLimit:
     def adopt(self) -> None:
         """On a worker: have what main had when it made this."""
         self._held[:] = [self] if self._counts else []
-        _ThreadLimit._warned = True  # main does that
+        _ThreadLimit._warned = True  # main warns, where there is need
         _set_variables(self.state.variables)
         _take_thread_numbers(self.state.numbers)
 
@@ -3473,12 +3466,12 @@ class MPICommunicator(Communicator):
         agreed = {kind: min(min(one[kind]) for _, _, one in told) for kind in _THREAD_KINDS}
         as_they_are = [numbers for _, numbers, _ in told]
         if not all(able for able, _, _ in told):
-            if self.process == 0 and any(numbers != as_they_are[0] for numbers in as_they_are):
-                _ThreadLimit.warn("ranks have different numbers, and may get different last digits")
+            if any(numbers != as_they_are[0] for numbers in as_they_are):
+                consequence = "ranks have different numbers, and may get different last digits"
+                _ThreadLimit.warn(consequence, aloud=self.process == 0)
             agreed = {}
-        elif all(numbers[kind] == [agreed[kind]] for numbers in as_they_are for kind in agreed):
-            agreed = {}
-        self.limit = _ThreadLimit(agreed)
+        have = all(numbers[kind] == [agreed[kind]] for numbers in as_they_are for kind in agreed)
+        self.limit = _ThreadLimit(agreed, imposed=not have)
 
     def _share_of_cpus(self) -> int:
         """CPUs for this rank, where each is divided among the ranks that may run on it."""

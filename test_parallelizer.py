@@ -4031,6 +4031,22 @@ def held_variables() -> dict[str, str]:
     return {name: os.environ.get(name, "") for name in NO_THREADS_SET}
 
 
+def variables_of_a_child(method: str) -> dict[str, str]:
+    """Of the user's own process, which may come from a fork server that a pool has started."""
+    context: Any = multiprocessing.get_context(method)
+    reader, writer = context.Pipe(duplex=False)
+    with reader, writer:
+        child = context.Process(target=tell_variables, args=(writer,))
+        child.start()
+        found: dict[str, str] = reader.recv()
+        child.join()
+    return found
+
+
+def tell_variables(writer: Any) -> None:
+    writer.send(held_variables())
+
+
 def threads_of_inner_pools(*, parallelizer: Par) -> Any:
     inner = MultiprocessingParallelizer(2, start_method="spawn").run(threads_of_all)
     return [*itertools.chain(*parallelizer.allgather(inner, concatenate=False))]
@@ -4055,7 +4071,7 @@ def same_threads(method: str) -> None:
         tell("loaded late", p.run(threads_of_all))
         print(*p.run(threads_of_a_program))
     tell("afterwards", now())
-    assert held_variables() == environment
+    assert held_variables() == environment == variables_of_a_child(method)
     tell("asked for", make(threads_per_process=cpus).run(threads_of_all))
     with limits(1):
         tell("limited by the program", MultiprocessingParallelizer(1).run(threads_of_all))
@@ -4172,14 +4188,25 @@ def test_without_threadpoolctl_no_process_is_limited(
 
 
 def mpi_threads(body: Callable[..., Any]) -> None:
-    """Print how many threads ranks have: some of them, then all, who have to agree anew."""
+    """Print how many threads ranks have: of a pair, of which one is in another one, too; of all."""
     world = importlib.import_module("mpi4py.MPI").COMM_WORLD
-    some = MPIParallelizer(world.Split(world.rank == 1))
-    told = [some.run(body)]
+    groups = [world.group.Incl(pair) for pair in ([0, 1], [1, 2]) if world.rank in pair]
+    pairs = [MPIParallelizer(world.Create_group(group)) for group in groups]
+    first, *_ = [pair.run(body) for pair in pairs]
     whole = MPIParallelizer()
-    told += [whole.run(body), some.run(body)]
+    told = [first, whole.run(body)]
+    first, *_ = [pair.run(body) for pair in pairs]
+    told += [first, ClientServerRunner(drives_under_a_limit, parallelizer=whole).run()]
     if whole.on_main:
         print([{number for found in one for number in found.values()} for one in told])
+
+
+def drives_under_a_limit(parallelizer: Par) -> Any:
+    with contextlib.suppress(ModuleNotFoundError):
+        threadpoolctl = importlib.import_module("threadpoolctl")
+        with threadpoolctl.threadpool_limits(2):
+            return parallelizer.map(threads_of_an_item, range(9), chunksize=1)
+    return []
 
 
 def products_of_all(*, parallelizer: Par) -> Any:
@@ -4202,11 +4229,13 @@ def test_ranks_have_the_same_number_of_threads(
     assert code == 0, err
     told = ast.literal_eval(out)
     if limited:
-        share = max(1, len(os.sched_getaffinity(0)) // 3)
-        assert told[1:] == [{share if alike else 1}] * 2
-        assert len(told[0]) == 1
+        pair, whole, pair_again, driven = told
+        assert len(pair) == len(whole) == 1
+        assert pair == pair_again
+        assert alike or whole == {1}
+        assert driven == {2}
     elif alike:
-        assert [len(one) for one in told] == [1, 1, 1]
+        assert [len(one) for one in told] == [1, 1, 1, 0]
     assert err.count(NOT_LIMITED) == (not limited and not alike), err
 
 
@@ -6086,9 +6115,15 @@ def test_a_forked_child_runs_on_a_pool_of_its_own() -> None:
 
 def test_the_environment_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    par = MultiprocessingParallelizer(2, start_method="spawn", threads_per_process=1)
-    assert par.run(ranks) == [0, 1]
-    assert os.environ["OMP_NUM_THREADS"] == "3"
+    before = held_variables()
+    make = functools.partial(MultiprocessingParallelizer, 2, start_method="spawn")
+    assert make(threads_per_process=1).run(ranks) == [0, 1]
+    assert held_variables() == before
+    with make(threads_per_process=2):
+        os.environ["OMP_NUM_THREADS"] = "4"  # while there is a limit
+        assert make(threads_per_process=1).run(ranks) == [0, 1]
+        assert os.environ["OMP_NUM_THREADS"] == "4"
+    assert held_variables() == before | {"OMP_NUM_THREADS": "4"}
 
 
 # -- soak: seeded disorder -----------------------------------------------------------------------
