@@ -539,6 +539,7 @@ class Message(NamedTuple):
     pickled: bytes
     buffers: Sequence[_Bytes]
     relaid: bool = False  # whether an array lies in memory in another order once it is unpacked
+    kept: Sequence[_Kept] = ()  # what only multiprocessing can send, and each time for one receiver
 
     @property
     def nbytes(self) -> int:
@@ -547,7 +548,8 @@ class Message(NamedTuple):
 
     def copy(self) -> Message:
         """The same, with buffers of its own."""
-        return Message(self.pickled, [buffer.copy() for buffer in self.buffers])
+        buffers = [buffer.copy() for buffer in self.buffers]
+        return Message(self.pickled, buffers, self.relaid, self.kept)
 
     def head(self) -> bytes:
         """Number and sizes of the buffers, then the pickle: what must arrive first."""
@@ -716,13 +718,43 @@ def _set_state(error: Any, state: tuple[Any, ...]) -> None:
         _set_causes(error, causes)
 
 
-class _Pickler(pickle.Pickler):
-    """Says how the objects are pickled of which this module knows better than they do."""
+class _Kept:
+    """An object that belongs to this process, such as an open connection.
 
-    def __init__(self, stream: Any, *, with_causes: bool = True) -> None:
+    What holds it may be copied on this process, and the copy holds the same one.
+    """
+
+    living: ClassVar[weakref.WeakValueDictionary[int, _Kept]] = weakref.WeakValueDictionary()
+
+    def __init__(self, obj: object) -> None:
+        self.object = obj
+        self.living[id(self)] = self
+
+
+def _kept(key: int) -> object:
+    return _Kept.living[key].object
+
+
+def _pickles_itself(kind: type) -> bool:
+    """Whether a class says how its instances are pickled."""
+    names = ("__reduce__", "__reduce_ex__")
+    return any(getattr(kind, name) is not getattr(object, name) for name in names)
+
+
+class _Pickler(pickle.Pickler):
+    """Says how the objects are pickled of which this module knows better than they do.
+
+    It packs what `comm` sends to one receiver, or what stays on this process.
+    """
+
+    def __init__(
+        self, stream: Any, comm: Communicator | None = None, *, with_causes: bool = True
+    ) -> None:
         self.buffers: list[pickle.PickleBuffer] = []
         self.relaid = False  # see `Message`
+        self.kept: list[_Kept] = []  # likewise
         self._stream = stream
+        self._comm = comm
         self._with_causes = with_causes  # else those of exceptions are told in text
         self.has_causes = False
         super().__init__(stream, 5, buffer_callback=self.buffers.append)
@@ -739,6 +771,8 @@ class _Pickler(pickle.Pickler):
             self.relaid = self.relaid or not obj.dtype.isnative
         elif issubclass(type(obj), BaseException):
             return self._reduce_exception(obj)
+        elif type(obj) in _known_to_multiprocessing():
+            return self._reduce_by_multiprocessing(obj)
         return NotImplemented
 
     def _reduce_exception(self, error: BaseException) -> Any:
@@ -752,10 +786,41 @@ class _Pickler(pickle.Pickler):
         reduced = _reduce_by_its_class(error, causes) or _reduce_to_parts(error, causes)
         return NotImplemented if reduced is None else reduced
 
+    def _reduce_by_multiprocessing(self, obj: Any) -> Any:
+        kind, reducer = type(obj), _known_to_multiprocessing()[type(obj)]
+        itself = _pickles_itself(kind)
+        ordinary = itself and reducer.__module__.startswith("multiprocessing.")  # as are methods
+        if ordinary or reducer is copyreg.dispatch_table.get(kind):
+            return NotImplemented
+        if self._comm is None:
+            self.kept.append(_Kept(obj))
+            return NotImplemented if itself else (_kept, (id(self.kept[-1]),))
+        if self._comm.passes_handles:
+            return reducer(obj)
+        if itself:
+            return NotImplemented
+        # Plainly pickled it may be no more than a number, which means something else there.
+        raise PackingError(
+            f"a {kind.__name__} belongs to this machine's processes and cannot travel to another "
+            f"MPI rank: nothing was sent. Send what is read from it, or open one on each rank"
+        )
+
     def message(self, obj: Any) -> Message:
         self.dump(obj)
         buffers = [_as_bytes(buffer.raw()) for buffer in self.buffers]
-        return Message(self._stream.getvalue(), buffers, self.relaid)
+        return Message(self._stream.getvalue(), buffers, self.relaid, self.kept)
+
+
+def _known_to_multiprocessing() -> Mapping[type, Callable[[Any], Any]]:
+    """How it sends what belongs to a process: connections, sockets, what libraries register."""
+    reduction = sys.modules.get("multiprocessing.reduction")  # which is slow to import
+    return {} if reduction is None else _reducers_of(reduction)
+
+
+@functools.cache
+def _reducers_of(reduction: Any) -> Mapping[type, Callable[[Any], Any]]:
+    """The very table into which libraries register, without that of copyreg below it."""
+    return reduction.ForkingPickler(io.BytesIO()).dispatch_table.maps[0]  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -781,8 +846,11 @@ def _main_is_lost_to_others() -> bool:
     return not from_a_file and (process is None or process.parent_process() is None)
 
 
-def _pack(obj: Any, what: str) -> Message:
-    """Pack `obj`; `what` names it in the `PackingError`."""
+def _pack(obj: Any, what: str, comm: Communicator | None = None) -> Message:
+    """Pack `obj` for one receiver, to whom `comm` sends it, or to stay on this process.
+
+    `what` names it in the `PackingError`.
+    """
     if type(obj) is np.ndarray and _is_raw(obj) and _map_under(obj) is None:
         spec, data = _raw(obj)
         return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data], not _is_laid_out(obj))
@@ -795,7 +863,14 @@ def _pack(obj: Any, what: str) -> Message:
         try:
             kind = _by_value_pickler() if by_value else _Pickler
             tried.append(kind(io.BytesIO(), with_causes=with_causes))
-            return tried[-1].message(obj)
+            message = tried[-1].message(obj)
+            if comm is None or not message.kept:
+                return message
+            # Not before it is known that all else can be pickled, because a receiver must take in
+            # what the reducers of multiprocessing hand out.
+            return kind(io.BytesIO(), comm, with_causes=with_causes).message(obj)
+        except PackingError:
+            raise
         except ModuleNotFoundError as missing:
             if missing.name != "cloudpickle":
                 raise
@@ -806,6 +881,19 @@ def _pack(obj: Any, what: str) -> Message:
         f"was sent. Functions and classes must stand at the top level of a module; lambdas and "
         f"closures work when cloudpickle is installed (pip install cloudpickle)"
     ) from failure
+
+
+def _for_each(
+    message: Message, obj: Any, what: str, comm: Communicator, receivers: int
+) -> list[Message]:
+    """A message for all receivers of `obj`, packed to stay here; or one for each of them.
+
+    The reducers of multiprocessing mostly make a handle that serves once: with a second receiver of
+    the same message, one of the two would get nothing.
+    """
+    if not message.kept:
+        return [message]
+    return [_pack(obj, what, comm) for _ in range(receivers if comm.passes_handles else 1)]
 
 
 def _bare_spec(pickled: bytes) -> _ArraySpec | None:
@@ -955,6 +1043,9 @@ def _attributes_laid_out(holder: Any) -> Any:
 def _dumps(obj: Any) -> bytes:
     """Pack in one piece: for what is small or seldom."""
     message = _pack([obj], "an object")  # in a list, so as to be no bare array
+    if message.kept:
+        kind = type(message.kept[0].object).__name__
+        raise PackingError(f"a {kind} belongs to this machine's processes")
     return pickle.dumps((message.pickled, [bytearray(buffer) for buffer in message.buffers]))
 
 
@@ -1504,6 +1595,8 @@ class Communicator(abc.ABC):
     """
 
     spmd: ClassVar = False  # whether every process calls `run` itself, and there is no command
+    # Whether what the reducers of multiprocessing make of a connection is of use to the others.
+    passes_handles: ClassVar = False
 
     def __init__(self, process: int, size: int, timeout: float | None = None) -> None:
         self.process = process
@@ -1527,7 +1620,7 @@ class Communicator(abc.ABC):
         self.run = 0  # number of the current run, or of the latest
         self._in_run = False
         self._idle = False  # between runs, with a command on its way
-        self._command: Message | None = None
+        self._command: Sequence[Message] | None = None
         self._everyone: tuple[int, ...] = ()  # who takes part in the current run, not nested
         self._told: set[int] = set()  # on main: who of them knows
         self._ends: collections.defaultdict[int, _End] = collections.defaultdict(_End)
@@ -1781,10 +1874,13 @@ class Communicator(abc.ABC):
 
     # -- the life of a run --------------------------------------------------------------------
 
-    def command(self, message: Message | None) -> None:
-        """On main, outside a run: have the serving members begin a run; None stops them."""
-        self._command = message
-        if message is None:
+    def command(self, messages: Sequence[Message] | None) -> None:
+        """On main, outside a run: have the serving members begin a run; None stops them.
+
+        There is one message for all who take part, or one for each.
+        """
+        self._command = messages
+        if messages is None:
             for process in self.members[1:]:
                 self._tell(process, "stop", b"-")
 
@@ -1849,9 +1945,12 @@ class Communicator(abc.ABC):
         if command is not None:
             self._begin_on_others(command)
 
-    def _begin_on_others(self, command: Message) -> None:
-        self._told = set(self.members[1:])
-        self._transmit(self.members[1:], Parcel(self.run, self.call, command))
+    def _begin_on_others(self, command: Sequence[Message]) -> None:
+        others = self.members[1:]
+        self._told = set(others)
+        groups = [others] if len(command) == 1 else [(process,) for process in others]
+        for group, message in zip(groups, command, strict=True):
+            self._transmit(group, Parcel(self.run, self.call, message))
 
     def finish_run(self, report: bytes) -> list[bytes]:
         """Return when every member has returned from the function; on rank 0 all their reports.
@@ -2395,6 +2494,8 @@ class _Incoming(Parcel):
 class PipeCommunicator(Communicator):
     """The transport of multiprocessing, on main (process 0) and on the workers alike."""
 
+    passes_handles = True
+
     def __init__(
         self,
         process: int,
@@ -2639,7 +2740,7 @@ class _MainEnd(PipeCommunicator):
             self._end.called_off = True
         self._end.left.add(process)
 
-    def _begin_on_others(self, command: Message) -> None:
+    def _begin_on_others(self, command: Sequence[Message]) -> None:
         self._workers.start_missing()
         super()._begin_on_others(command)
 
@@ -3786,8 +3887,9 @@ class MPICommunicator(Communicator):
 
     # -- commands, and the end of the program ---------------------------------------------------
 
-    def command(self, message: Message | None) -> None:
+    def command(self, messages: Sequence[Message] | None) -> None:
         """Down the tree to all ranks, which count the run whether they take part in it or not."""
+        message = messages[0] if messages else None
         self._next_run(self.run + 1)
         self.call = Call(0, 0, "run")
         with self._idling():
@@ -4174,11 +4276,15 @@ class Parallelizer:
     ) -> None:
         """Have these ranks take part in a run, where they wait to be told."""
         if self._drives_workers:
-            packed = _pack(work, "the function that is run or mapped, or its arguments")
+            what = "the function that is run or mapped, or its arguments"
+            packed = _for_each(_pack(work, what), work, what, communicator, len(ranks) - 1 or 1)
             # All can read whom it is meant for, and by which names main is registered.
             threads = communicator.limit and communicator.limit.changed_numbers()
-            head = pickle.dumps((list(ranks), self._names(), threads, packed.pickled))
-            communicator.command(Message(head, packed.buffers))
+            heads = [
+                pickle.dumps((list(ranks), self._names(), threads, one.pickled)) for one in packed
+            ]
+            messages = zip(heads, packed, strict=True)
+            communicator.command([Message(head, one.buffers) for head, one in messages])
 
     def _execute(
         self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
@@ -4308,14 +4414,18 @@ class Parallelizer:
             value: _T = _accept(comm.broadcast(None))
             return value
         try:
-            value = make()
-            message = _pack(value, "what main broadcasts")
+            value, what = make(), "what main broadcasts"
+            message = _pack(value, what)
             if message.relaid:
-                value = _unpack(message.copy(), "what main broadcasts")
+                value = _unpack(message.copy(), what)
+            messages = _for_each(message, value, what, comm, comm.size - 1)
         except Exception as why:
             comm.broadcast(_refuse(why, comm))
             raise
-        comm.broadcast(message)
+        if len(messages) > 1:  # where a receiver cannot tell the two from each other
+            comm.scatter([message, *messages])
+        else:
+            comm.broadcast(messages[0])
         return value
 
     def scatter(self, data: _T | None) -> _T:
@@ -4351,7 +4461,7 @@ class Parallelizer:
                 return _accept(comm.scatter(None))  # type: ignore[no-any-return]
             try:
                 own, *others = _split(data, comm.size)
-                messages = [_pack(other, "a block that main scatters") for other in others]
+                messages = [_pack(other, "a block that main scatters", comm) for other in others]
                 own = _as_sent(own)
             except Exception as why:
                 comm.scatter([_refuse(why, comm)] * comm.size)
@@ -4402,7 +4512,8 @@ class Parallelizer:
         if type(data) is np.ndarray and data.ndim > 0 and concatenate is not False:
             data = np.ascontiguousarray(data)
         plan = GatherPlan(concatenate)
-        messages = comm.gather(_pack(data, f"what rank {comm.rank} gathers"), plan)
+        packed = _pack(data, f"what rank {comm.rank} gathers", comm if comm.rank > 0 else None)
+        messages = comm.gather(packed, plan)
         if messages is None:
             return Parallelizer.InWorkerProcess
         if plan.result is not None:
@@ -4478,7 +4589,8 @@ class Parallelizer:
         data = _own(data)
         if comm.size == 1:
             return functools.partial(_laid_out, data)
-        others = comm.gather_in_turn(_pack(data, f"what rank {comm.rank} reduces"))
+        packed = _pack(data, f"what rank {comm.rank} reduces", comm if comm.rank > 0 else None)
+        others = comm.gather_in_turn(packed)
         return functools.partial(_fold, op, data, others)
 
     def send(self, data: Any, loc: int, tag: int = 0) -> None:
@@ -4510,7 +4622,8 @@ class Parallelizer:
         """
         with self._calling("send") as comm:
             loc, tag = _checked_address(loc, tag, comm.size)
-            comm.send(_pack(data, f"what rank {comm.rank} sends"), loc, tag)
+            receiver = comm if loc != comm.rank else None
+            comm.send(_pack(data, f"what rank {comm.rank} sends", receiver), loc, tag)
 
     def receive(self, loc: int, tag: int = 0) -> Any:
         """The oldest message that rank `loc` has sent here under `tag`; waits for it.
@@ -5494,7 +5607,7 @@ def _compute_chunks(task: _Task, tag: int, comm: Communicator) -> None:
         start, items = chunk
         results = task.compute(items, start, comm)
         with comm.enter("send"):
-            comm.send(_pack((start, results), "what imap's function returned"), 0, tag)
+            comm.send(_pack((start, results), "what imap's function returned", comm), 0, tag)
 
 
 class _Dealer:
@@ -5575,7 +5688,7 @@ class _Dealer:
 
     def _send(self, rank: int, chunk: tuple[int, list[Any]] | None) -> None:
         with self._comm.enter("send"):
-            self._comm.send(_pack(chunk, "a chunk of imap"), rank, self._tag)
+            self._comm.send(_pack(chunk, "a chunk of imap", self._comm), rank, self._tag)
 
     def _take_in(self) -> None:
         with self._comm.enter("receive"):
@@ -5712,13 +5825,20 @@ def _why_not_to_fork() -> str:
 
     A child has none of the other threads of its parent, and what they had locked stays locked.
     """
-    if threading.active_count() > 1:
+    if not _harmless_threads().issuperset(threading.enumerate()):
         return "other threads run"
     if _mpi_is_up():
         return "MPI is up"
     if _threads_outlive_a_fork():
         return "a library runs threads of its own (OpenMP, polars, or the like)"
     return ""
+
+
+def _harmless_threads() -> set[threading.Thread]:
+    """The present one, and multiprocessing's, which hands out connections and expects forks."""
+    sharer: Any = sys.modules.get("multiprocessing.resource_sharer")
+    own = None if sharer is None else sharer._resource_sharer._thread
+    return {threading.current_thread()} | ({own} if own is not None else set())
 
 
 @functools.cache  # once per program
@@ -5762,7 +5882,7 @@ def _is_single_threaded() -> bool:
     """
     tasks = "/proc/self/task"
     others = {*os.listdir(tasks)} if sys.platform == "linux" else set()  # noqa: PTH208 - slow
-    others.discard(str(threading.get_native_id()))
+    others -= {str(thread.native_id) for thread in _harmless_threads()}
     serving = 0
     for task in others:
         with contextlib.suppress(OSError), open(f"{tasks}/{task}/stat") as file:  # noqa: PTH123

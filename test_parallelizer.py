@@ -4652,6 +4652,194 @@ def test_gathered_memmaps_are_arrays_of_ones_own(p: Par) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Connections, sockets, and what else belongs to the processes of a machine
+
+
+def tell(word: int, end: Any) -> None:
+    """Write a number to a connection, or to one in an object or list."""
+    if isinstance(end, list | Holder):
+        tell(word, end.array if isinstance(end, Holder) else end[0])
+    else:
+        end.send_bytes(bytes([word]))
+
+
+def tell_all(ends: Any) -> None:
+    for word, end in ends:
+        tell(word, end)
+
+
+def heard(end: Any, count: int) -> list[int]:
+    """Read so many numbers, in whatever order they come."""
+    return sorted(end.recv_bytes()[0] for _ in range(count) if end.poll(30))
+
+
+def pipe() -> tuple[Any, Any]:
+    return multiprocessing.Pipe(duplex=False)
+
+
+WORDS = range(40)
+
+# Outside run, main has all words told to an end.
+TELLERS: dict[str, Callable[[Par, Any], object]] = {
+    "extra_args": lambda par, end: par.map(tell, WORDS, ([end],)),
+    "extra_kwargs": lambda par, end: par.map(tell, WORDS, (), {"end": Holder(end, "")}),
+    "items": lambda par, end: par.starmap(tell, [(i, end) for i in WORDS]),
+    "imap": lambda par, end: list(par.imap(tell_all, [[(i, end)] for i in WORDS], 2)),
+    "blocks": lambda par, end: par.map(tell_all, [(i, end) for i in WORDS], vectorized=True),
+    "closure": lambda par, end: par.map(lambda i: tell(i, end), WORDS),
+    "run": lambda par, end: par.run(tells_its_share, end, end=[end]),
+}
+
+
+def tells_its_share(_: Any, end: Any, *, parallelizer: Par) -> None:
+    for word in WORDS[parallelizer.id :: parallelizer.nprocs]:
+        tell(word, end)
+
+
+if not UNDER_MPI:
+
+    def test_connections_can_be_passed_on(p: Par) -> None:
+        readable, writable = pipe()
+        with readable, writable:
+            for name, teller in TELLERS.items():
+                teller(p, writable)
+                check(heard(readable, len(WORDS)), [*WORDS], name)
+            check(p.run(exchanges_ends), [[rank] * 3 for rank in range(p.nprocs)])
+            tell(1, writable)  # which is still main's own
+            check(heard(readable, 1), [1])
+            assert internals._safe_start_method("fork", 2) == "fork"  # as before
+
+    def test_sockets_can_be_passed_on(p: Par) -> None:
+        readable, writable = socket.socketpair()
+        with readable, writable:
+            p.run(uses_sockets, writable)
+            check(len(readable.recv(99)), 2 * p.nprocs)
+
+
+class Registered:
+    """Stands for what a library registers: only multiprocessing knows how it is sent."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+
+def restored(word: str) -> Registered:
+    return Registered(word + ", by its reducer")
+
+
+def sends_registered(*, parallelizer: Par) -> Any:
+    par = parallelizer
+    reduction = importlib.import_module("multiprocessing.reduction")
+    reduction.register(Registered, lambda one: (restored, (one.word,)))
+    try:
+        return par.allgather(par.broadcast([Registered("sent")] if par.on_main else None)[0].word)
+    except PackingError as refused:
+        return par.allgather("a Registered belongs" in str(refused))
+
+
+def test_what_is_registered_with_multiprocessing_is_sent_by_it(p: Par) -> None:
+    there = UNDER_MPI or "sent, by its reducer"
+    expect(
+        p,
+        p.run(sends_registered),
+        [there if UNDER_MPI and p.nprocs > 1 else "sent"] + [there] * (p.nprocs - 1),
+    )
+
+
+def exchanges_ends(*, parallelizer: Par) -> Any:
+    """Send ends from main to all, from all to main, and from each to the next one."""
+    par = parallelizer
+    ends = [pipe() for _ in range(par.nprocs)] if par.on_main else None
+    readable, writable = par.broadcast(ends)[par.id]
+    again = par.scatter([pair[1] for pair in ends] if ends else None)
+    for one in (writable, again[0]):
+        tell(par.id, one)
+    own = pipe()
+    par.send({"x": [own[0]]}, (par.id + 1) % par.nprocs)
+    left = par.receive((par.id - 1) % par.nprocs)["x"][0]
+    tell((par.id + 1) % par.nprocs, own[1])
+    found = heard(readable, 2) + heard(left, 1)
+    mine = pipe()
+    tell_all([(par.id, end) for end in par.allgather(mine[1])])
+    check(heard(mine[0], par.nprocs), [*range(par.nprocs)])
+    par.wait()
+    return par.gather(found)
+
+
+def uses_sockets(end: socket.socket, *, parallelizer: Par) -> None:
+    par = parallelizer
+    with contextlib.ExitStack() as stack:
+        for one in (end, par.broadcast(end)):
+            one.sendall(bytes([par.id]))
+            if not par.on_main:
+                stack.enter_context(one)
+        ours = [stack.enter_context(one) for one in socket.socketpair()]
+        for one in par.gather(ours[1]) or ():
+            stack.enter_context(one).sendall(b"7")
+        check(ours[0].recv(1), b"7")
+        par.wait()
+
+
+if UNDER_MPI:
+
+    def test_what_belongs_to_a_machine_is_refused_by_name(p: Par) -> None:
+        if p.nprocs > 1:
+            found = failure(p, sends_connections)
+            expect(p, type(found), PackingError)
+            expect(p, "a Connection belongs to this machine's processes" in str(found), True)
+        expect_to_work(p)
+        expect(p, p.run(keeps_connections), [True] * p.nprocs)
+
+
+def sends_connections(*, parallelizer: Par) -> None:
+    given = [pipe()[1]] if parallelizer.on_main else None
+    for verb in (parallelizer.broadcast, lambda x: parallelizer.scatter(x and x * 9)):
+        error = caught_from(verb, given)
+        assert isinstance(error, PackingError)
+        assert "a Connection belongs" in str(error)
+    parallelizer.map(tell, WORDS, (given,))
+
+
+def keeps_connections(*, parallelizer: Par) -> Any:
+    """Send one to oneself, and lay out anew what holds one."""
+    ends = multiprocessing.Pipe()
+    held = [ends[0], np.ones((9, 9))[:, 3]]
+    parallelizer.send(held, parallelizer.id)
+    found = parallelizer.receive(parallelizer.id)
+    del held
+    gc.collect()
+    ends[1].send(1)
+    return parallelizer.allgather(found[0] is ends[0] and found[0].recv() == 1)
+
+
+def test_connections_of_ones_own_are_kept(p: Par) -> None:
+    expect(p, p.run(keeps_connections), [True] * p.nprocs)
+    ends = multiprocessing.Pipe()
+    with ends[0], ends[1]:
+        p.run(roll_call_with, [ends[1], np.ones((9, 9))[:, 3]]) if p.nprocs == 1 else None
+        gc.collect()
+        ends[1].send(1)
+        assert ends[0].recv() == 1
+
+
+def roll_call_with(_: Any, *, parallelizer: Par) -> Any:
+    return roll_call(parallelizer=parallelizer)
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_what_multiprocessing_does_not_send_is_refused(method: str) -> None:
+    context = multiprocessing.get_context(method)
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        error = None
+        for make in (context.Lock, context.Event, context.Queue, context.SimpleQueue):
+            error = caught_from(par.run, roll_call_with, [make()])
+            check((type(error), "inheritance" in str(error)), (PackingError, True))
+        del error
+        gc.collect()  # the semaphores go with what holds them
+        assert par.run(roll_call)[0] == [0, 1]
+
+
+# ---------------------------------------------------------------------------------------------
 # Faults: nothing hangs, nothing is lost
 # ---------------------------------------------------------------------------------------------
 
