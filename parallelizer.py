@@ -2733,7 +2733,8 @@ class _MainEnd(PipeCommunicator):
             self._on_packet(packet)
         if handle not in self._workers.sentinels:
             return  # buried by its other one
-        process, error = self._workers.bury(handle)
+        process = self._workers.sentinels[handle]
+        error = self._workers.bury(process)
         if process in self._everyone and self._in_run:
             # Also where it has returned: others may be sending to it.
             self._end.failures.setdefault(process, error)
@@ -2851,6 +2852,7 @@ def _forget_pools_after_fork() -> None:
             workers.disown()
         _POOLS.clear()
         _LISTENING.clear()
+        _fork_server.cache_clear()
 
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=forget)
@@ -2898,7 +2900,7 @@ class _Workers:
             with _shielded_start(self._method), _apart_from_the_mpi_job():
                 if self._method == "forkserver":
                     with _ThreadLimit.set_aside():
-                        importlib.import_module("multiprocessing.forkserver").ensure_running()
+                        _fork_server().ensure_running()
                 for process in missing:
                     while self._ports[process].read():
                         pass  # what its dead predecessor has left unread
@@ -2917,37 +2919,60 @@ class _Workers:
         context: Any = multiprocessing.get_context(setup.method)
         name = f"parallelizer-{setup.process}"
         process = context.Process(target=_worker_main, args=(setup,), name=name)
-        process.start()
+        if setup.method == "forkserver":
+            _start_by_fork_server(process)
+        else:
+            process.start()
         self.processes[setup.process] = process
         self.sentinels[process.sentinel] = setup.process
         # The sentinel stays silent for as long as a child of the worker's own lives on.
-        if hasattr(os, "pidfd_open") and setup.method != "forkserver":
-            with contextlib.suppress(OSError):  # an older kernel
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):  # an older kernel, or it has died already
                 self.sentinels[os.pidfd_open(process.pid)] = setup.process
+                # Those of a fork server all speak, too, when that has died and not the worker.
+                if setup.method == "forkserver":
+                    del self.sentinels[process.sentinel]
         if _URGENT is not None:
             _signal_at_eof(process.sentinel, _URGENT)
 
-    def bury(self, sentinel: int) -> tuple[int, WorkerDied]:
-        """Take a dead worker off the books; its number, and the error that says how it died."""
-        number = self.sentinels[sentinel]
+    def bury(self, number: int) -> WorkerDied:
+        """Take a dead worker off the books; the error that says how it died."""
         process = self.processes.pop(number)
+        by_pid = self._pidfd(number, process)
+        self.sentinels.pop(process.sentinel, None)
+        if by_pid is not None:
+            from multiprocessing.connection import wait
+
+            wait([by_pid])  # as a dead fork server does not tell of its end
+            del self.sentinels[by_pid]
+            os.close(by_pid)
         process.join()
-        for handle in [handle for handle, owner in self.sentinels.items() if owner == number]:
-            del self.sentinels[handle]
-            if handle != process.sentinel:
-                os.close(handle)
-        died = WorkerDied(
-            f"rank {number} (pid {process.pid}) died: {_cause_of_death(process.exitcode)}"
-        )
+        cause = _cause_of_death(process.exitcode)
+        if process.exitcode == 255 and process._start_method == "forkserver":
+            cause += ". Or the fork server was killed before, so that the exit code is unknown"
+            if by_pid is None:  # the worker may live, and must read nothing more
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+        died = WorkerDied(f"rank {number} (pid {process.pid}) died: {cause}")
         with contextlib.suppress(ValueError):  # where somebody else has waited for it
             process.close()
-        return number, died
+        return died
+
+    def _pidfd(self, number: int, process: Any) -> int | None:
+        owned = (handle for handle, owner in self.sentinels.items() if owner == number)
+        return next((handle for handle in owned if handle != process.sentinel), None)
 
     def kill(self, numbers: Sequence[int]) -> None:
         for number in numbers:
-            self.processes[number].kill()
+            process = self.processes[number]
+            by_pid = self._pidfd(number, process)
+            if by_pid is None:
+                process.kill()
+            else:  # as multiprocessing takes it for dead where the fork server is
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(by_pid, signal.SIGKILL)
         for number in numbers:
-            self.bury(self.processes[number].sentinel)
+            self.bury(number)
 
     def disown(self) -> None:
         """In a forked child: these are another process's workers."""
@@ -2969,7 +2994,7 @@ class _Workers:
                 left = max(deadline - time.monotonic(), 0)
                 for handle in wait(list(self.sentinels), left):
                     if isinstance(handle, int) and handle in self.sentinels:  # not twice
-                        self.bury(handle)
+                        self.bury(self.sentinels[handle])
         finally:
             self.kill(list(self.processes))
             _POOLS.discard(self)
@@ -2981,6 +3006,38 @@ class _Workers:
                 self.tickets.close()
             if self.slots is not None:
                 self.slots.close()
+
+
+@functools.cache
+def _fork_server() -> Any:
+    """The fork server of this module's workers alone.
+
+    It is born with SIGINT blocked (see `_shielded_start`), and its children inherit that. What
+    others start by multiprocessing's own fork server must hear a Ctrl-C.
+    """
+    module: Any = importlib.import_module("multiprocessing.forkserver")
+    server = module.ForkServer()
+    server.set_forkserver_preload(module._forkserver._preload_modules)  # the user's wish
+    return server
+
+
+def _start_by_fork_server(process: Any) -> None:
+    """Start a process by `_fork_server`; by a new one, where that has died."""
+    module: Any = importlib.import_module("multiprocessing.forkserver")
+    theirs = module.connect_to_new_process
+    for attempts_left in (2, 1, 0):  # as it may be about to die, and seem to live
+        module.connect_to_new_process = _fork_server().connect_to_new_process
+        try:
+            process.start()
+        except (ConnectionError, ChildProcessError, EOFError) as why:
+            if isinstance(why, ChildProcessError):  # somebody else has waited for it
+                _fork_server.cache_clear()
+            if not attempts_left:
+                raise
+        else:
+            return
+        finally:
+            module.connect_to_new_process = theirs
 
 
 # BLAS gives other last digits with another number of threads, so that is the same on all processes
@@ -3291,7 +3348,10 @@ def _cause_of_death(code: int | None) -> str:
 
 @_context
 def _shielded_start(method: str | None) -> Iterator[None]:
-    """Signals wait while children start: they neither kill them half-born nor interrupt main."""
+    """Signals wait while children start: they neither kill them half-born nor interrupt main.
+
+    The same holds for the fork server, and for its later children.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if _POSIX else set()
     held: set[int] = set()
     handlers: dict[int, Any] = {}

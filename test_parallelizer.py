@@ -55,6 +55,7 @@ import tracemalloc
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -5748,6 +5749,82 @@ def test_a_script_that_calls_mpi_in_workers_is_told_so(tmp_path: Path) -> None:
     assert code != 0
     assert "WorkerDied" in err
     assert "MPI at its top, which is not initialized in workers" in err
+
+
+def kills_its_fork_server(*, parallelizer: Par) -> Any:
+    if parallelizer.id == 1:
+        server = os.getppid()
+        os.kill(server, signal.SIGKILL)
+        wait_until(lambda: not alive(server))
+    return pids(parallelizer)
+
+
+def test_workers_outlive_their_fork_server() -> None:
+    with MultiprocessingParallelizer(4, start_method="forkserver", timeout=30) as par:
+        before = par.run(pids)
+        assert par.run(kills_its_fork_server) == before
+        assert multiprocessing.active_children() == []  # which takes them for dead
+        assert par.run(pids) == before
+        # By a new one.
+        os.kill(before[3], signal.SIGKILL)
+        with pytest.raises(WorkerDied, match="rank 3"):
+            par.run(stuck)
+        after = par.run(pids)
+        assert [old == new for old, new in zip(before, after, strict=True)] == [
+            True, True, False, False,
+        ]  # fmt: skip
+        assert not any(map(alive, before[2:]))  # or two would read what is for one
+        assert par.run(pids) == after
+
+
+def test_without_pidfds_workers_end_with_their_fork_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    with MultiprocessingParallelizer(3, start_method="forkserver", timeout=30) as par:
+        before = par.run(pids)
+        with pytest.raises(WorkerDied, match="the fork server was killed before"):
+            par.run(kills_its_fork_server)
+        after = par.run(pids)
+        wait_until(lambda: not any(map(alive, before[1:])))
+        assert par.run(pids) == after
+
+
+def test_a_fork_server_that_has_died_is_replaced() -> None:
+    par = MultiprocessingParallelizer(2, start_method="forkserver")
+    for _ in range(2):
+        assert par.run(kills_its_fork_server)[0] == os.getpid()
+    assert par.run(ranks) == [0, 1]
+
+
+def masks(*, parallelizer: Par) -> Any:
+    return parallelizer.gather(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+
+def test_what_others_start_has_no_mask_of_ours() -> None:
+    """Run as a program of its own, whose fork server nobody has started before."""
+    run_program("-c", "import test_parallelizer as t; t.mask_nobody()")
+
+
+def mask_nobody() -> None:
+    for method in MULTIPROCESSING:
+        assert MultiprocessingParallelizer(2, start_method=method).run(masks) == [set(), set()]
+        pool = futures.ProcessPoolExecutor(1, multiprocessing.get_context(method))
+        with pool:
+            assert pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, []).result() == set()
+            handler = pool.submit(signal.getsignal, signal.SIGINT).result()
+            assert handler is signal.default_int_handler
+
+
+def nests_by_a_fork_server(*, parallelizer: Par) -> Any:
+    inner = MultiprocessingParallelizer(2, start_method="forkserver")
+    return parallelizer.gather(len(set(inner.run(pids))))
+
+
+def test_a_fork_server_is_not_its_child_s() -> None:
+    assert MultiprocessingParallelizer(2, start_method="forkserver").run(ranks) == [0, 1]
+    par = MultiprocessingParallelizer(2, start_method="fork")
+    assert par.run(nests_by_a_fork_server) == [2, 2]
 
 
 # -- faults under MPI ----------------------------------------------------------------------------
