@@ -813,14 +813,9 @@ class _Pickler(pickle.Pickler):
 
 def _known_to_multiprocessing() -> Mapping[type, Callable[[Any], Any]]:
     """How it sends what belongs to a process: connections, sockets, what libraries register."""
-    reduction = sys.modules.get("multiprocessing.reduction")  # which is slow to import
-    return {} if reduction is None else _reducers_of(reduction)
-
-
-@functools.cache
-def _reducers_of(reduction: Any) -> Mapping[type, Callable[[Any], Any]]:
-    """The very table into which libraries register, without that of copyreg below it."""
-    return reduction.ForkingPickler(io.BytesIO()).dispatch_table.maps[0]  # type: ignore[no-any-return]
+    reduction: Any = sys.modules.get("multiprocessing.reduction")  # which is slow to import
+    # The table itself, because to make a pickler for its public copy takes microseconds each time.
+    return {} if reduction is None else reduction.ForkingPickler._extra_reducers
 
 
 @functools.cache
