@@ -2230,9 +2230,9 @@ class SerialCommunicator(Communicator):
 #                 has not left within _GRACE.
 #   w dies        main's wait returns for the sentinel of w as for a failure. The dead and the
 #                 killed are started anew when the next run begins.
-#   main dies     every w holds the reading end of a pipe that only main holds the writing end
-#                 of: its end-of-file kills w, by the kernel where that can be asked for (Linux),
-#                 else at the next wait of w.
+#   main dies     every w holds the reading end of a pipe that only main's guard holds the writing
+#                 end of: its end-of-file kills w, by the kernel where that can be asked for
+#                 (Linux), else at the next wait of w.
 #
 # When run n + 1 begins, every living process has left run n, so all slots are free.
 
@@ -2743,9 +2743,9 @@ class _MainEnd(PipeCommunicator):
     def _make_all_leave(self, error: BaseException) -> None:
         doomed = list(self._workers.processes)
         try:
-            if not self._broken and not isinstance(error, KeyboardInterrupt):
-                super()._make_all_leave(error)
-                doomed = self._inside()
+            super()._make_all_leave(error)
+            # After a call that was interrupted, what is still on its way to whom is unknown.
+            doomed = doomed if self._broken else self._inside()
         finally:  # a second Ctrl-C dooms them all
             self._workers.kill(doomed)
 
@@ -2866,9 +2866,9 @@ class _Workers:
         self.owned = True
         self.processes: dict[int, Any] = {}
         self.sentinels: dict[int, int] = {}
+        self._guard: _Guard | None = None
         try:
             pipes = [context.Pipe(duplex=False) for _ in range(nprocs)]
-            self._life, self._life_writer = context.Pipe(duplex=False)
             self.tickets = _Tickets(*context.Pipe(duplex=False)) if _POSIX else None
             self.slots = _shared_slots(nprocs)
         except OSError as why:
@@ -2896,13 +2896,15 @@ class _Workers:
                 if self._method == "forkserver":
                     with _ThreadLimit.set_aside():
                         _fork_server().ensure_running()
+                if self._guard is None or self._guard.is_gone():
+                    self._guard = _Guard()
                 for process in missing:
                     while self._ports[process].read():
                         pass  # what its dead predecessor has left unread
                     self._ports[process].forget_partial()
                     self._start(_WorkerSetup(
                         parallelizer, process, self._ports[process], self.slots, self.tickets,
-                        self._life, os.getpid(), self._timeout, self.limit, self._method,
+                        self._guard.life, os.getpid(), self._timeout, self.limit, self._method,
                     ))  # fmt: skip
         except OSError as why:
             self.kill(list(self.processes))
@@ -2919,6 +2921,7 @@ class _Workers:
         else:
             process.start()
         self.processes[setup.process] = process
+        self._tell_guard()
         self.sentinels[process.sentinel] = setup.process
         # The sentinel stays silent for as long as a child of the worker's own lives on.
         if hasattr(os, "pidfd_open"):
@@ -2942,6 +2945,7 @@ class _Workers:
             del self.sentinels[by_pid]
             os.close(by_pid)
         process.join()
+        self._tell_guard()
         cause = _cause_of_death(process.exitcode)
         if process.exitcode == 255 and process._start_method == "forkserver":
             cause += ". Or the fork server was killed before, so that the exit code is unknown"
@@ -2957,7 +2961,13 @@ class _Workers:
         owned = (handle for handle, owner in self.sentinels.items() if owner == number)
         return next((handle for handle in owned if handle != process.sentinel), None)
 
+    def _tell_guard(self) -> None:
+        assert self._guard is not None
+        self._guard.watch([process.pid for process in self.processes.values()])
+
     def kill(self, numbers: Sequence[int]) -> None:
+        """Kill workers, with what they have started."""
+        _kill_families([self.processes[number].pid for number in numbers])
         for number in numbers:
             process = self.processes[number]
             by_pid = self._pidfd(number, process)
@@ -2972,7 +2982,8 @@ class _Workers:
     def disown(self) -> None:
         """In a forked child: these are another process's workers."""
         self.owned = False
-        self._life_writer.close()
+        if self._guard is not None:
+            self._guard.disown()
         parallelizer = self._parallelizer()
         if parallelizer is not None:
             parallelizer._forget()
@@ -2993,7 +3004,9 @@ class _Workers:
         finally:
             self.kill(list(self.processes))
             _POOLS.discard(self)
-            for connection in (self._life, self._life_writer, *self.port.outboxes):
+            if self._guard is not None:
+                self._guard.close()
+            for connection in self.port.outboxes:
                 connection.close()
             for port in self._ports:
                 port.inbox.close()
@@ -3001,6 +3014,135 @@ class _Workers:
                 self.tickets.close()
             if self.slots is not None:
                 self.slots.close()
+
+
+class _Guard:
+    """A shell that outlives main until it has killed the workers and what they have started.
+
+    Nobody else can do that when main is killed: a worker in compiled code handles no signal, and
+    when it is killed itself, nothing tells any more whose its children were. So the guard is told
+    who the workers are. It keeps open the pipe at whose end they are killed by the kernel (see
+    `_die_with_main`), so that they end with the guard, however that ends. It is nobody's child, so
+    that a program which counts its children or waits for them does not meet it.
+
+    It costs a process of 1 MB per pool, and 2 ms. A process group per worker would cost nothing,
+    but programs that workers start could not use the terminal then, nor would Ctrl-Z stop them.
+    Where there is no Linux or no shell, main keeps that pipe open itself, and what workers have
+    started outlives them when main is killed.
+    """
+
+    # All are stopped before the first is killed, so that nobody starts anything in between.
+    # A resource tracker ends by itself, and removes what the others have left behind.
+    # It begins with a pipe for its answer as file 0, and the one that brings its orders as 2.
+    _SCRIPT = """# kills the workers of a parallelizer when main is gone
+        stop() {
+            read -r name </proc/$1/cmdline
+            case $name in *"resource_tracker import main"*) return ;; esac
+            kill -STOP $1 && all="$all $1"
+            for list in /proc/$1/task/*/children; do
+                children=
+                read -r children <$list
+                for child in $children; do stop $child; done
+            done
+        }
+        guard() {
+            cd /
+            while read -r line; do workers=$line; done
+            for worker in $workers; do stop $worker; done
+            kill -KILL $all
+        }
+        guard <&2 2>/dev/null &
+        echo $! >&0
+    """
+
+    def __init__(self) -> None:
+        from multiprocessing.connection import Pipe
+
+        self.life, self._writer = Pipe(duplex=False)
+        self._orders: Connection | None = None
+        self._pid = 0
+        if sys.platform == "linux":
+            orders, self._orders = Pipe(duplex=False)
+            answer, writer = Pipe(duplex=False)
+            with orders, answer, writer:
+                self._start([writer, self._writer, orders])
+                writer.close()
+                self._pid = int(os.read(answer.fileno(), 32).strip() or 0)
+            if self._pid:
+                self._writer.close()
+
+    def _start(self, files: Sequence[Connection]) -> None:
+        actions = [
+            (os.POSIX_SPAWN_DUP2, file.fileno(), number) for number, file in enumerate(files)
+        ]
+        # All signals are blocked, so that it survives what ends main.
+        shell = ["sh", "-c", self._SCRIPT]
+        with contextlib.suppress(FileNotFoundError, PermissionError, ChildProcessError):
+            pid = os.posix_spawn(
+                "/bin/sh", shell, {}, file_actions=actions, setsigmask=signal.valid_signals()
+            )
+            os.waitpid(pid, 0)
+
+    def is_gone(self) -> bool:
+        return self._pid > 0 and self.life.poll()
+
+    def watch(self, pids: Iterable[int]) -> None:
+        """Say who the workers are."""
+        if self._pid and self._orders is not None:
+            with contextlib.suppress(BrokenPipeError):  # upon which they are killed
+                os.write(self._orders.fileno(), " ".join(map(str, pids)).encode() + b"\n")
+
+    def disown(self) -> None:
+        """Let go of what keeps it waiting."""
+        self._writer.close()
+        if self._orders is not None:
+            self._orders.close()
+
+    def close(self) -> None:
+        """Let it end when no worker is left."""
+        self.disown()
+        if self._pid and self.life.poll(_GRACE):
+            # In a container, main may be the parent of orphans.
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._pid, 0)
+        self.life.close()
+
+
+def _kill_families(pids: Iterable[int]) -> None:
+    """Kill processes with what they have started, as `_Guard` does; on Linux alone."""
+    family, waiting = [], list(pids) if sys.platform == "linux" else []
+    while waiting:
+        pid = waiting.pop()
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if not _is_resource_tracker(pid):
+                os.kill(pid, signal.SIGSTOP)
+                family.append(pid)
+                waiting += _children(pid)
+    for pid in family:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    from pathlib import Path
+
+    return b"resource_tracker import main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def _children(pid: int) -> list[int]:
+    from pathlib import Path
+
+    found: list[int] = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            found += map(int, listed.read_bytes().split())
+    return found
+
+
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS",
+)  # fmt: skip
 
 
 @functools.cache
@@ -3461,7 +3603,18 @@ def _worker_main(setup: _WorkerSetup) -> None:
         # A fork has inherited the state of this very generator, too.
         np.random.seed(np.frombuffer(os.urandom(32), np.uint32))  # noqa: NPY002
     _listen(communicator)
+    # What it has started and left running ends with it, at the very end, so that before, programs
+    # are ended as they want to be.
+    from multiprocessing.util import Finalize
+
+    Finalize(None, _end_what_was_started, exitpriority=-1000)
     parallelizer.serve()
+    # Before Python 3.13, multiprocessing waits for the processes of executors before it ends them.
+    getattr(threading, "_shutdown")()  # noqa: B009 - for type checkers
+
+
+def _end_what_was_started() -> None:
+    _kill_families(_children(os.getpid()))
 
 
 def _die_with_main(life: Any) -> Any:

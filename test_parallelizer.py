@@ -26,6 +26,7 @@ import array
 import ast
 import builtins
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -5307,7 +5308,7 @@ def unwinds(stage: str, *, parallelizer: Par) -> None:
         os.write(1, b"unwound\n")  # whole, whoever else writes
 
 
-@pytest.mark.parametrize("stage", ["function"])
+@pytest.mark.parametrize("stage", ["function", "verb"])
 @pytest.mark.parametrize("method", MULTIPROCESSING)
 def test_a_termination_that_main_handles_is_a_failed_run(method: str, stage: str) -> None:
     call = f"import test_parallelizer as t; t.terminated(True, {stage!r}, {method!r})"
@@ -5369,6 +5370,102 @@ def test_workers_inherit_no_handling_of_signals(method: str) -> None:
                 signal.signal(number, handler)
         theirs.send(bytes(own))
         assert {*ours.recv(1000)} == own
+
+
+STARTED: list[Any] = []
+
+
+def start_all(rank: int) -> None:
+    """Start what stays: not all on one rank, as Python 3.12 warns of forks beside threads."""
+    if not os.fork():
+        while True:
+            signal.pause()
+    shell = ["sh", "-c", "sleep 100 & sleep 101; true"]
+    STARTED.append(subprocess.Popen(shell, start_new_session=True))
+    context = multiprocessing.get_context("fork")
+    if rank == 1:
+        STARTED.append(concurrent.futures.ProcessPoolExecutor(2, context))
+        assert [*STARTED[-1].map(abs, [1, -2])] == [1, 2]
+    elif rank == 2:
+        STARTED.append(context.Pool(2))
+    else:
+        STARTED.append(MultiprocessingParallelizer(2, start_method="fork").__enter__())
+        STARTED[-1].run(starts_one)
+
+
+def starts_one(*, parallelizer: Par) -> None:
+    if not parallelizer.on_main:
+        STARTED.append(subprocess.Popen(["sleep", "102"]))
+
+
+def starts_all(ending: str, *, parallelizer: Par) -> None:
+    if not parallelizer.on_main:
+        start_all(parallelizer.id)
+    parallelizer.wait()
+    if parallelizer.on_main:
+        print(*descend(os.getpid()))
+        announce()
+    if ending == "closed":
+        return
+    if ending == "failed" and parallelizer.id == 2:
+        raise Odd(2, detail="two")
+    if not parallelizer.on_main:
+        time.sleep(100)
+    parallelizer.gather(0)
+
+
+def leaves_much(ending: str, method: str) -> None:
+    with contextlib.suppress(Odd), MultiprocessingParallelizer(4, start_method=method) as par:
+        par.run(starts_all, ending)
+
+
+@pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGKILL", "failed", "closed"])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_what_workers_have_started_ends_with_them(method: str, ending: str) -> None:
+    call = f"import test_parallelizer as t; t.leaves_much({ending!r}, {method!r})"
+    with started(call) as program:
+        pids = [int(pid) for pid in read_until(program, "ready")[0].split()]
+        assert len(pids) >= 3 + 3 * 4 + 2 + 2 + 2
+        if ending.startswith("SIG"):
+            program.send_signal(getattr(signal, ending))
+        program.communicate(timeout=30)
+        wait_until(lambda: not any(map(alive, pids)))
+        wait_until(lambda: not group_members(program.pid))
+
+
+def waits_for_its_own(*, parallelizer: Par) -> None:
+    parallelizer.wait()
+    if parallelizer.on_main:
+        announce()
+        parallelizer.gather(0)
+    context = multiprocessing.get_context("fork")
+    try:
+        if parallelizer.id == 1:
+            with concurrent.futures.ProcessPoolExecutor(1, context) as executor:
+                executor.submit(time.sleep, 100).result()
+        subprocess.run(["sleep", "100"], check=True)
+    finally:
+        os.write(1, b"unwound %d\n" % parallelizer.id)
+
+
+def is_interrupted(method: str) -> None:
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        par.run(waits_for_its_own)
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_at_an_interrupt_workers_leave_what_they_can_in_time(method: str) -> None:
+    """That of rank 1 waits for its executor, so that it is killed with it."""
+    with started(f"import test_parallelizer as t; t.is_interrupted({method!r})") as program:
+        read_until(program, "ready")
+        wait_until(lambda: len([*descend(program.pid)]) >= 4)
+        program.send_signal(signal.SIGINT)
+        out, err = program.communicate(timeout=30)
+        assert out == "unwound 2\n"
+        assert "rank(s) [1] did not leave" in err
+        assert err.count("Traceback (most recent call last)") == 1, err
+        assert program.returncode == -signal.SIGINT
+        wait_until(lambda: not group_members(program.pid))
 
 
 @contextlib.contextmanager
