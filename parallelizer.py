@@ -2856,11 +2856,13 @@ def _forget_pools_after_fork() -> None:
 class _Workers:
     """The worker processes of one parallelizer and all that they share, as main holds them."""
 
-    def __init__(self, parallelizer: MultiprocessingParallelizer, nprocs: int, method: str) -> None:
+    def __init__(
+        self, parallelizer: MultiprocessingParallelizer, nprocs: int, method: str | None
+    ) -> None:
         self._parallelizer = weakref.ref(parallelizer)
         import multiprocessing
 
-        self._method = method
+        self._method = method = method or _default_start_method()
         context = multiprocessing.get_context(method)
         self._timeout = parallelizer.timeout
         self.owned = True
@@ -2889,7 +2891,7 @@ class _Workers:
             return
         parallelizer = self._parallelizer()
         assert parallelizer is not None
-        # Threads may have been started since the parallelizer was opened.
+        # Now, because threads may have been started since the parallelizer was opened.
         self._method = _safe_start_method(self._method, len(self._ports))
         try:
             with _shielded_start(self._method), _apart_from_the_mpi_job():
@@ -2906,6 +2908,7 @@ class _Workers:
                         parallelizer, process, self._ports[process], self.slots, self.tickets,
                         self._guard.life, os.getpid(), self._timeout, self.limit, self._method,
                     ))  # fmt: skip
+                self._guard.settle()
         except OSError as why:
             self.kill(list(self.processes))
             raise _out_of_resources(len(self._ports), why) from why
@@ -3060,36 +3063,43 @@ class _Guard:
 
         self.life, self._writer = Pipe(duplex=False)
         self._orders: Connection | None = None
-        self._pid = 0
+        self._answer: Connection | None = None  # until it has told its number
+        self._shell = self._pid = 0
         if sys.platform == "linux":
             orders, self._orders = Pipe(duplex=False)
-            answer, writer = Pipe(duplex=False)
-            with orders, answer, writer:
-                self._start([writer, self._writer, orders])
-                writer.close()
-                self._pid = int(os.read(answer.fileno(), 32).strip() or 0)
+            self._answer, writer = Pipe(duplex=False)
+            with orders, writer:
+                self._shell = self._start([writer, self._writer, orders])
+
+    def settle(self) -> None:
+        """Wait until it runs, which is not done at once, because workers start in the meantime."""
+        if self._answer is not None:
+            with self._answer, contextlib.suppress(ChildProcessError):
+                self._pid = int(os.read(self._answer.fileno(), 32).strip() or 0)
+                os.waitpid(self._shell, 0)
+            self._answer = None
             if self._pid:
                 self._writer.close()
 
-    def _start(self, files: Sequence[Connection]) -> None:
+    def _start(self, files: Sequence[Connection]) -> int:
         actions = [
             (os.POSIX_SPAWN_DUP2, file.fileno(), number) for number, file in enumerate(files)
         ]
         # All signals are blocked, so that it survives what ends main.
         shell = ["sh", "-c", self._SCRIPT]
         with contextlib.suppress(FileNotFoundError, PermissionError, ChildProcessError):
-            pid = os.posix_spawn(
+            return os.posix_spawn(
                 "/bin/sh", shell, {}, file_actions=actions, setsigmask=signal.valid_signals()
             )
-            os.waitpid(pid, 0)
+        return 0
 
     def is_gone(self) -> bool:
         return self._pid > 0 and self.life.poll()
 
     def watch(self, pids: Iterable[int]) -> None:
         """Say who the workers are."""
-        if self._pid and self._orders is not None:
-            with contextlib.suppress(BrokenPipeError):  # upon which they are killed
+        if self._orders is not None:
+            with contextlib.suppress(BrokenPipeError):  # upon which they are killed, if it ran
                 os.write(self._orders.fileno(), " ".join(map(str, pids)).encode() + b"\n")
 
     def disown(self) -> None:
@@ -3100,6 +3110,7 @@ class _Guard:
 
     def close(self) -> None:
         """Let it end when no worker is left."""
+        self.settle()
         self.disown()
         if self._pid and self.life.poll(_GRACE):
             # In a container, main may be the parent of orphans.
@@ -3137,12 +3148,6 @@ def _children(pid: int) -> list[int]:
         with contextlib.suppress(OSError):  # a thread that has ended
             found += map(int, listed.read_bytes().split())
     return found
-
-
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS",
-)  # fmt: skip
 
 
 @functools.cache
@@ -5984,7 +5989,7 @@ class MultiprocessingParallelizer(Parallelizer):
 
     def _start(self) -> None:
         nprocs = self._nprocs or _available_cpus()
-        workers = _Workers(self, nprocs, _safe_start_method(self._start_method, nprocs))
+        workers = _Workers(self, nprocs, self._start_method)
         self._comm = communicator = _MainEnd(workers, self.timeout)
         # Whichever comes first: the end of 'with', of this object, or of the interpreter; the
         # last before multiprocessing's own exit handler, which would wait for the workers.
@@ -6014,10 +6019,14 @@ def _start_methods() -> list[str]:
     return multiprocessing.get_all_start_methods()
 
 
-def _safe_start_method(asked: str | None, nprocs: int) -> str:
+def _default_start_method() -> str:
     import multiprocessing
 
-    method = asked or multiprocessing.get_start_method(allow_none=True) or _start_methods()[0]
+    return multiprocessing.get_start_method(allow_none=True) or _start_methods()[0]
+
+
+def _safe_start_method(method: str, nprocs: int) -> str:
+    """The one that is asked for, or another one, where that would do harm now."""
     if method == "fork" and (why := _why_not_to_fork()):
         _warn_of_no_fork(why)
         method = "forkserver"
