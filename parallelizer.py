@@ -4277,7 +4277,8 @@ class Parallelizer:
         self._lock = threading.RLock()  # a run at a time
         self._stream: Callable[[], Any] = lambda: None  # the `imap` of main alone that goes on
         self._reports: list[bytes] = []  # of the latest run, by rank
-        self._absent = False  # whether it is only held here, and its processes are others
+        # Whether it has come here without being known, and whether it can be held only.
+        self._stands_in = self._absent = False
         self._be_known_as(os.urandom(16).hex())
 
     def _be_known_as(self, key: str) -> None:
@@ -4357,17 +4358,21 @@ class Parallelizer:
     def _stand_in(cls: type[_Self], key: str, options: dict[str, Any]) -> _Self:
         """What a pickled one is where its key is not known: a closed one with the same options."""
         found = cls(**options)
+        found._stands_in = True
         found._be_known_as(key)
         return found
 
     def _refuse_if_absent(self) -> None:
         if self._absent:
-            raise ContractError(
-                f"this {type(self).__name__} was pickled by another program or for other "
-                f"processes, and the present process takes no part in it: use the one that runs "
-                f"here (the keyword parallelizer, or Parallelizer.lookup(None)), or give the "
-                f"object that holds it another one"
-            )
+            raise self._has_no_part_here()
+
+    def _has_no_part_here(self) -> ContractError:
+        return ContractError(
+            f"this {type(self).__name__} was pickled by another program or for other processes, "
+            f"and the present process takes no part in it: use the one that runs here (the "
+            f"keyword parallelizer, or Parallelizer.lookup(None)), or give the object that holds "
+            f"it another one"
+        )
 
     # -- running ------------------------------------------------------------------------------
 
@@ -4591,6 +4596,8 @@ class Parallelizer:
                 f"processes come to it; call it before or after map"
             )
         if self._main_is_alone() or self._comm is None:
+            if self._stands_in and self._comm is None:
+                raise self._has_no_part_here()
             raise ContractError(
                 f"{verb} was called outside run, where the workers cannot take part; put it into "
                 f"a function and call that by {type(self).__name__}.run"
