@@ -1156,6 +1156,8 @@ def _handle_of_memmap(array: np.ndarray[Any, Any], mapped: mmap.mmap) -> _Handle
     offset = whole.offset - (_address(whole) - _address_of(mapped))
     mode = "r" if whole.mode == "r" else "r+"
     path = os.fspath(whole.filename)
+    if path.startswith("/proc/"):  # a file of this process alone
+        return None
     handle = _Handle(_hostname(), path, file.st_dev, file.st_ino, len(mapped), offset, mode)
     _remember(mapped, handle)
     return handle
@@ -1230,14 +1232,19 @@ def _attach(handle: _Handle) -> mmap.mmap:
         return known
     here = _hostname() == handle.host
     try:
-        # pathlib is slow to import
-        with open(handle.path, "r+b" if handle.mode == "r+" else "rb") as file:  # noqa: PTH123
-            found = os.fstat(file.fileno())
+        with contextlib.ExitStack() as stack:
+            file = os.open(handle.path, os.O_RDONLY if handle.mode == "r" else os.O_RDWR)
+            stack.callback(os.close, file)
+            found = os.fstat(file)
             # Other machines number the devices of a file system that they share in their own way.
             device = found.st_dev if here or not handle.mode else handle.device
             if (device, found.st_ino) != (handle.device, handle.inode):
                 raise FileNotFoundError(f"{handle.path} is another file here")
-            return _map(handle, file.fileno())
+            if not _has_locks(handle):
+                return _map(handle, file)
+            mapped = _Hold.map(handle, file)
+            stack.pop_all()  # the file stays open
+            return mapped
     except (OSError, ValueError) as why:  # the latter of a file that has become shorter
         raise ParallelizerError(_describe_loss(handle, why)) from why
 
@@ -1286,6 +1293,8 @@ def _shared_copy(content: _Bytes) -> mmap.mmap:
         stream.write(content.data if content.nbytes else b"-")
     made = os.fstat(file)
     handle = _Handle(_hostname(), path, made.st_dev, made.st_ino, content.nbytes)
+    if _has_locks(handle):
+        return _Hold.map(handle, file)
     mapped = _map(handle, file)
     weakref.finalize(mapped, _release_file, file, path)
     return mapped
@@ -1293,8 +1302,97 @@ def _shared_copy(content: _Bytes) -> mmap.mmap:
 
 def _release_file(file: int, path: str) -> None:
     os.close(file)
-    if not path.startswith("/proc/"):
-        os.unlink(path)  # noqa: PTH108 - pathlib is slow to import
+    os.unlink(path)  # noqa: PTH108 - pathlib is slow to import
+
+
+def _has_locks(handle: _Handle) -> bool:
+    """Whether this is of a file in memory (Linux), whose users are told by their locks."""
+    return not handle.mode and handle.path.startswith("/proc/")
+
+
+class _Hold:
+    """Says by a lock, on an open file of this process's own, that it uses a shared array.
+
+    A forked worker has inherited the maps of main with frames that it can never leave, and so would
+    keep their memory for as long as it lives. Therefore the last process to let go, as the locks
+    tell, cuts the file to nothing, and a worker begins without a hold on what it has inherited: it
+    gets one when it is sent the array. Any other child of a fork inherits a hold, too.
+    """
+
+    living: ClassVar[set[_Hold]] = set()
+
+    def __init__(self, file: int) -> None:
+        self.file = file
+        self._child_file = -1  # opened for a child, while this process forks
+        self.living.add(self)
+
+    @classmethod
+    def map(cls, handle: _Handle, file: int) -> mmap.mmap:
+        """The map of a file, which is held until that goes."""
+        _lock_shared(file)  # an error where the last user is just letting go
+        mapped = _map(handle, file)
+        # Not at the end of the program, when it may still be touched.
+        weakref.finalize(mapped, cls(file).release).atexit = False
+        _hold_across_forks()
+        return mapped
+
+    def release(self) -> None:
+        """Let go; nothing happens the second time."""
+        if self not in self.living:
+            return
+        self.living.remove(self)
+        fcntl = importlib.import_module("fcntl")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self.file, 0)
+        except BlockingIOError:  # there are other users
+            fcntl.flock(self.file, fcntl.LOCK_UN)  # of what a child has inherited, too
+        os.close(self.file)
+
+    def before_fork(self) -> None:
+        """Open and lock a file for the child, because this process may let go before it can."""
+        with contextlib.suppress(OSError):  # where too many files are open
+            self._child_file = os.open(f"/proc/self/fd/{self.file}", os.O_RDWR)
+            _lock_shared(self._child_file)
+
+    def after_fork(self, *, in_child: bool) -> None:
+        unused = self.file if in_child else self._child_file
+        if in_child:
+            self.file = self._child_file
+        self._child_file = -1
+        if unused >= 0:
+            os.close(unused)
+        if self.file < 0:
+            self.living.remove(self)
+
+
+def _lock_shared(file: int) -> None:
+    fcntl = importlib.import_module("fcntl")
+    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+@functools.cache
+def _hold_across_forks() -> None:
+    def for_each_hold(call: Callable[[_Hold], None]) -> Callable[[], None]:
+        def calls() -> None:
+            for hold in list(_Hold.living):
+                call(hold)
+
+        return calls
+
+    os.register_at_fork(
+        before=for_each_hold(_Hold.before_fork),
+        after_in_parent=for_each_hold(functools.partial(_Hold.after_fork, in_child=False)),
+        after_in_child=for_each_hold(functools.partial(_Hold.after_fork, in_child=True)),
+    )
+
+
+def _forget_shared() -> None:
+    """In a forked worker: let go of what main has shared, which comes anew where it is sent."""
+    for hold in list(_Hold.living):
+        hold.release()
+    for handle in [handle for handle in _MAPS if not handle.mode]:
+        del _MAPS[handle]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1609,11 +1707,12 @@ class Communicator(abc.ABC):
         # What has come: collective messages by sender, those of `send` by sender, tag and run.
         self._arrived: collections.defaultdict[int, collections.deque[Parcel]]
         self._arrived = collections.defaultdict(collections.deque)
-        self._mail: collections.defaultdict[tuple[int, int, int], collections.deque[Parcel]]
-        self._mail = collections.defaultdict(collections.deque)
+        # Where there is no mail there is no entry, because there may be very many tags.
+        self._mail: dict[tuple[int, int, int], collections.deque[Parcel]] = {}
         self._heard_from: set[int] = set()  # of late, so that not all need to be looked at
         self.run = 0  # number of the current run, or of the latest
         self._in_run = False
+        self._over = -1  # number of the latest run that is over here
         self._idle = False  # between runs, with a command on its way
         self._command: Sequence[Message] | None = None
         self._everyone: tuple[int, ...] = ()  # who takes part in the current run, not nested
@@ -1787,10 +1886,11 @@ class Communicator(abc.ABC):
         verb = parcel.call.verb
         if verb == "control":
             self._on_control(pickle.loads(parcel.pickled))
-        elif parcel.run < self.run:
+        elif parcel.run < self.run or (parcel.run == self._over and verb not in (*_WORDS, "stop")):
             parcel.discard()
         elif verb == "send":
-            self._mail[source, parcel.tag, parcel.run].append(parcel)
+            key = source, parcel.tag, parcel.run
+            self._mail.setdefault(key, collections.deque()).append(parcel)
         elif verb in ("failed", "abort", "over"):
             self._on_verdict(source, parcel)
         else:
@@ -1834,7 +1934,7 @@ class Communicator(abc.ABC):
         """The oldest message from `rank` under `tag`; waits for it."""
         doing = f"receive({rank}, tag={tag})"
         own = self.members[rank] == self.process
-        if own and not self._mail[self.process, tag, self.run]:
+        if own and (self.process, tag, self.run) not in self._mail:
             raise ContractError(f"rank {rank} waits in {doing} for what it has not sent itself")
         return self.receive_any([rank], tag, doing)[1]
 
@@ -1850,8 +1950,11 @@ class Communicator(abc.ABC):
         )
         rank = self._first_sender(ranks, tag)
         assert rank is not None
-        message = self._mail[self.members[rank], tag, self.run].popleft().message
+        key = self.members[rank], tag, self.run
+        message = self._mail[key].popleft().message
         assert message is not None
+        if not self._mail[key]:
+            del self._mail[key]
         return rank, message
 
     def has_arrived(self, ranks: Sequence[int], tag: int) -> bool:
@@ -1862,7 +1965,7 @@ class Communicator(abc.ABC):
     def _first_sender(self, ranks: Sequence[int], tag: int) -> int | None:
         """The first of `ranks` whose message is here as a whole."""
         for rank in ranks:
-            queue = self._mail[self.members[rank], tag, self.run]
+            queue = self._mail.get((self.members[rank], tag, self.run))
             if queue and queue[0].done():
                 return rank
         return None
@@ -1912,15 +2015,25 @@ class Communicator(abc.ABC):
     def _next_run(self, run: int) -> None:
         """Forget the runs before; what a quick sibling has already sent for this one stays."""
         self.run = run
+        self._forget_before(run)
+        for earlier in [number for number in self._ends if number < run]:
+            del self._ends[earlier]
+        self._end = self._ends[run]
+
+    def _forget_before(self, run: int) -> None:
+        """Let go of what has come for earlier runs and has not been taken in."""
         for key in [key for key in self._mail if key[2] < run]:
             for parcel in self._mail.pop(key):
                 parcel.discard()
         for queue in self._arrived.values():
             while queue and queue[0].run < run:
                 queue.popleft().discard()
-        for earlier in [number for number in self._ends if number < run]:
-            del self._ends[earlier]
-        self._end = self._ends[run]
+
+    def _finish(self, *, failed: bool = False) -> None:  # which matters to a transport
+        """The current run is over here, and nothing of what was moved in it stays."""
+        self._in_run = False
+        self._over = self.run
+        self._forget_before(self.run + 1)
 
     def begin_run(self) -> None:
         """Before the function: begin to count anew; main sends the command on its way."""
@@ -1962,7 +2075,7 @@ class Communicator(abc.ABC):
         else:
             reports += [parcel.pickled for parcel in self._collect(self.members[1:]).values()]
             self._tell_verdict(None)
-        self._in_run = False
+        self._finish()
         return reports
 
     def _is_over(self) -> bool:
@@ -1976,7 +2089,7 @@ class Communicator(abc.ABC):
         try:
             return self._call_off(error) if self.process == 0 else self._leave_early(error)
         finally:
-            self._in_run = False
+            self._finish(failed=True)
 
     def _call_off(self, error: BaseException) -> BaseException:
         """On main: have all leave the run, and find the failure that is to be told."""
@@ -2515,6 +2628,13 @@ class PipeCommunicator(Communicator):
         super()._next_run(run)
         self._readers = [set() for _ in self._readers]
         self._streams = {key: item for key, item in self._streams.items() if item.run >= run}
+
+    def _finish(self, *, failed: bool = False) -> None:
+        super()._finish()
+        # After a good end, who is still sending waits until all of it has been taken in.
+        if failed:
+            current = self._streams.items()
+            self._streams = {key: item for key, item in current if item.run > self.run}
 
     # -- packets in ---------------------------------------------------------------------------
 
@@ -3478,7 +3598,8 @@ def _cause_of_death(code: int | None) -> str:
         "SIGKILL": "the system ran out of memory, or somebody used kill -9",
         "SIGSEGV": "a crash in compiled code",
         "SIGABRT": "compiled code gave up",
-        "SIGBUS": "shared memory or a mapped file ran out of space",
+        "SIGBUS": "shared memory or a mapped file ran out of space, or an array that a fork has "
+        "inherited was used after main had let go of it",
         "SIGTERM": "somebody used kill, or the batch system ended it",
     }
     try:
@@ -3599,6 +3720,7 @@ def _worker_main(setup: _WorkerSetup) -> None:
     parallelizer = setup.parallelizer
     parallelizer._become_worker(communicator)
     Parallelizer._open[:] = [weakref.ref(parallelizer)]
+    _forget_shared()
     # What a fork has inherited does not run here.
     Parallelizer._registry.clear()
     Parallelizer._living.clear()
@@ -3846,6 +3968,8 @@ class MPICommunicator(Communicator):
     def _rest(self, seconds: float) -> None:
         """MPI has no handle to wait for: try often at first, then ever less so."""
         self._spins += 1
+        if self._spins == 1000:
+            self._forget_done()
         if self._spins > 1000 and seconds > 0:
             time.sleep(min(seconds, 5e-3, (self._spins - 1000) * 10e-6))
         elif hasattr(os, "sched_yield"):
@@ -3977,9 +4101,18 @@ class MPICommunicator(Communicator):
         """Whether not too much is under way."""
         most = _MOST_UNDER_WAY + self.world_size
         if len(self._sending) > most:
-            still = (item for item in self._sending if not self._are_done(item[0]))
-            self._sending = collections.deque(still)
+            self._forget_done()
         return len(self._sending) <= most
+
+    def _forget_done(self) -> None:
+        """Let go of what has been sent and received."""
+        still = (item for item in self._sending if not self._are_done(item[0]))
+        self._sending = collections.deque(still)
+        self._is_receiving()
+
+    def _finish(self, *, failed: bool = False) -> None:
+        super()._finish(failed=failed)
+        self._forget_done()
 
     # -- collectives --------------------------------------------------------------------------
 
@@ -4565,6 +4698,7 @@ class Parallelizer:
         try:
             while (message := communicator.next_command()) is not None:
                 self._obey(communicator, message)
+                del message  # the arguments are in it, and the next command may be long in coming
         finally:
             communicator.runner = runner
 
@@ -4886,8 +5020,10 @@ class Parallelizer:
         -------
         A read-only numpy.ndarray. It can be passed to `run` and `map`, closed over and put into
         objects at no cost, as it and its views travel as handles; what is computed from it, and
-        its copies, are ordinary arrays. It is released when the last reference to it goes.
-        Serial: a read-only view of `array`.
+        its copies, are ordinary arrays. It is released when the last reference to it goes, on
+        main and on whom it was sent to: what a forked worker has inherited without being sent
+        it, as a global variable, must not be used any more then. Serial: a read-only view of
+        `array`.
 
         Raises
         ------

@@ -4420,6 +4420,140 @@ def test_numbers_and_lists_of_them_are_shared(p: Par) -> None:
     expect(p, p.run(shares_numbers), [""] * p.nprocs)
 
 
+TABLES: list[Array] = []  # on a worker, what it keeps of a run
+
+
+def keeps(table: Array, rank: int, *, parallelizer: Par) -> float:
+    if parallelizer.id == rank:
+        TABLES.append(table)
+    parallelizer.wait()
+    return float(table.sum())
+
+
+def lets_go(*, parallelizer: Par) -> Any:
+    found = parallelizer.gather(sum(float(table[-1]) for table in TABLES))
+    TABLES.clear()
+    return found
+
+
+def memory_of_shared() -> int:
+    """Open the file of the array that this process shares, the only one."""
+    for file in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if "memfd:parallelizer-share" in str(file.readlink()):
+                return os.open(file, os.O_RDONLY)
+    raise AssertionError("nothing is shared")
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_what_was_shared_before_a_fork_is_released(method: str) -> None:
+    numbers = np.ones(MIB // 8)
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        before = open_descriptors()
+        shared = par.share(numbers)
+        file = memory_of_shared()
+        try:
+            assert par.run(keeps, shared, 2) == len(numbers)  # with which the workers are born
+            assert par.run(keeps, shared[1:], -1) == len(numbers) - 1
+            del shared
+            assert os.fstat(file).st_blocks > 0  # because one of them has kept it
+            assert par.run(lets_go) == [0, 0, 1]
+            wait_until(lambda: os.fstat(file).st_blocks == 0)
+            again = par.share(numbers)
+            assert par.run(keeps, again, -1) == len(numbers)
+            os.close(file)
+            file = memory_of_shared()
+            del again
+            wait_until(lambda: os.fstat(file).st_blocks == 0)
+        finally:
+            os.close(file)
+        assert open_descriptors() != before or method != "fork"
+
+
+def test_a_child_goes_on_with_the_shared_array_that_it_has_inherited() -> None:
+    with MultiprocessingParallelizer(2, start_method="fork") as par:
+        shared = par.share(np.ones(MIB // 8))
+        file = memory_of_shared()
+        readable, writable = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(writable)
+            os.read(readable, 1)
+            os._exit(int(shared.sum()) != MIB // 8)
+        del shared
+        assert os.fstat(file).st_blocks > 0
+        os.close(writable)
+        check(os.waitpid(child, 0)[1], 0)
+        for one in (file, readable):
+            os.close(one)
+
+
+def resident(pid: int) -> int:
+    """Count the bytes of memory that a process holds of its own."""
+    (line,) = re.findall(r"RssAnon:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(line) * 1024
+
+
+def uses_much(what: str, given: Any, *, parallelizer: Par) -> Any:
+    par, much = parallelizer, (np.ones(4 * MIB) if parallelizer.on_main else None)
+    if what == "result":
+        return np.ones(4 * MIB)
+    if what == "broadcast":
+        par.broadcast([much])
+    elif what == "scatter":
+        par.scatter([much] * par.nprocs)
+    elif what == "gather":
+        par.gather([np.ones(4 * MIB)])
+    elif what == "map":
+        par.map(operator.itemgetter(0), [[much]] * 9, chunksize=1)
+    elif what == "extra_args":
+        list(par.imap(itself, range(9), 1, ([much],)))
+    elif what == "unread":
+        par.send(np.ones(4 * MIB), (par.id + 1) % par.nprocs)
+    elif what == "failure" and par.id == par.nprocs - 1:
+        par.broadcast([much])
+        raise ValueError(given)
+    elif what == "failure":
+        par.broadcast([much])
+        # Under MPI, what is under way goes when it has arrived, which is in the next call.
+        par.wait() if UNDER_MPI else par.gather(np.ones(4 * MIB))
+    return None
+
+
+USES = ["argument", "result", "broadcast", "scatter", "gather", "map", "extra_args", "unread"]
+
+
+@pytest.mark.parametrize("what", [*USES, "failure"])
+def test_nothing_of_a_call_stays_behind(fresh: Par, what: str) -> None:
+    with fresh as par:
+        pids = par.run(process_ids)
+        par.run(uses_much, "gather", None)  # what stays for good
+        baseline = {pid: resident(pid) for pid in pids}
+        for _ in range(2):
+            given = np.ones(4 * MIB) if what == "argument" else np.ones(1)
+            with contextlib.suppress(ValueError):
+                par.run(uses_much, what, given)
+            reference = weakref.ref(given)
+            del given
+            assert reference() is None
+            if UNDER_MPI:
+                assert resident(os.getpid()) < baseline[os.getpid()] + 16 * MIB
+            else:
+                wait_until(lambda: all(resident(x) < baseline[x] + 16 * MIB for x in pids))
+
+
+def sends_under_many_tags(*, parallelizer: Par) -> Any:
+    par = parallelizer
+    for tag in range(3000):
+        par.send(tag, (par.id + 1) % par.nprocs, tag)
+        assert par.receive((par.id - 1) % par.nprocs, tag) == tag
+    return par.allgather(len(par._comm._mail))
+
+
+def test_mail_that_was_read_leaves_nothing(p: Par) -> None:
+    expect(p, p.run(sends_under_many_tags), [0] * p.nprocs)
+
+
 # ---------------------------------------------------------------------------------------------
 # Memory-mapped files
 
