@@ -3255,18 +3255,21 @@ def _kill_families(pids: Iterable[int]) -> None:
 
 
 def _is_resource_tracker(pid: int) -> bool:
-    from pathlib import Path
+    return b"resource_tracker import main" in _read_proc(f"{pid}/cmdline")
 
-    return b"resource_tracker import main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+def _read_proc(path: str) -> bytes:
+    """A file of /proc; not by pathlib, which takes milliseconds to import in every worker."""
+    with open(f"/proc/{path}", "rb") as file:  # noqa: PTH123
+        return file.read()
 
 
 def _children(pid: int) -> list[int]:
-    from pathlib import Path
-
     found: list[int] = []
-    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # a thread that has ended
-            found += map(int, listed.read_bytes().split())
+    with contextlib.suppress(OSError):  # the process has ended
+        for task in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+            with contextlib.suppress(OSError):  # the thread has ended
+                found += map(int, _read_proc(f"{pid}/task/{task}/children").split())
     return found
 
 
@@ -3696,11 +3699,9 @@ def _leave_signals_to_main() -> None:
 
 def _caught_signals() -> set[int]:
     """Those that have a handler, also one that Python does not know; on Linux alone."""
-    from pathlib import Path
-
     found = 0
     with contextlib.suppress(OSError, IndexError):
-        status = Path("/proc/self/status").read_bytes()
+        status = _read_proc("self/status")
         found = int(status.partition(b"SigCgt:")[2].split(maxsplit=1)[0], 16)
     return {number for number in range(1, 65) if found >> (number - 1) & 1}
 
