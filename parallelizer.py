@@ -3009,29 +3009,50 @@ class _Workers:
         missing = [p for p in range(1, len(self._ports)) if p not in self.processes]
         if not missing:
             return
-        parallelizer = self._parallelizer()
-        assert parallelizer is not None
         # Now, because threads may have been started since the parallelizer was opened.
         self._method = _safe_start_method(self._method, len(self._ports))
         try:
-            with _shielded_start(self._method), _apart_from_the_mpi_job():
-                if self._method == "forkserver":
-                    with _ThreadLimit.set_aside():
-                        _fork_server().ensure_running()
-                if self._guard is None or self._guard.is_gone():
-                    self._guard = _Guard()
-                for process in missing:
-                    while self._ports[process].read():
-                        pass  # what its dead predecessor has left unread
-                    self._ports[process].forget_partial()
-                    self._start(_WorkerSetup(
-                        parallelizer, process, self._ports[process], self.slots, self.tickets,
-                        self._guard.life, os.getpid(), self._timeout, self.limit, self._method,
-                    ))  # fmt: skip
-                self._guard.settle()
+            if self._guard is None or self._guard.is_gone():
+                self._guard = _Guard()
+            if not self._start_all(missing, self._guard):
+                self._method = _safe_start_method("forkserver", len(self._ports))
+                self._start_all(missing, self._guard)
+            self._guard.settle()
         except OSError as why:
             self.kill(list(self.processes))
             raise _out_of_resources(len(self._ports), why) from why
+
+    def _start_all(self, missing: Iterable[int], guard: _Guard) -> bool:
+        """Start these workers; False where the first of them shows that none must be forked.
+
+        Some libraries run threads that Python knows nothing of. OpenBLAS, and so numpy, ends its
+        own just before a fork, and starts them anew when it needs them; OpenMP, polars, numba and
+        torch do not, and in a forked worker what their threads had locked stays locked. No list of
+        libraries says which threads are whose, nor how many there are. A fork does: threads that
+        are left after one are not stopped by it.
+        """
+        parallelizer = self._parallelizer()
+        assert parallelizer is not None
+        may_harm = self._method == "fork" and not _is_single_threaded()
+        with _shielded_start(self._method), _apart_from_the_mpi_job():
+            if self._method == "forkserver":
+                with _ThreadLimit.set_aside():
+                    _fork_server().ensure_running()
+            for process in missing:
+                while self._ports[process].read():
+                    pass  # what its dead predecessor has left unread
+                self._ports[process].forget_partial()
+                self._start(_WorkerSetup(
+                    parallelizer, process, self._ports[process], self.slots, self.tickets,
+                    guard.life, os.getpid(), self._timeout, self.limit, self._method,
+                ))  # fmt: skip
+                if may_harm and not _is_single_threaded():
+                    _warn_of_no_fork(
+                        "a library runs threads of its own (OpenMP, polars, or the like)"
+                    )
+                    self.kill([process])
+                    return False
+        return True
 
     def _start(self, setup: _WorkerSetup) -> None:
         import multiprocessing
@@ -3638,7 +3659,7 @@ def _shielded_start(method: str | None) -> Iterator[None]:
                     signal.signal(number, lambda number, _: held.add(number))
         with warnings.catch_warnings():
             # Python 3.12 warns of threads that it does not know. Where fork is used, they are
-            # harmless: see `_why_not_to_fork`.
+            # harmless: see `_Workers._start_all`.
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
             yield
     finally:
@@ -6182,16 +6203,15 @@ def _safe_start_method(method: str, nprocs: int) -> str:
 
 
 def _why_not_to_fork() -> str:
-    """What a fork would harm; empty where there is nothing.
+    """What is known to be harmed by a fork; empty where there is nothing.
 
-    A child has none of the other threads of its parent, and what they had locked stays locked.
+    A child has none of the other threads of its parent, and what they had locked stays locked. Of
+    threads that Python does not know, the first fork tells: see `_Workers._start_all`.
     """
     if not _harmless_threads().issuperset(threading.enumerate()):
         return "other threads run"
     if _mpi_is_up():
         return "MPI is up"
-    if _threads_outlive_a_fork():
-        return "a library runs threads of its own (OpenMP, polars, or the like)"
     return ""
 
 
@@ -6209,30 +6229,6 @@ def _warn_of_no_fork(why: str) -> None:
         "Open the parallelizer before that, or choose start_method='forkserver' or 'spawn', which "
         "leaves out this warning", why,
     )  # fmt: skip
-
-
-def _threads_outlive_a_fork() -> bool:
-    """Whether threads run that Python knows nothing of, and that a fork does not stop (Linux).
-
-    Some libraries end theirs just before a fork and start them anew when they need them: OpenBLAS,
-    and so numpy, does; OpenMP, polars, numba and torch do not. No list of libraries says which
-    threads these are, nor how many. A fork does: those that are left after one are not stopped.
-    """
-    if _is_single_threaded():
-        return False
-    # With no signal that could have the child return from here.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        with warnings.catch_warnings(), contextlib.suppress(OSError):
-            warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
-            child = os.fork()
-            if child == 0:
-                os._exit(0)
-            os.kill(child, signal.SIGKILL)  # should a hook of somebody's hang in it
-            os.waitpid(child, 0)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return not _is_single_threaded()
 
 
 def _is_single_threaded() -> bool:
