@@ -1651,6 +1651,83 @@ class Parcel:
 _NOTHING = Message(b"-", [])
 
 
+# -- forks by the user ---------------------------------------------------------------------------
+#
+# A child that is forked in a run has all that its parent has: the ways to the other processes, and
+# the frames of this module, to which it returns when it leaves the user's function. It neither
+# speaks nor hears there: its communicators are cut off as soon as it is born, and it ends where it
+# would leave the function, as a child of multiprocessing does.
+
+_COMMUNICATORS: weakref.WeakSet[Communicator] = weakref.WeakSet()
+
+
+@functools.cache
+def _heed_forks() -> None:
+    """Have the interpreter tell of each fork in this process."""
+
+    def flush() -> None:
+        if any(communicator._in_run for communicator in list(_COMMUNICATORS)):
+            _flush_streams()  # or the child would write, too, what waits in them
+
+    def part() -> None:
+        for communicator in list(_COMMUNICATORS):
+            communicator.cut_off()
+        for workers in list(_POOLS):
+            workers.disown()
+        _POOLS.clear()
+        _LISTENING.clear()
+        _fork_server.cache_clear()
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=flush, after_in_child=part)
+
+
+def _flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # there may be none
+            stream.flush()
+
+
+class _NoWay:
+    """Stands in a forked child for the ways to the other processes."""
+
+    def __init__(self, process: int) -> None:
+        self._process = process
+
+    def __getattr__(self, _: str) -> NoReturn:
+        raise ContractError(
+            f"a process that was forked from rank {self._process} takes no part in the run: it "
+            f"may compute and write, but call no verb, and ends where it leaves the function"
+        )
+
+
+class _UsersCode:
+    """Within, the user's function executes, and a child that it forks ends where it leaves it."""
+
+    def __enter__(self) -> None:
+        self._pid = os.getpid()
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if os.getpid() != self._pid:
+            _end_child(error)
+
+
+def _end_child(error: BaseException | None) -> NoReturn:
+    """End this process as if its program had ended by `error`, without what is done at exit."""
+    status = 0
+    try:
+        if isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            if status and not isinstance(error.code, int):
+                print(error.code, file=sys.stderr)
+        elif error is not None:
+            status = 1
+            print(_formatted(error), end="", file=sys.stderr)
+        _flush_streams()
+    finally:
+        os._exit(status & 0xFF)
+
+
 class Communicator(abc.ABC):
     """The transport of one backend, and the protocol that all backends share.
 
@@ -1729,6 +1806,15 @@ class Communicator(abc.ABC):
         self.account = _Account()
         self._entered_at = 0.0
         self._watch = _Watch(process)
+        self.items: list[Any] = []  # of the chunk that is being computed
+        self.gone = False  # whether this is a forked child, which takes no part
+        _COMMUNICATORS.add(self)
+        _heed_forks()
+
+    def cut_off(self) -> None:
+        """In a forked child: neither speak for its parent nor take what is meant for that."""
+        self.gone = True
+        self.items.clear()  # which ends the loop over them
 
     def _set_members(self, members: tuple[int, ...]) -> None:
         self.members = members
@@ -2086,6 +2172,8 @@ class Communicator(abc.ABC):
 
     def fail_run(self, error: BaseException) -> BaseException:
         """End the run on every member because of `error`; what `run` is to raise here."""
+        if self.gone:
+            return error
         try:
             return self._call_off(error) if self.process == 0 else self._leave_early(error)
         finally:
@@ -2624,6 +2712,11 @@ class PipeCommunicator(Communicator):
         }
         self._readers: list[set[int]] = [set() for _ in range(_SLOTS if slots else 0)]
 
+    def cut_off(self) -> None:
+        super().cut_off()
+        no_way: Any = _NoWay(self.process)
+        self._port = self._tickets = no_way
+
     def _next_run(self, run: int) -> None:
         super()._next_run(run)
         self._readers = [set() for _ in self._readers]
@@ -2960,19 +3053,6 @@ class _WorkerSetup(NamedTuple):
 _POOLS: weakref.WeakSet[_Workers] = weakref.WeakSet()
 
 
-@functools.cache
-def _forget_pools_after_fork() -> None:
-    def forget() -> None:
-        for workers in list(_POOLS):
-            workers.disown()
-        _POOLS.clear()
-        _LISTENING.clear()
-        _fork_server.cache_clear()
-
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=forget)
-
-
 class _Workers:
     """The worker processes of one parallelizer and all that they share, as main holds them."""
 
@@ -3003,7 +3083,6 @@ class _Workers:
             for port in self._ports:
                 port.make_nonblocking()
         _POOLS.add(self)
-        _forget_pools_after_fork()
 
     def start_missing(self) -> None:
         missing = [p for p in range(1, len(self._ports)) if p not in self.processes]
@@ -3126,10 +3205,13 @@ class _Workers:
     def disown(self) -> None:
         """In a forked child: these are another process's workers."""
         self.owned = False
+        # multiprocessing would wait for them at exit.
+        children: Any = importlib.import_module("multiprocessing.process")._children
+        children.difference_update(self.processes.values())
         if self._guard is not None:
             self._guard.disown()
         parallelizer = self._parallelizer()
-        if parallelizer is not None:
+        if parallelizer is not None and not parallelizer._runs_here():
             parallelizer._forget()
 
     def close(self) -> None:
@@ -3907,6 +3989,11 @@ class MPICommunicator(Communicator):
         self._leaving = self._all_left = False
         self.dying: set[int] = set()  # numbered as in COMM_WORLD
 
+    def cut_off(self) -> None:
+        super().cut_off()
+        self._letters = self._bulk = _NoWay(self.process)
+        self._counters = {}
+
     def agree_on_threads(self) -> None:
         """Give all ranks the least of the numbers that each would have; they stay so.
 
@@ -4613,7 +4700,8 @@ class Parallelizer:
     @_context
     def _reserved(self, what: str) -> Iterator[None]:
         """Within, nothing else is run: by no other thread, nor by an imap that goes on."""
-        if not self._lock.acquire(timeout=min(self.timeout or math.inf, threading.TIMEOUT_MAX)):
+        lock = self._lock  # not that of a child which is forked within
+        if not lock.acquire(timeout=min(self.timeout or math.inf, threading.TIMEOUT_MAX)):
             raise WaitTimeout(
                 f"{what} waited {self.timeout} s for a run of another thread to end; if that waits "
                 f"for this thread, neither can go on"
@@ -4626,7 +4714,7 @@ class Parallelizer:
                 )
             yield
         finally:
-            self._lock.release()
+            lock.release()
 
     @_context
     def _running(self) -> Iterator[None]:
@@ -4670,7 +4758,8 @@ class Parallelizer:
                 begun = time.perf_counter()
                 communicator.mark_function(executing=True)
                 try:
-                    result = work(parallelizer=self)
+                    with _UsersCode():
+                        result = work(parallelizer=self)
                 finally:
                     communicator.mark_function(executing=False)
                 self._finish_run(communicator, begun)
@@ -5739,8 +5828,11 @@ class _Task:
         try:
             comm.in_task = threading.get_ident()
             comm.mark_function(executing=True)  # it is not yet, where main alone calls imap
-            results = self._call_items(items, start)
+            comm.items = list(items)
+            with _UsersCode():
+                results = self._call_items(comm.items, start)
         finally:
+            comm.items = []
             comm.in_task = task
             comm.mark_function(executing=function)
         comm.account.tasks += len(results)
@@ -5846,7 +5938,8 @@ def _call_back(task: _Task, stream: Iterable[Any]) -> list[Any]:
     results = []
     for result in stream:
         assert task.callback is not None
-        task.callback(result)
+        with _UsersCode():
+            task.callback(result)
         results.append(result)
     return results
 
@@ -5855,7 +5948,9 @@ def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
     block = parallelizer.scatter(data)
     # Of no items at all, main's call says what an empty result looks like.
     wanted = len(block) > 0 or (parallelizer.on_main and len(data) == 0)
-    results = parallelizer.gather([task.call(block)] if wanted else [], concatenate=False)
+    with _UsersCode():
+        own = [task.call(block)] if wanted else []
+    results = parallelizer.gather(own, concatenate=False)
     if not parallelizer.on_main:
         return results
     results = [result for blocks in results for result in blocks]
@@ -5863,7 +5958,8 @@ def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
     if task.concatenate is None and all(isinstance(result, list) for result in results):
         combined = list(itertools.chain.from_iterable(results))
     if task.callback is not None:
-        task.callback(combined)  # of blocks there is one result
+        with _UsersCode():
+            task.callback(combined)  # of blocks there is one result
     return combined
 
 
@@ -6171,6 +6267,7 @@ class MultiprocessingParallelizer(Parallelizer):
         """In a forked child: be as if never opened."""
         self._comm, self._entered = None, 0
         self._lock = threading.RLock()
+        self._stream = lambda: None
 
     def _become_worker(self, communicator: Communicator) -> None:
         self._comm = communicator
@@ -6490,7 +6587,7 @@ class ClientServerRunner:
             if not parallelizer.on_main:
                 parallelizer.serve()
                 return Parallelizer.InWorkerProcess
-            with parallelizer._others_serving():
+            with parallelizer._others_serving(), _UsersCode():
                 return self.client_runner(parallelizer=parallelizer)
 
 

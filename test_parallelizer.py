@@ -54,6 +54,7 @@ import threading
 import time
 import tracemalloc
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -6056,6 +6057,139 @@ def test_a_fork_server_is_not_its_child_s() -> None:
     assert MultiprocessingParallelizer(2, start_method="forkserver").run(ranks) == [0, 1]
     par = MultiprocessingParallelizer(2, start_method="fork")
     assert par.run(nests_by_a_fork_server) == [2, 2]
+
+
+def forks(way: str, culprits: Sequence[int], *, parallelizer: Par) -> Any:
+    """Tell the exit status of a child that leaves this function in its own way."""
+    parallelizer.wait()
+    sys.stdout.write(f"function of {parallelizer.id}\n")  # what the child does not write again
+    status = None
+    if parallelizer.id in culprits:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the watchdog's thread
+            child = os.fork()
+        if not child:
+            return leave(way, parallelizer)
+        # It must not stay; there is no wait for a child with a limit.
+        wait_until(lambda: not alive(child))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return parallelizer.allgather(status)
+
+
+def leave(way: str, par: Par) -> None:
+    sys.stdout.write(f"child of {par.id}\n")
+    if way.startswith("exit"):
+        sys.exit(way[5:] if way == "exit told" else int(way[5:]))
+    elif way == "raise":
+        raise JobError("in a child", 1)
+    elif way == "catch":
+        with pytest.raises(ParallelizerError):
+            par.broadcast(1)
+    elif way == "map":
+        par.map(square, range(100))
+    elif way == "receive":
+        par.receive(0)
+    elif way != "return":
+        getattr(par, way)(*([1] if way == "gather" else []))
+
+
+FORKED_WAYS = {"return": 0, "exit 0": 0, "exit 7": 7, "exit told": 1, "raise": 1}
+FORKED_VERBS = {"gather": 1, "wait": 1, "map": 1, "receive": 1, "catch": 0}
+
+
+@pytest.mark.parametrize("way", FORKED_WAYS | FORKED_VERBS)
+def test_a_child_that_is_forked_in_a_run_takes_no_part(p: Par, way: str) -> None:
+    if p.nprocs == 1 and way in FORKED_VERBS:
+        return  # has nobody to talk to
+    before = p.run(process_ids)
+    for culprits in ([0], [p.nprocs - 1], range(p.nprocs)):
+        status = (FORKED_WAYS | FORKED_VERBS)[way]
+        found = p.run(forks, way, culprits)
+        expect(p, found, [status if rank in culprits else None for rank in range(p.nprocs)])
+        expect(p, p.run(process_ids), before)
+
+
+def program_that_forks(engine: str) -> None:
+    """Run as a program of its own by the test below."""
+    with create(engine) as par:
+        par.run(forks, "return", range(par.nprocs))
+
+
+@pytest.mark.parametrize("engine_name", ["serial", *MULTIPROCESSING, "mpi"])
+def test_a_forked_child_writes_its_own_words_alone(engine_name: str) -> None:
+    call = f"import test_parallelizer as t; t.program_that_forks({engine_name!r})"
+    ranks = range(1 if engine_name == "serial" else NPROCS)
+    mpi = NPROCS if engine_name == "mpi" else None
+    out = run_program("-c", call, ranks=mpi, PYTHONUNBUFFERED="")
+    lines = [f"{whose} {rank}" for rank in ranks for whose in ("child of", "function of")]
+    assert sorted(out.splitlines()) == sorted(lines)
+
+
+def forks_for_an_item(_: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    return os.waitpid(child, 0)[1] if child else None
+
+
+def maps_forks(vectorized: bool, *, parallelizer: Par) -> Any:
+    if vectorized:
+        return parallelizer.map(forks_for_a_block, range(60), vectorized=True)
+    return parallelizer.map(forks_for_an_item, range(60), chunksize=15)
+
+
+def forks_for_a_block(block: Sequence[int]) -> list[Any]:
+    return [forks_for_an_item(block)] * len(block)
+
+
+@pytest.mark.parametrize("vectorized", [False, True])
+@BOTH_WAYS
+def test_a_child_that_is_forked_for_an_item_computes_no_other(
+    p: Par, way: Any, vectorized: bool
+) -> None:
+    expect(p, way(p, maps_forks, vectorized), [0] * 60)
+    if not vectorized:
+        expect(p, way(p, streams_forks), [0] * 60)
+
+
+def streams_forks(*, parallelizer: Par) -> Any:
+    return list(parallelizer.imap(forks_for_an_item, range(60), 15))
+
+
+def forks_amid_a_stream(way: str, method: str) -> None:
+    """Run as a program of its own by the test below."""
+    with create(method) as par:
+        found = []
+        for result in par.imap(square, range(100)):
+            found.append(result)
+            if result == 16 and os.fork() == 0:
+                if way == "break":
+                    break
+                if way == "exit":
+                    sys.exit(7)
+        else:
+            status = os.waitstatus_to_exitcode(os.wait()[1])
+            assert status == {"exit": 7, "break": 3, "go on": 1}[way]
+            assert found == [x * x for x in range(100)]
+            expect_to_work(par)
+            print("all well")
+            return
+        expect_to_work(par)  # the child is a program of its own
+    sys.exit(3)
+
+
+@pytest.mark.parametrize("way", ["exit", "break", "go on"])
+@pytest.mark.parametrize("method", ["serial", *MULTIPROCESSING])
+def test_a_child_that_is_forked_amid_a_stream_disturbs_nobody(method: str, way: str) -> None:
+    call = f"import test_parallelizer as t; t.forks_amid_a_stream({way!r}, {method!r})"
+    code, out, err = finish("-c", call, limit=40)
+    if method == "serial" and way == "go on":  # there is nothing to disturb
+        return
+    assert (code, out) == (0, "all well\n"), err
+    if way == "go on":
+        assert "takes no part in the run" in err
+    else:
+        assert err == ""
 
 
 # -- faults under MPI ----------------------------------------------------------------------------
