@@ -377,8 +377,8 @@ def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
 
 
 def _own(data: Any) -> Any:
-    """An array that lies in mapped memory as an ordinary one, in memory of this process's own."""
-    mapped = isinstance(data, np.memmap) or (type(data) is np.ndarray and _map_under(data))
+    """An array that lies in mapped or shared memory as an ordinary one, in memory of its own."""
+    mapped = isinstance(data, np.memmap) or (type(data) is np.ndarray and _lies_in(data, _PLACES))
     return np.array(data, order="A") if mapped else data
 
 
@@ -539,7 +539,7 @@ class Message(NamedTuple):
     pickled: bytes
     buffers: Sequence[_Bytes]
     relaid: bool = False  # whether an array lies in memory in another order once it is unpacked
-    kept: Sequence[_Kept] = ()  # what only multiprocessing can send, and each time for one receiver
+    kept: Sequence[_Kept] = ()  # what stays here, and is packed otherwise to leave
 
     @property
     def nbytes(self) -> int:
@@ -719,7 +719,7 @@ def _set_state(error: Any, state: tuple[Any, ...]) -> None:
 
 
 class _Kept:
-    """An object that belongs to this process, such as an open connection.
+    """An object that belongs to this process: an open connection, what `share` lends on serial.
 
     What holds it may be copied on this process, and the copy holds the same one.
     """
@@ -764,6 +764,8 @@ class _Pickler(pickle.Pickler):
             mapped = _reduce_mapped(obj)
             if mapped is not None:  # which stays where it lies
                 return mapped
+            if self._comm is None and _lies_in(obj, _Lent):
+                return self._keep(obj)
             self.relaid = self.relaid or not _is_laid_out(obj)
             if type(obj) is np.ndarray:
                 return _reduce_array(obj)
@@ -786,6 +788,10 @@ class _Pickler(pickle.Pickler):
         reduced = _reduce_by_its_class(error, causes) or _reduce_to_parts(error, causes)
         return NotImplemented if reduced is None else reduced
 
+    def _keep(self, obj: object) -> tuple[Any, ...]:
+        self.kept.append(_Kept(obj))
+        return _kept, (id(self.kept[-1]),)
+
     def _reduce_by_multiprocessing(self, obj: Any) -> Any:
         kind, reducer = type(obj), _known_to_multiprocessing()[type(obj)]
         itself = _pickles_itself(kind)
@@ -793,8 +799,8 @@ class _Pickler(pickle.Pickler):
         if ordinary or reducer is copyreg.dispatch_table.get(kind):
             return NotImplemented
         if self._comm is None:
-            self.kept.append(_Kept(obj))
-            return NotImplemented if itself else (_kept, (id(self.kept[-1]),))
+            kept = self._keep(obj)
+            return NotImplemented if itself else kept
         if self._comm.passes_handles:
             return reducer(obj)
         if itself:
@@ -846,7 +852,7 @@ def _pack(obj: Any, what: str, comm: Communicator | None = None) -> Message:
 
     `what` names it in the `PackingError`.
     """
-    if type(obj) is np.ndarray and _is_raw(obj) and _map_under(obj) is None:
+    if type(obj) is np.ndarray and _is_raw(obj) and not _lies_in(obj, _PLACES):
         spec, data = _raw(obj)
         return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data], not _is_laid_out(obj))
     failure: Exception | None = None
@@ -1037,10 +1043,8 @@ def _attributes_laid_out(holder: Any) -> Any:
 
 def _dumps(obj: Any) -> bytes:
     """Pack in one piece: for what is small or seldom."""
-    message = _pack([obj], "an object")  # in a list, so as to be no bare array
-    if message.kept:
-        kind = type(message.kept[0].object).__name__
-        raise PackingError(f"a {kind} belongs to this machine's processes")
+    # In a list, so as to be no bare array; and for anybody, so that nothing is kept here.
+    message = _pack([obj], "an object", SerialCommunicator())
     return pickle.dumps((message.pickled, [bytearray(buffer) for buffer in message.buffers]))
 
 
@@ -1120,6 +1124,32 @@ def _map_under(array: np.ndarray[Any, Any]) -> mmap.mmap | None:
         return None
     *_, owner = _bases(array)
     return owner if isinstance(owner, mmap.mmap) else None
+
+
+class _Lent:
+    """What `share` makes of an array on one process: the same memory, to be read.
+
+    Because it stands at the end of their bases, views are known to be of something shared. So they
+    keep their strides, as on other backends, where an ordinary array would be laid out anew.
+    """
+
+    def __init__(self, content: _Bytes) -> None:
+        self.content = content
+        self.__array_interface__ = {
+            **content.__array_interface__,
+            "data": (_address(content), True),
+        }
+
+
+_PLACES = (mmap.mmap, _Lent)
+
+
+def _lies_in(array: np.ndarray[Any, Any], places: Any) -> bool:
+    """Whether the memory of an array, or of what it is a view of, is of such a kind."""
+    if array.base is None:
+        return False
+    *_, owner = _bases(array)
+    return isinstance(owner, places)
 
 
 def _reduce_mapped(array: np.ndarray[Any, Any]) -> tuple[Any, ...] | None:
@@ -5643,11 +5673,14 @@ def _is_sharable(value: Any) -> bool:
     return type(value) in _SHARABLE_TYPES
 
 
-def _share(array: Any) -> np.ndarray[Any, Any]:
-    spec, content = _raw(_sharable(array))
-    flat: np.ndarray[Any, Any] = np.ndarray(
-        (math.prod(spec.shape),), spec.dtype, _shared_copy(content)
-    )
+def _share(array: Any, *, lent: bool = False) -> np.ndarray[Any, Any]:
+    data = _sharable(array)
+    spec, content = _raw(data)
+    flat: np.ndarray[Any, Any]
+    if lent:  # laid out as a copy would be
+        flat = np.asarray(_Lent(content if data.flags.aligned else content.copy())).view(spec.dtype)
+    else:
+        flat = np.ndarray((math.prod(spec.shape),), spec.dtype, _shared_copy(content))
     return flat.reshape(spec.shape, order=spec.order)
 
 
@@ -5662,9 +5695,7 @@ def _share_in_run(array: Any = None, *, parallelizer: Parallelizer) -> Any:
 
     with parallelizer._calling("share") as comm:
         if comm.size == 1:
-            view = _sharable(array).view()
-            view.flags.writeable = False
-            return view
+            return _share(array, lent=True)
         hosts = parallelizer._gather(comm, _hostname(), False)
         hosts = parallelizer._from_main(comm, prepare)
     leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
