@@ -1879,20 +1879,23 @@ def numbers_of(block: Any) -> list[float]:
     return [float(x) for x in getattr(block, "numbers", block)]
 
 
-def splits_labelled(*, parallelizer: Par) -> Any:
-    pandas = importlib.import_module("pandas")
+def pandas_series(numbers: Sequence[float], labels: Sequence[float]) -> Any:
+    return importlib.import_module("pandas").Series(numbers, labels)
+
+
+def splits_labelled(make: Callable[..., Any], *, parallelizer: Par) -> Any:
     data, labels = list(range(10)), [0.0, 0.5, 1, 1.5, 2, 9, 8, 7, 6, 5]
-    found = []
-    for make in (Labelled, pandas.Series, lambda x, index: pandas.DataFrame({"x": x}, index).x):
-        series = make(data, labels) if parallelizer.on_main else None
-        found.append(parallelizer.allreduce(numbers_of(parallelizer.scatter(series))))
-        mapped = parallelizer.map(numbers_of, series, vectorized=True)
-        found.append(mapped if parallelizer.on_main else data)
-    return found
+    series = make(data, labels) if parallelizer.on_main else None
+    mapped = parallelizer.map(numbers_of, series, vectorized=True)
+    return parallelizer.allreduce(numbers_of(parallelizer.scatter(series))), mapped
 
 
 def test_labelled_data_are_split_by_position(p: Par) -> None:
-    expect(p, p.run(splits_labelled), [[float(x) for x in range(10)]] * 6 if p.on_main else None)
+    expect(p, p.run(splits_labelled, Labelled), ([float(x) for x in range(10)],) * 2)
+
+
+def test_ecosystem_of_labelled_data(p: Par) -> None:
+    expect(p, p.run(splits_labelled, pandas_series), ([float(x) for x in range(10)],) * 2)
 
 
 def scaled(block: Any, factor: float, *, shift: float) -> Any:
