@@ -60,6 +60,7 @@ import atexit
 import builtins
 import collections
 import contextlib
+import contextvars
 import copy
 import copyreg
 import enum
@@ -4768,7 +4769,8 @@ class Parallelizer:
         """Have these ranks take part in a run, where they wait to be told."""
         if self._drives_workers:
             what = "the function that is run or mapped, or its arguments"
-            packed = _for_each(_pack(work, what), work, what, communicator, len(ranks) - 1 or 1)
+            sent = (_arithmetic_of_caller(), work)
+            packed = _for_each(_pack(sent, what), sent, what, communicator, len(ranks) - 1 or 1)
             # All can read whom it is meant for, and by which names main is registered.
             threads = communicator.limit and communicator.limit.changed_numbers()
             heads = [
@@ -5786,12 +5788,135 @@ def _raise_final(communicator: Communicator, error: BaseException) -> NoReturn:
 def _run_packed(
     packed: Message, threads: dict[str, int] | None, *, parallelizer: Parallelizer
 ) -> Any:
-    work = _unpack(packed, "the function of a run, or its arguments,")
+    settings, work = _unpack(packed, "the function of a run, or its arguments,")
     # Now, because unpacking has imported the modules of the function.
     limit = parallelizer._communicator().limit
     if limit is not None:
         _take_thread_numbers(threads or limit.state.numbers)
-    return work(parallelizer=parallelizer)
+    with _Arithmetic(settings):
+        return work(parallelizer=parallelizer)
+
+
+class _Arithmetic:
+    """How numpy and decimal compute for who calls `run`, `map` or their kin.
+
+    Within its ``with``, this process computes so, too. Otherwise a worker would compute as main
+    did when it was forked, or as its imports or an earlier function have left it; and main, as
+    the last item that it happened to take.
+    """
+
+    def __init__(self, settings: tuple[Any, Any] | None) -> None:
+        self._settings = settings
+        ufuncs, decimal = settings or (None, None)
+        self._decimal = decimal
+        self._ufunc_state = _ufunc_state(*ufuncs) if ufuncs else _default_ufunc_state()
+        self._ufuncs_before: Any = None
+        self._decimal_before: Any = None
+
+    def __reduce__(self) -> Any:
+        return _Arithmetic, (self._settings,)
+
+    def __enter__(self) -> None:
+        if self._decimal is not None or "decimal" in sys.modules:
+            import decimal
+
+            self._decimal_before = decimal.getcontext()
+            decimal.setcontext((self._decimal or _default_decimal_context()).copy())
+        self._ufuncs_before = _ufunc_variable().set(self._ufunc_state)
+
+    def __exit__(self, *_: object) -> None:
+        _ufunc_variable().reset(self._ufuncs_before)
+        if "decimal" in sys.modules:  # by now
+            import decimal
+
+            decimal.setcontext(self._decimal_before or _default_decimal_context().copy())
+
+
+def _arithmetic_of_caller() -> tuple[Any, Any] | None:
+    """None, which costs least to send, where all is as numpy and decimal have it by default."""
+    ufuncs, decimal = _ufunc_settings(), _decimal_context()
+    return None if ufuncs is None and decimal is None else (ufuncs, decimal)
+
+
+def _decimal_context() -> Any:
+    """The caller's, without its flags; None for the default one, or where decimal is not in use."""
+    if "decimal" not in sys.modules:
+        return None
+    import decimal
+
+    settings: Any = decimal.getcontext().__reduce__()[1]
+    settings[-2].clear()
+    if settings == _default_decimal_context().__reduce__()[1]:
+        return None
+    return decimal.Context(*settings)
+
+
+@functools.cache
+def _default_decimal_context() -> Any:
+    """As Python has it, because ``decimal.DefaultContext`` may have been changed."""
+    import decimal
+
+    traps = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow]
+    return decimal.Context(28, decimal.ROUND_HALF_EVEN, -999999, 999999, 1, 0, [], traps)
+
+
+# numpy's settings for its ufuncs: what they do about errors, whom they call then, and the size of
+# their buffers, which decides the order in which some sums are taken. To read and to set them one
+# by one takes some 20 us, as long as to deal out a chunk of items; but all are one object.
+
+_DEFAULT_UFUNCS = (
+    {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}, None, 8192
+)  # fmt: skip
+
+
+class _UfuncVariable:
+    """Where numpy 1 keeps that object, with the methods of a `contextvars.ContextVar`."""
+
+    def get(self, _: object = None) -> Any:
+        return vars(np)["geterrobj"]()[:]
+
+    def set(self, state: Any) -> Any:
+        before = self.get()
+        self.reset(state[:])
+        return before
+
+    def reset(self, before: Any) -> None:
+        vars(np)["seterrobj"](before)
+
+
+@functools.cache
+def _ufunc_variable() -> _UfuncVariable | contextvars.ContextVar[Any]:
+    """Where numpy keeps that object; numpy 2 in the variable that its own context manager sets."""
+    before = contextvars.copy_context()
+    with np.errstate():
+        within = contextvars.copy_context()
+    changed = (name for name in within if name not in before or within[name] is not before[name])
+    return next(changed, _UfuncVariable())
+
+
+def _ufunc_settings() -> tuple[Any, ...] | None:
+    """The caller's; None for the defaults."""
+    if _ufunc_variable().get(None) is None:
+        return None  # nothing has ever been set
+    errors, size = np.geterr(), np.getbufsize()
+    handler = None if {"call", "log"}.isdisjoint(errors.values()) else np.geterrcall()
+    found = (errors, handler, size)
+    return None if found == _DEFAULT_UFUNCS else found
+
+
+def _ufunc_state(errors: Any, handler: Any, size: int) -> Any:
+    """What numpy makes of such settings."""
+    with np.errstate(**errors, call=handler):
+        before = np.setbufsize(size)
+        try:
+            return _ufunc_variable().get(None)
+        finally:
+            np.setbufsize(before)
+
+
+@functools.cache
+def _default_ufunc_state() -> Any:
+    return _ufunc_state(*_DEFAULT_UFUNCS)
 
 
 class _Task:
@@ -5839,6 +5964,7 @@ class _Task:
         self.callback = callback
         self.is_stream = callback is not None and not vectorized
         self.starred = starred
+        self.arithmetic = _Arithmetic(_arithmetic_of_caller())
 
     def __getstate__(self) -> dict[str, Any]:
         """What the others need: not `func`, and of `callback` no more than `is_stream`."""
@@ -5860,7 +5986,7 @@ class _Task:
             comm.in_task = threading.get_ident()
             comm.mark_function(executing=True)  # it is not yet, where main alone calls imap
             comm.items = list(items)
-            with _UsersCode():
+            with self.arithmetic, _UsersCode():
                 results = self._call_items(comm.items, start)
         finally:
             comm.items = []
@@ -5979,7 +6105,7 @@ def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
     block = parallelizer.scatter(data)
     # Of no items at all, main's call says what an empty result looks like.
     wanted = len(block) > 0 or (parallelizer.on_main and len(data) == 0)
-    with _UsersCode():
+    with task.arithmetic, _UsersCode():
         own = [task.call(block)] if wanted else []
     results = parallelizer.gather(own, concatenate=False)
     if not parallelizer.on_main:

@@ -30,6 +30,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import decimal
 import faulthandler
 import functools
 import gc
@@ -2247,6 +2248,108 @@ def draws_by_stream(*, parallelizer: Par) -> Any:
 def test_seeded_streams_draw_what_seeded_maps_draw(p: Par, way: Any) -> None:
     found = way(p, draws_by_stream)
     expect(p, p.on_main and difference(*found), "")
+
+
+def hear_of_errors(kind: str, flag: int) -> None:
+    """Stand as numpy's errcall."""
+
+
+@contextlib.contextmanager
+def buffers_of(size: int) -> Iterator[None]:
+    before = np.setbufsize(size)
+    yield
+    np.setbufsize(before)
+
+
+UP = decimal.Context(prec=50, rounding=decimal.ROUND_UP, traps=[decimal.FloatOperation])
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "defaults": contextlib.nullcontext,
+    "errors": lambda: np.errstate(divide="raise", under="raise"),
+    "handler": lambda: np.errstate(all="call", call=hear_of_errors),
+    "buffers": lambda: buffers_of(32),
+    "decimal": lambda: decimal.localcontext(UP),
+}
+SMALL = (np.linspace(0, 1, 9999) ** 3).astype(">f4")  # whose sum depends on numpy's buffers
+
+
+def settings(_: object = None) -> str:
+    context = decimal.getcontext()
+    traps = [trap.__name__ for trap, is_set in context.traps.items() if is_set]
+    handler = np.geterrcall()
+    return repr((
+        np.geterr(), handler and handler.__name__, np.getbufsize(), float(SMALL.sum()).hex(),  # type: ignore[union-attr]
+        decimal.Decimal(1) / 3, context.rounding, context.Emax, traps,
+    ))  # fmt: skip
+
+
+def settings_of_an_item(_: object) -> str:
+    """Tell them, and leave others behind."""
+    found = settings()
+    np.seterr(all="ignore", over="call")
+    np.seterrcall(print)
+    np.setbufsize(64)
+    decimal.getcontext().prec = 5
+    return found
+
+
+def settings_of_a_block(block: list[int]) -> list[str]:
+    return [settings_of_an_item(block)] * len(block)
+
+
+def settings_of_a_pair(one: int, two: int) -> str:
+    return settings_of_an_item((one, two))
+
+
+def settings_anywhere(case: str, *, parallelizer: Par) -> Any:
+    """What they are for main and for the items of all kinds of map; only main sets anything."""
+    before = settings()
+    with SETTINGS[case]() if parallelizer.on_main else contextlib.nullcontext():
+        wanted = settings()
+        found = [
+            *parallelizer.map(settings_of_an_item, range(20), chunksize=1),
+            *parallelizer.starmap(settings_of_a_pair, [(1, 2)] * 20, chunksize=1),
+            *parallelizer.map(settings_of_a_block, [*range(20)], vectorized=True),
+            *parallelizer.map(settings_of_an_item, range(20), callback=len),
+        ] if parallelizer.on_main else [
+            parallelizer.map(settings_of_an_item, None, chunksize=1),
+            parallelizer.starmap(settings_of_a_pair, None, chunksize=1),
+            parallelizer.map(settings_of_a_block, None, vectorized=True),
+            parallelizer.map(settings_of_an_item, None, callback=len),
+        ]  # fmt: skip
+        stream = parallelizer.imap(settings_of_an_item, range(20))
+    found += stream  # whose items main computes when it has other settings again
+    return sorted({*map(str, found)}), wanted, settings() == before
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+@BOTH_WAYS
+def test_items_are_computed_with_the_settings_of_main(p: Par, way: Any, case: str) -> None:
+    found, wanted, are_back = way(p, settings_anywhere, case) if p.on_main else (0, 0, 0)
+    if not p.on_main:
+        way(p, settings_anywhere, case)
+    expect(p, (found, are_back), ([wanted], True))
+
+
+def settings_everywhere(leave: bool, *, parallelizer: Par) -> Any:
+    found = parallelizer.gather(settings())
+    if leave and not parallelizer.on_main:
+        settings_of_an_item(0)
+    return found
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_run_has_the_settings_of_main(fresh: Par, case: str) -> None:
+    """Not those that workers were forked with, nor those that an earlier run has left there."""
+    with SETTINGS["errors"](), SETTINGS["decimal"](), fresh:
+        fresh.run(ranks)  # which brings the workers up
+        for wanted in (case, "defaults", case):
+            with (
+                np.errstate(divide="warn", under="ignore"),
+                decimal.localcontext(decimal.Context()),
+                SETTINGS[wanted](),
+            ):
+                found, here = fresh.run(settings_everywhere, not UNDER_MPI), settings()
+                expect(fresh, found, [here] * fresh.nprocs)
 
 
 def own_numbers(*, parallelizer: Par) -> Any:
