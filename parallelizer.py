@@ -905,13 +905,17 @@ def _bare_spec(pickled: bytes) -> _ArraySpec | None:
     return spec
 
 
+# How this process unpickles: workers by `_loads_on_worker`.
+_LOADS: list[Callable[..., Any]] = [pickle.loads]
+
+
 def _unpack(message: Message, what: str) -> Any:
     """The inverse of `_pack`; `what` names the object in the `PackingError`."""
     try:
         spec = _bare_spec(message.pickled)
         if spec is not None:
             return spec.build(message.buffers[0])
-        return pickle.loads(message.pickled, buffers=message.buffers)
+        return _LOADS[-1](message.pickled, buffers=message.buffers)
     except Exception as why:  # whatever a user's __setstate__ may raise
         raise PackingError(
             f"{what} arrived but cannot be unpickled: {_summary(why)}. A module may be missing on "
@@ -1040,6 +1044,56 @@ def _attributes_laid_out(holder: Any) -> Any:
     copied = copy.copy(holder)
     vars(copied).update(changed)
     return copied
+
+
+class _Imports:
+    """Within, what is imported leaves the global generators of random numbers as they are.
+
+    A script or module that seeds them is imported by each worker, so all would draw the same
+    numbers; and a function that has seeded them itself keeps what it has set. To read their states
+    takes some 20 us, so that is left until something is imported: this is a finder of modules, too,
+    which is asked first and finds none.
+    """
+
+    def __enter__(self) -> None:
+        self._states: dict[str, Any] | None = None
+        sys.meta_path.insert(0, self)
+
+    def find_spec(self, *_: object) -> None:
+        if self._states is None:
+            self._states = _random_states()
+
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path.remove(self)
+        if self._states is not None:
+            _set_random_states(self._states)
+
+
+def _loads_on_worker(*args: Any, **kwargs: Any) -> Any:
+    with _Imports():
+        return pickle.loads(*args, **kwargs)
+
+
+def _random_states() -> dict[str, Any]:
+    """Of the global generators that are loaded, by the names of their modules."""
+    states: dict[str, Any] = {}
+    if "random" in sys.modules:
+        states["random"] = sys.modules["random"].getstate()
+    if "numpy.random" in sys.modules:
+        states["numpy.random"] = np.random.get_state(legacy=False)  # noqa: NPY002
+    return states
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    """Those of which none is given begin anew, by fresh entropy."""
+    if "random" in states:
+        sys.modules["random"].setstate(states["random"])
+    elif "random" in sys.modules:
+        sys.modules["random"].seed()
+    if "numpy.random" in states:
+        np.random.set_state(states["numpy.random"])  # noqa: NPY002
+    elif "numpy.random" in sys.modules:
+        np.random.seed(np.frombuffer(os.urandom(32), np.uint32))  # noqa: NPY002
 
 
 def _dumps(obj: Any) -> bytes:
@@ -3861,9 +3915,8 @@ def _worker_main(setup: _WorkerSetup) -> None:
     Parallelizer._living.clear()
     Parallelizer._living[parallelizer._key] = parallelizer
     setup.limit.adopt()
-    if "numpy.random" in sys.modules:
-        # A fork has inherited the state of this very generator, too.
-        np.random.seed(np.frombuffer(os.urandom(32), np.uint32))  # noqa: NPY002
+    _LOADS.append(_loads_on_worker)
+    _set_random_states({})
     _listen(communicator)
     # What it has started and left running ends with it, at the very end, so that before, programs
     # are ended as they want to be.

@@ -2372,6 +2372,101 @@ def test_every_process_has_a_random_stream_of_its_own(fresh: Par) -> None:
         assert len(set(everything)) == len(everything)
 
 
+SEEDING_MODULE = """
+import random
+import time
+import numpy as np
+
+random.seed(7)
+np.random.seed(7)
+
+
+class Thing:
+    def __call__(self, *, parallelizer):
+        return parallelizer.gather(draws())
+
+
+def draws(*_, **__):
+    time.sleep(0.02)  # so that all take some
+    return random.random(), float(np.random.random())
+"""
+
+# `late_*` are copies of that, first imported where a worker unpickles a function or its arguments.
+SEEDING_SCRIPT = """
+import fractions
+import random
+import sys
+import time
+import numpy as np
+import parallelizer
+
+random.seed(7)
+np.random.seed(7)
+
+
+def draws(*_, **__):
+    time.sleep(0.02)  # so that all take some
+    return random.random(), float(np.random.random())
+
+
+def gathers(*_, parallelizer):
+    return parallelizer.gather(draws())
+
+
+def block_of_draws(block):
+    return [draws()]
+
+
+def seeds_itself(*, parallelizer):
+    random.seed(parallelizer.id)
+    np.random.seed(parallelizer.id)
+    first = draws()
+    parallelizer.broadcast(late("value").Thing() if parallelizer.on_main else None)
+    parallelizer.map(abs, [fractions.Fraction(1)] * 9 if parallelizer.on_main else None)
+    return parallelizer.gather((first, draws()))
+
+
+def late(name):
+    return __import__(f"late_{name}")
+
+
+if __name__ == "__main__":
+    with parallelizer.MultiprocessingParallelizer(3, start_method=sys.argv[1]) as p:
+        first = p.run(gathers)
+        closure = late("closure")
+        told = {
+            "script": first,
+            "again": p.run(gathers),
+            "function": p.run(late("function").Thing()),
+            "argument": p.run(gathers, late("argument").Thing()),
+            "mapped": p.map(late("mapped").draws, range(12), chunksize=1),
+            "extra": p.map(draws, range(12), (late("extra").Thing(),), chunksize=1),
+            "items": p.map(draws, [late("items").Thing()] * 12, chunksize=1),
+            "block": p.map(block_of_draws, [late("block").Thing()] * 3, vectorized=True),
+            "closure": p.map(lambda _: closure.draws(), range(12), chunksize=1),
+            "streamed": [*p.imap(draws, [late("streamed").Thing()] * 12)],
+        }
+        for way, drawn in told.items():
+            for numbers in zip(*drawn):
+                assert len(set(numbers)) == len(numbers), (way, drawn)
+        for rank, found in enumerate(p.run(seeds_itself)[1:], 1):
+            one, other = random.Random(rank), np.random.RandomState(rank)
+            assert found == tuple((one.random(), other.random()) for _ in "12"), found
+    print("all differ")
+"""
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_what_seeds_the_global_generators_seeds_no_two_workers_alike(
+    method: str, tmp_path: Path
+) -> None:
+    for name in re.findall(r'late\("(\w+)"', SEEDING_SCRIPT):
+        (tmp_path / f"late_{name}.py").write_text(SEEDING_MODULE)
+    script = tmp_path / "script.py"
+    script.write_text(SEEDING_SCRIPT)
+    assert run_program(str(script), method) == "all differ\n"
+
+
 def works_and_talks(*, parallelizer: Par) -> Any:
     parallelizer.broadcast(np.ones(MIB // 8) if parallelizer.on_main else None)
     return parallelizer.map(square, range(50))
