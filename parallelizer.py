@@ -6547,6 +6547,7 @@ def _is_single_threaded() -> bool:
     tasks = "/proc/self/task"
     others = {*os.listdir(tasks)} if sys.platform == "linux" else set()  # noqa: PTH208 - slow
     others -= {str(thread.native_id) for thread in _harmless_threads()}
+    others.discard(str(threading.get_native_id()))  # of which a forked child's `Thread` is wrong
     serving = 0
     for task in others:
         with contextlib.suppress(OSError), open(f"{tasks}/{task}/stat") as file:  # noqa: PTH123
