@@ -3195,7 +3195,7 @@ TO_RAISE: dict[str, Callable[[], BaseException]] = {
     "frozen slots": lambda: FrozenSlotted(1.5),
     "bothered": lambda: Bothered("x"),
     "two kinds": lambda: TwoKinds("x"),
-    "local class": of_a_local_class,
+    **({"local class": of_a_local_class} if importlib.util.find_spec("cloudpickle") else {}),
     "arrays": lambda: NeedsKeywords(reason=np.arange(1000.0).reshape(10, 100).T),
     "parallelizer": lambda: NeedsKeywords(reason=Parallelizer.lookup("serial")),
     "itself": found_in_itself,
@@ -7039,8 +7039,8 @@ def test_soak() -> None:
 
 # Where the name of the module could matter: what is found by name, pickled and unpickled.
 OF_A_COPY = (
-    "(on_serial or on_spawn or on_forkserver) and (role or lookup or register or restricted or hold "
-    "or sentinel or bound_methods or any_object or exception_comes or map_is or stream or shared)"
+    "(on_serial or on_spawn or on_forkserver) and (role or lookup or register or restricted or "
+    "hold or sentinel or bound_methods or any_object or exception_comes or map_is or stream or shared)"
 )
 
 
