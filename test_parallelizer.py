@@ -7040,7 +7040,8 @@ def test_soak() -> None:
 # Where the name of the module could matter: what is found by name, pickled and unpickled.
 OF_A_COPY = (
     "(on_serial or on_spawn or on_forkserver) and (role or lookup or register or restricted or "
-    "hold or sentinel or bound_methods or any_object or exception_comes or map_is or stream or shared)"
+    "hold or sentinel or bound_methods or any_object or exception_comes or map_is or stream "
+    "or shared)"
 )
 
 
