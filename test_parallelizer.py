@@ -3349,7 +3349,9 @@ def refuses_in(what: str, *, parallelizer: Par) -> Any:
     return parallelizer.map(refuses_an_item, range(20), progress=what == "bar")
 
 
-@pytest.mark.parametrize("what", ["map", "subset", "imap", "bar"])
+@pytest.mark.parametrize(
+    "what", ["map", "subset", "imap", *(["bar"] if importlib.util.find_spec("tqdm") else [])]
+)
 @BOTH_WAYS
 def test_an_exception_that_refuses_attributes_passes_everywhere(
     p: Par, way: Any, what: str
