@@ -2304,7 +2304,7 @@ class Communicator(abc.ABC):
 
     def _tell_verdict(self, first: Failure | BaseException | None) -> None:
         """On main, at the end of a run whose other processes wait for its word."""
-        if self.spmd:
+        if self.spmd and self.size > 1:
             if isinstance(first, BaseException):
                 self._tell_failure(self.members[1:], "over", first)
             else:
