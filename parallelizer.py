@@ -2203,8 +2203,9 @@ class Communicator(abc.ABC):
     def _finish(self, *, failed: bool = False) -> None:  # which matters to a transport
         """The current run is over here, and nothing of what was moved in it stays."""
         self._in_run = False
-        self._over = self.run
-        self._forget_before(self.run + 1)
+        if not self.spmd:  # else verbs that are called between two runs have this number, too
+            self._over = self.run
+            self._forget_before(self.run + 1)
 
     def begin_run(self) -> None:
         """Before the function: begin to count anew; main sends the command on its way."""
@@ -4452,6 +4453,7 @@ class MPICommunicator(Communicator):
     def abort(self, text: str, status: int) -> NoReturn:
         sys.stdout.flush()
         print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+        time.sleep(4 * _SETTLING)  # a launcher may drop what it has not yet passed on
         self._mpi.COMM_WORLD.Abort(status)
         os._exit(status)
 
