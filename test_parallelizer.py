@@ -4623,6 +4623,11 @@ def shares_what_cannot_be(name: str, *, parallelizer: Par) -> Any:
     return parallelizer.allgather((type(error), str(error)))
 
 
+for kind, library in {"Series": "pandas", "DataFrame": "pandas", "sparse": "scipy"}.items():
+    if importlib.util.find_spec(library) is None:
+        del NOT_TO_BE_SHARED[kind]
+
+
 @pytest.mark.parametrize("name", NOT_TO_BE_SHARED)
 def test_what_is_more_than_numbers_is_not_shared(p: Par, name: str) -> None:
     given = NOT_TO_BE_SHARED[name]()
