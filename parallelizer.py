@@ -3385,7 +3385,8 @@ class _Guard:
         if self._answer is not None:
             with self._answer, contextlib.suppress(ChildProcessError):
                 self._pid = int(os.read(self._answer.fileno(), 32).strip() or 0)
-                os.waitpid(self._shell, 0)
+                if self._shell:  # else this would wait for a worker
+                    os.waitpid(self._shell, 0)
             self._answer = None
             if self._pid:
                 self._writer.close()
@@ -3396,7 +3397,7 @@ class _Guard:
         ]
         # All signals are blocked, so that it survives what ends main.
         shell = ["sh", "-c", self._SCRIPT]
-        with contextlib.suppress(FileNotFoundError, PermissionError, ChildProcessError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             return os.posix_spawn(
                 "/bin/sh", shell, {}, file_actions=actions, setsigmask=signal.valid_signals()
             )

@@ -5887,6 +5887,25 @@ def killed(stage: str, method: str) -> None:
         par.run(until_interrupted, stage)
 
 
+def without_a_shell() -> None:
+    def spawns_nothing(*_: object, **__: object) -> int:
+        raise FileNotFoundError("/bin/sh")
+
+    os.posix_spawn = spawns_nothing
+    with MultiprocessingParallelizer(3, start_method="fork") as par:
+        before = par.run(pids)
+        assert par.run(pids) == before
+        announce()
+        time.sleep(60)
+
+
+def test_workers_end_with_main_where_there_is_no_shell() -> None:
+    with started("import test_parallelizer as t; t.without_a_shell()") as program:
+        read_until(program, "ready")
+        program.kill()
+        wait_until(lambda: not group_members(program.pid))
+
+
 @pytest.mark.parametrize("stage", ["idle", "sleep", "compute", "large gather", "receive"])
 @pytest.mark.parametrize("method", MULTIPROCESSING)
 def test_workers_end_when_main_is_killed(method: str, stage: str) -> None:
