@@ -5450,16 +5450,16 @@ class Parallelizer:
         if self._in_task():  # this process's own affair
             quiet = functools.partial(make_task, progress=False)
             return SerialNonParallelizer()._map(func, data, quiet)
-        func = _function_laid_out(func)
         if not self._main_is_alone():
-            return _map_in_run(func, make_task, data, parallelizer=self)
+            return _map_in_run(_function_laid_out(func), make_task, data, parallelizer=self)
         task = make_task()
         if task.is_stream:
             # Not inside a run, where a callback that calls a verb would wait for ever.
-            stream = self._imap(func, _sized(data), lambda: task, ordered=True)
-            return _call_back(task, stream)
+            task.choose_chunksize(data, self.nprocs or 1)
+            return _call_back(task, self._imap(func, data, lambda: task, ordered=True))
         given = {"make_task": lambda: task, "data": data}
-        return self.run(functools.partial(_map_in_run, func), main_kwargs=given)
+        work = functools.partial(_map_in_run, _function_laid_out(func))
+        return self.run(work, main_kwargs=given)
 
     def _imap(
         self,
@@ -6026,6 +6026,11 @@ class _Task:
         """What the others need: not `func`, and of `callback` no more than `is_stream`."""
         return {**vars(self), "callback": None}
 
+    def choose_chunksize(self, data: Any, nprocs: int) -> None:
+        """For a stream whose caller leaves that to us, and whose data may not tell their length."""
+        size = max(1, operator.length_hint(data) // (32 * nprocs))
+        self.chunksize = self.chunksize or size
+
     def call(self, item: Any, **more: Any) -> Any:
         first = item if self.starred else (item,)
         return self.func(*first, *self.extra_args, **self.extra_kwargs, **more)
@@ -6108,11 +6113,16 @@ def _map_in_run(
         count = 0
         try:
             task = make_task()
-            items = _blockwise(data) if task.vectorized else _sized(data)
-            if not (task.vectorized or task.is_stream):
-                count = len(_guided_bounds(len(items), comm, task.chunksize))
-                return task, items
-            return task, None
+            if task.is_stream:
+                task.choose_chunksize(data, comm.size)
+                items = data
+                return task, None
+            if task.vectorized:
+                items = _blockwise(data)
+                return task, None
+            items = _sized(data)
+            count = len(_guided_bounds(len(items), comm, task.chunksize))
+            return task, items
         finally:
             if comm.size > 1:
                 comm.open_tickets(count)

@@ -2066,6 +2066,34 @@ def test_callbacks_hear_each_result_on_main(p: Par, way: Any) -> None:
     expect(p, way(p, hears), wanted)
 
 
+class CountsReads:
+    """Numbers, of which it is known how many there are and how many have been read."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.read = length, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(self.length):
+            self.read += 1
+            yield number
+
+
+def hears_early(*, parallelizer: Par) -> Any:
+    numbers, then = CountsReads(6400), list[int]()
+    parallelizer.map(square, numbers, callback=lambda _: then.append(numbers.read))
+    return then[0] if parallelizer.on_main else None
+
+
+@BOTH_WAYS
+def test_callbacks_hear_before_all_is_read_and_items_travel_together(p: Par, way: Any) -> None:
+    read = way(p, hears_early)
+    chunk = 6400 // (32 * p.nprocs)
+    expect(p, p.on_main and chunk <= read < 6400, p.on_main)
+
+
 def spoils(item: list[int]) -> list[int]:
     item.append(len(item))
     return item
