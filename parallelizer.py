@@ -341,13 +341,7 @@ def _context(
     return begin
 
 
-class _Missing(enum.Enum):
-    """Stands for an argument that was not given, where None means something."""
-
-    RAISE = "raise an error"
-
-
-_RAISE = _Missing.RAISE
+_UNSET = object()  # stands for what was not given, or is not there, where None means something
 
 
 class _Elsewhere(enum.Enum):
@@ -406,18 +400,20 @@ def _split(data: Any, parts: int) -> list[Any]:
 
 
 def _own_rows(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The array itself where it can be written to and lies in memory row by row; else a copy.
-
-    What is written to a mapped file is meant for that, however its rows lie.
-    """
+    """The array itself where it can be written to and lies in memory row by row; else a copy."""
     if block.flags.carray or (block.nbytes == 0 and block.flags.writeable):
         return block
-    if block.flags.writeable and _reduce_mapped(block) is not None:
+    if _writes_to_file(block):
         return block
     if isinstance(block, np.memmap):
         return np.array(block, order="C")
     # Of items without bytes, numpy copies the dtype U0 as U1; pickle does not.
     return block.copy() if block.dtype.itemsize else pickle.loads(pickle.dumps(block))
+
+
+def _writes_to_file(array: np.ndarray[Any, Any]) -> bool:
+    """Whether what is written to it is meant for a mapped file, so that it must not be copied."""
+    return array.flags.writeable and _reduce_mapped(array) is not None
 
 
 class _ArraySpec(NamedTuple):
@@ -611,7 +607,6 @@ def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
 _Reduced = tuple[Callable[..., Any], tuple[Any, ...], Any, None, None, Callable[..., Any]]
 
 _CAUSES = ("__cause__", "__context__", "__suppress_context__")  # to set the first sets the last
-_UNSET = object()
 
 
 def _is_builtin(kind: type) -> bool:
@@ -1173,12 +1168,10 @@ def _bases(array: np.ndarray[Any, Any]) -> Iterator[Any]:
         owner = getattr(owner, "base" if has_base else "obj", None)
 
 
-def _map_under(array: np.ndarray[Any, Any]) -> mmap.mmap | None:
-    """The map whose memory this is, or is a view of; None for memory of any other kind."""
-    if array.base is None:
-        return None
+def _owner_of_memory(array: np.ndarray[Any, Any]) -> Any:
+    """The array itself, or what it is in the end a view of."""
     *_, owner = _bases(array)
-    return owner if isinstance(owner, mmap.mmap) else None
+    return owner
 
 
 class _Lent:
@@ -1201,16 +1194,15 @@ _PLACES = (mmap.mmap, _Lent)
 
 def _lies_in(array: np.ndarray[Any, Any], places: Any) -> bool:
     """Whether the memory of an array, or of what it is a view of, is of such a kind."""
-    if array.base is None:
-        return False
-    *_, owner = _bases(array)
-    return isinstance(owner, places)
+    return array.base is not None and isinstance(_owner_of_memory(array), places)
 
 
 def _reduce_mapped(array: np.ndarray[Any, Any]) -> tuple[Any, ...] | None:
     """An array in a map that others can find as its place there; None where it must be copied."""
-    mapped = _map_under(array)
-    if mapped is None or array.dtype.hasobject or not _is_pickled_by_numpy(type(array)):
+    if array.base is None or array.dtype.hasobject or not _is_pickled_by_numpy(type(array)):
+        return None
+    mapped = _owner_of_memory(array)
+    if not isinstance(mapped, mmap.mmap):
         return None
     handle = _HANDLES.get(mapped) or _handle_of_memmap(array, mapped)
     if handle is None or not _is_in_place(handle):
@@ -1255,12 +1247,11 @@ def _is_mapped_from(path: str, inode: int, address: int) -> bool:
     a file another inode here, and one that knows no paths another path, so that either will do.
     """
     try:
-        with open("/proc/self/maps", "rb") as maps:  # noqa: PTH123 - pathlib is slow to import
-            for line in maps:
-                span, _, _, _, number, *name = line.rstrip(b"\n").split(None, 5)
-                start, stop = (int(bound, 16) for bound in span.split(b"-"))
-                if start <= address < stop:
-                    return int(number) == inode or name == [os.fsencode(path)]
+        for line in _read_proc("self/maps").rstrip(b"\n").split(b"\n"):
+            span, _, _, _, number, *name = line.split(None, 5)
+            start, stop = (int(bound, 16) for bound in span.split(b"-"))
+            if start <= address < stop:
+                return int(number) == inode or name == [os.fsencode(path)]
     except OSError:
         pass
     return True
@@ -3720,10 +3711,10 @@ def _threads_of_pool(asked: int | None, nprocs: int) -> dict[str, int]:
 def _variables_at_start() -> dict[str, str | None]:
     """As this program was started with; where that is not to be known, as they are."""
     try:
-        with open("/proc/self/environ", "rb") as file:  # noqa: PTH123 - pathlib is slow to import
-            items = [os.fsdecode(item).partition("=") for item in file.read().split(b"\0")]
+        content = _read_proc("self/environ")
     except OSError:
         return _ThreadState.present().variables
+    items = (os.fsdecode(item).partition("=") for item in content.split(b"\0"))
     started = {name: value for name, _, value in items}
     return {name: started.get(name) for name in _THREAD_VARIABLES}
 
@@ -4541,7 +4532,6 @@ class _JobEnd:
         print(_headline(self._rank, self._size), file=sys.stderr, flush=True)
         self._excepthook(kind, error, trace)
         sys.stderr.flush()
-        time.sleep(4 * _SETTLING)  # a launcher may drop what it has not yet passed on
         self.communicators[0].abort("", 1)
 
     def _at_exit(self) -> None:
@@ -5513,7 +5503,7 @@ class Parallelizer:
     # -- finding a parallelizer ---------------------------------------------------------------
 
     @staticmethod
-    def lookup(key: Any = None, *, default: Any = _RAISE, **options: Any) -> Parallelizer:
+    def lookup(key: Any = None, *, default: Any = _UNSET, **options: Any) -> Parallelizer:
         """The parallelizer that `key` means.
 
         Parameters
@@ -5542,7 +5532,7 @@ class Parallelizer:
         >>> Parallelizer.lookup({"mode": "multiprocessing", "nprocs": 4})
         MultiprocessingParallelizer(id=None, nprocs=None)
         """
-        if default is not _RAISE:
+        if default is not _UNSET:
             try:
                 return Parallelizer.lookup(key, **options)
             except LookupError:
@@ -6150,9 +6140,7 @@ def _blockwise(data: Any) -> Any:
 def _sized(data: Any) -> Any:
     """What has a length, and whose slices hold the items that iteration gives."""
     if isinstance(data, np.ndarray):
-        # What is written to the items of a mapped file is meant for that.
-        stays = data.flags.writeable and _reduce_mapped(data) is not None
-        return data if stays else np.require(data, requirements=["C", "ALIGNED"])
+        return data if _writes_to_file(data) else np.require(data, requirements=["C", "ALIGNED"])
     # The slices of a DataFrame, for one, hold other things.
     return data if isinstance(data, (list, tuple, range, str, bytes)) else list(data)
 
@@ -6557,19 +6545,19 @@ def _is_single_threaded() -> bool:
     Such a thread serves, and does not compute: it is that of `faulthandler.dump_traceback_later`,
     which the tests of many projects run with, and which holds nothing that a child needs.
     """
-    tasks = "/proc/self/task"
-    others = {*os.listdir(tasks)} if sys.platform == "linux" else set()  # noqa: PTH208 - slow
+    linux = sys.platform == "linux"
+    others = {*os.listdir("/proc/self/task")} if linux else set()  # noqa: PTH208 - slow
     others -= {str(thread.native_id) for thread in _harmless_threads()}
     others.discard(str(threading.get_native_id()))  # of which a forked child's `Thread` is wrong
     serving = 0
     for task in others:
-        with contextlib.suppress(OSError), open(f"{tasks}/{task}/stat") as file:  # noqa: PTH123
-            state, *fields = file.read().rpartition(")")[2].split()
+        with contextlib.suppress(OSError):
+            state, *fields = _read_proc(f"self/task/{task}/stat").rpartition(b")")[2].split()
             flags, blocked = int(fields[5]), int(fields[28])
             if flags & _PF_EXITING:  # it has been waited for, and is listed a little longer
                 continue
             # One that begins blocks all signals, too, but has yet to run.
-            if state != "S" or ~blocked & _BLOCKABLE:
+            if state != b"S" or ~blocked & _BLOCKABLE:
                 return False
             serving += 1
     return serving <= 1

@@ -39,6 +39,7 @@ import importlib.util
 import io
 import itertools
 import json
+import mmap
 import multiprocessing
 import operator
 import os
@@ -4594,7 +4595,7 @@ def sends_views(*, parallelizer: Par) -> Any:
             assert not other.flags.writeable
     check(found, [whole] + [view(whole) for view in VIEWS.values() for _ in range(4)])
     if par.nprocs > 1:
-        assert len({internals._map_under(one) for one in found}) == 1
+        assert len({internals._owner_of_memory(one) for one in found}) == 1
     own = [shared.copy(), shared + 0, shared[[1, 2]], np.array(shared), np.sqrt(shared)]
     for one in par.broadcast(own):
         assert type(one) is np.ndarray
@@ -4956,7 +4957,7 @@ def receives_memmaps(*, parallelizer: Par) -> None:
                 check(np.array(found), np.array(view(numbers)), f"{name} {mode}")
                 told: Any = type(found), found.strides, found.flags.writeable
                 check(par.broadcast(told), told)
-                assert internals._map_under(found) is not None
+                assert isinstance(internals._owner_of_memory(found), mmap.mmap)
                 if type(found) is np.memmap and not par.on_main:
                     told = (found.filename, found.offset, found.mode)
                     check(told, (path, 4100, "r" if mode == "r" else "r+"))
