@@ -3971,10 +3971,10 @@ def test_the_benchmark_measures_what_it_checks(tmp_path: Path) -> None:
     assert code == 0, err
     measured = ["map of trivial items", "the array to every process", "array: scatter, gather"]
     for row in measured:
-        assert re.search(rf"\| {row} +\| \d\S+ +\| \d", told), told  # ours, and a peer's
+        assert re.search(rf"\| {row} +\| \d\S* +\| \d", told), told  # ours, and a peer's
     assert picture.read_bytes().startswith(b"\x89PNG")
     told = run_program(*argv, "MPI small broadcast", "MPI object", ranks=3)
-    assert re.search(r"\| small object: broadcast +\| \d\S+ +\| \d", told), told
+    assert re.search(r"\| small object: broadcast +\| \d\S* +\| \d", told), told
 
 
 @pytest.mark.timeout(200)
