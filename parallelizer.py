@@ -1880,7 +1880,8 @@ class Communicator(abc.ABC):
         self.most_tickets = _MOST_TICKETS
         self._turn = 0
         self.account = _Account()
-        self._entered_at = 0.0
+        self._entered_at = 0.0  # the call of a verb that goes on, if one does
+        self._postponed: list[Callable[[], object]] = []  # until the next one
         self._watch = _Watch(process)
         self.items: list[Any] = []  # of the chunk that is being computed
         self.gone = False  # whether this is a forked child, which takes no part
@@ -2353,7 +2354,21 @@ class Communicator(abc.ABC):
         """Within, this process has the number of threads on which all of them agree."""
         return contextlib.nullcontext() if self.limit is None else self.limit.counting()
 
+    def is_running(self, run: int | None = None) -> bool:
+        """Whether a run goes on, or even that one."""
+        return self._in_run and run in (None, self.run)
+
     # -- the user's function, and the calls it makes --------------------------------------------
+
+    def do_between_calls(self, action: Callable[[], object]) -> None:
+        """Call `action`, or have the next call do so where this one would disturb another.
+
+        The garbage collector may come amid a call of a verb, or on another thread.
+        """
+        if self._entered_at or self.runner not in (None, threading.get_ident()):
+            self._postponed.append(action)
+        else:
+            action()
 
     def mark_function(self, *, executing: bool) -> None:
         """Say that the user's function begins or ends on this process."""
@@ -2371,6 +2386,8 @@ class Communicator(abc.ABC):
 
     def enter(self, verb: str) -> Communicator:
         """Begin a call of a verb; the result is the context that ends it."""
+        while self._postponed:
+            self._postponed.pop()()
         self.interruptible = False
         self.calls += 1
         self._entered_at = time.perf_counter()
@@ -2394,6 +2411,7 @@ class Communicator(abc.ABC):
         if kind is not None and not issubclass(kind, (Exception, RunEnded)):
             self._broken = True
         self.account.collectives += time.perf_counter() - self._entered_at
+        self._entered_at = 0.0
         self.interruptible = self.in_function
         if self.news and kind is None:
             self.heed_news()
@@ -3046,6 +3064,8 @@ class _MainEnd(PipeCommunicator):
         _stop_listening(self)
         if self._workers.owned:
             try:
+                if self._in_run and self.runner is None:  # an imap that nobody has ended
+                    self.fail_run(GeneratorExit())
                 self.command(None)
             finally:  # also after a Ctrl-C
                 self._workers.close()
@@ -4593,8 +4613,9 @@ class Parallelizer:
         self.timeout = timeout
         self._comm: Communicator | None = None  # through which the verbs speak, where they may
         self._entered = 0
-        self._lock = threading.RLock()  # a run at a time
-        self._stream: Callable[[], Any] = lambda: None  # the `imap` of main alone that goes on
+        # A run at a time. That of an `imap` of main alone may end on another thread than it began.
+        self._lock = threading.Lock()
+        self._stream: Callable[[], _Stream | None] = lambda: None  # such an imap that goes on
         self._reports: list[bytes] = []  # of the latest run, by rank
         # Whether it has come here without being known, and whether it can be held only.
         self._stands_in = self._absent = False
@@ -4645,8 +4666,10 @@ class Parallelizer:
             self._open.remove(weakref.ref(self))
         self._entered -= 1
         if self._entered == 0:
-            self._end_stream()
-            self._stop()
+            try:
+                self._end_stream()
+            finally:  # also after a Ctrl-C
+                self._stop()
         self._entered = max(self._entered, 0)  # a forked child has never entered
 
     def _start(self) -> None:
@@ -4777,6 +4800,12 @@ class Parallelizer:
     @_context
     def _reserved(self, what: str) -> Iterator[None]:
         """Within, nothing else is run: by no other thread, nor by an imap that goes on."""
+        stream = self._stream()
+        if stream is not None and threading.current_thread() in stream.threads:
+            raise ContractError(
+                f"{what} was called while an imap goes on, which keeps the workers busy; let "
+                f"that come to its end first, or close() it"
+            )
         lock = self._lock  # not that of a child which is forked within
         if not lock.acquire(timeout=min(self.timeout or math.inf, threading.TIMEOUT_MAX)):
             raise WaitTimeout(
@@ -4784,11 +4813,6 @@ class Parallelizer:
                 f"for this thread, neither can go on"
             )
         try:
-            if self._stream() is not None:
-                raise ContractError(
-                    f"{what} was called while an imap goes on, which keeps the workers busy; let "
-                    f"that come to its end first, or close() it"
-                )
             yield
         finally:
             lock.release()
@@ -5392,7 +5416,8 @@ class Parallelizer:
 
         `data` may be endless: it is read only a few chunks ahead of what has been yielded. The
         iterator that main gets must be exhausted or closed before anything else is run on this
-        parallelizer; to leave its loop early closes it. On the workers the iterator is empty.
+        parallelizer; to leave its loop early closes it. Any thread may do these, as one of asyncio
+        does by ``loop.run_in_executor(None, next, results)``. On the workers the iterator is empty.
         See `map` for the parameters; `chunksize` is the number of items that travel together.
 
         Examples
@@ -5469,7 +5494,7 @@ class Parallelizer:
         task = make_task()
         iter(data)  # refuses at once what cannot be iterated over
         itself: list[Callable[[], Any]] = []  # weakly, so that who leaves its loop closes it
-        stream = self._imap_alone(work, lambda: task, data, itself)
+        stream = _Stream(self._imap_alone(work, lambda: task, data, itself))
         itself.append(weakref.ref(stream))
         return stream
 
@@ -5479,7 +5504,7 @@ class Parallelizer:
         make_task: Callable[[], _Task],
         data: Any,
         itself: list[Callable[[], Any]],
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """A run whose function, on main, is interrupted by what the user does with the results."""
         # Not to keep open what its own `with` statement closes.
         opened = contextlib.nullcontext() if self._entered else self
@@ -5496,6 +5521,8 @@ class Parallelizer:
                     yield from work(make_task, data, parallelizer=self)
                     self._finish_run(communicator, begun)
                 except BaseException as error:  # of the user's loop, too
+                    if not communicator.is_running():  # as the program has ended meanwhile
+                        raise
                     _raise_final(communicator, error)
                 finally:
                     self._stream = lambda: None
@@ -6295,6 +6322,29 @@ def _compute_chunks(task: _Task, tag: int, comm: Communicator) -> None:
             comm.send(_pack((start, results), "what imap's function returned", comm), 0, tag)
 
 
+class _Stream:
+    """What an imap of main alone gives; any thread may ask for a result, close or collect it."""
+
+    def __init__(self, results: Generator[Any, None, None]) -> None:
+        # Those that have had a part in it would wait for themselves if they ran anything else.
+        self.threads = weakref.WeakSet([threading.current_thread()])
+        self._results = results
+        self._turn = threading.RLock()  # as no thread may enter where another one is
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        with self._turn:
+            self.threads.add(threading.current_thread())
+            return next(self._results)
+
+    def close(self) -> None:
+        """Give up what has not come yet."""
+        with self._turn:
+            self._results.close()
+
+
 class _Dealer:
     """Main's part in an imap: deals out the chunks, and takes in the results."""
 
@@ -6305,6 +6355,7 @@ class _Dealer:
         self._ordered = ordered
         self._tag = tag
         self._comm = comm
+        self._run = comm.run
         self._supply = dict.fromkeys(range(1, comm.size), 0)  # chunks that each worker has
         self._dealt: collections.deque[int] = collections.deque()  # chunks not yet yielded
         self._done: dict[int, list[Any]] = {}  # results by the first item of their chunk
@@ -6317,22 +6368,20 @@ class _Dealer:
                     count += len(finished)
                     reached(count)
                     yield from finished
-            except BaseException:
-                with contextlib.suppress(ContractError):  # where that has interrupted a call
-                    self._dismiss()
-                raise
-            else:
-                self._dismiss()
+            finally:
+                self._comm.do_between_calls(self._dismiss)
 
     def _dismiss(self) -> None:
-        # Not where the run has failed, which the workers hear of anyway.
-        with contextlib.suppress(RunEnded):
-            for rank in self._supply:
+        # Not after a failure, which the workers hear of anyway, or an interrupted call.
+        with contextlib.suppress(RunEnded, ContractError):
+            for rank in self._supply if self._comm.is_running(self._run) else ():
                 self._send(rank, None)
 
     def _next_finished(self) -> list[Any] | None:
         """The results to be yielded next; None after the last."""
         while True:
+            if self._supply and not self._comm.is_running(self._run):
+                raise ContractError("the run of this imap has ended, so it has no more results")
             while self._busy() and self._comm.has_arrived(self._busy(), self._tag):
                 self._take_in()
             self._deal()
@@ -6477,7 +6526,7 @@ class MultiprocessingParallelizer(Parallelizer):
     def _forget(self) -> None:
         """In a forked child: be as if never opened."""
         self._comm, self._entered = None, 0
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._stream = lambda: None
 
     def _become_worker(self, communicator: Communicator) -> None:
@@ -6670,9 +6719,11 @@ class MPIParallelizer(Parallelizer):
         try:
             yield
         finally:
-            self._end_stream()
-            self._drives_workers = False
-            communicator.command(None)
+            try:
+                self._end_stream()
+            finally:
+                self._drives_workers = False
+                communicator.command(None)
 
 
 def _world(mpi: Any) -> MPICommunicator:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import array
 import ast
+import asyncio
 import builtins
 import collections
 import concurrent.futures
@@ -2052,6 +2053,81 @@ def test_closing_gives_up_a_stream(fresh: Par) -> None:
     alone = isinstance(fresh, SerialNonParallelizer)  # which keeps nobody busy
     expect(fresh, [*itertools.islice(LEFT[0], 1)] if LEFT else None, [1] if alone else [])
     LEFT.clear()
+
+
+def elsewhere(call: Callable[..., Any], *args: Any) -> Any:
+    """Call on another thread."""
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return executor.submit(call, *args).result()
+
+
+def ends_a_stream(how: str, parallelizer: Par) -> Any:
+    """Begin, advance and end an imap, each on a thread of its own; it is a part of a cycle."""
+    held = [parallelizer.imap(square, range(60))]
+    held.append(held)
+    found = [elsewhere(next, held[0]), next(held[0])] if parallelizer.on_main else []
+    if how == "exhausted":
+        found += elsewhere(list, held[0])
+    elif how == "closed" and parallelizer.on_main:
+        elsewhere(held[0].close)
+    elif how == "dropped":
+        elsewhere(held.clear)
+    del held
+    if how == "collected":
+        elsewhere(gc.collect)
+    return found[:3]
+
+
+def ends_streams(how: str, *, parallelizer: Par) -> Any:
+    found = ends_a_stream(how, parallelizer), parallelizer.map(square, range(5))
+    return found if parallelizer.on_main else None
+
+
+ENDS_OF_STREAMS = ["exhausted", "closed", "dropped", "collected"]
+
+
+@pytest.mark.parametrize("how", ENDS_OF_STREAMS)
+@BOTH_WAYS
+def test_a_stream_may_end_on_another_thread(p: Par, way: Any, how: str) -> None:
+    wanted = [0, 1, 4][: 3 if how == "exhausted" else 2]
+    expect(p, way(p, ends_streams, how), (wanted, [0, 1, 4, 9, 16]))
+    expect_to_work(p)
+
+
+def runs_on_threads_amid_a_stream(*, parallelizer: Par) -> Any:
+    stream = parallelizer.imap(square, range(9))
+    begun = elsewhere(next, stream)
+    # Who has made it would wait for itself; another thread waits for its end.
+    own = caught_from(parallelizer.map, square, range(3))
+    with concurrent.futures.ThreadPoolExecutor(3) as executor:
+        other = executor.submit(parallelizer.map, square, range(3))
+        rest = sorted(executor.map(next, [stream] * 8))
+        end = executor.submit(next, stream, "end").result()
+        return begun, type(own), rest, end, other.result()
+
+
+def test_who_has_a_part_in_a_stream_may_not_run_amid_it(p: Par) -> None:
+    kind = type(None) if isinstance(p, SerialNonParallelizer) else ContractError
+    wanted = (0, kind, [x * x for x in range(1, 9)], "end", [0, 1, 4])
+    expect(p, drive(p, runs_on_threads_amid_a_stream), wanted)
+    expect_to_work(p)
+
+
+def takes_too_late(*, parallelizer: Par) -> Any:
+    stream = parallelizer.imap(square, range(60))
+    if parallelizer.on_main:
+        LEFT[:] = [stream]
+        return next(stream)
+    return None
+
+
+def test_a_stream_ends_with_its_run(p: Par) -> None:
+    if p.nprocs > 1:
+        expect_failure(p, ContractError, takes_too_late)
+        late = caught_from(next, LEFT[0]) if LEFT else None
+        expect(p, "has ended" in str(late), True)
+    LEFT.clear()
+    expect_to_work(p)
 
 
 def hears(*, parallelizer: Par) -> Any:
@@ -5910,6 +5986,67 @@ def group_members(session: int) -> list[int]:
             if int(fields[3]) == session and fields[0] not in "ZX":
                 members.append(int(entry.parent.name))
     return members
+
+
+def gives_up(how: str, parallelizer: Par) -> None:
+    """Main ends its program, or what holds the workers, amid an imap."""
+    assert parallelizer.map(square, range(3)) == [0, 1, 4]
+    LEFT[:] = [parallelizer.imap(square, itertools.count())]
+    if how == "asyncio":
+        asyncio.run(reads_on_threads(LEFT[0]))
+    elif how == "fork":
+        assert next(LEFT[0]) == 0
+        child = os.fork()
+        if not child:
+            LEFT.clear()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert next(LEFT[0]) == 1
+    else:
+        assert next(LEFT[0]) == 0
+    if how == "exit":
+        sys.exit()
+
+
+async def reads_on_threads(stream: Iterator[int]) -> None:
+    """Read by the threads of asyncio, and give up amid that."""
+    loop = asyncio.get_running_loop()
+    found = [loop.run_in_executor(None, next, stream) for _ in range(9)]
+    assert sorted(await asyncio.gather(*found)) == [x * x for x in range(9)]
+    for _ in range(9):
+        loop.run_in_executor(None, next, stream).cancel()
+
+
+def program_that_gives_up(engine: str, how: str) -> None:
+    par = create(engine)
+    if engine == "mpi":
+        drive(par, functools.partial(gives_up, how))
+    elif how == "with":
+        with par:
+            gives_up(how, par)
+        with par:
+            gives_up(how, par)
+    else:
+        par.__enter__()
+        gives_up(how, par)
+
+
+WAYS_TO_GIVE_UP = ["with", "end", "exit", "asyncio", "fork"]
+
+
+@pytest.mark.parametrize(
+    ("engine_name", "how"),
+    [*itertools.product(["serial", *MULTIPROCESSING], WAYS_TO_GIVE_UP),
+     *(("mpi", how) for how in WAYS_TO_GIVE_UP if how != "fork")],
+)  # fmt: skip
+def test_a_program_may_end_amid_a_stream(engine_name: str, how: str) -> None:
+    call = f"import test_parallelizer as t; t.program_that_gives_up({engine_name!r}, {how!r})"
+    ranks = {"mpi": 3}.get(engine_name)
+    code, out, err = finish("-W", "error", "-c", call, ranks=ranks)
+    assert (code, out) == (0, ""), err
+    assert ranks or not err
+    assert "Exception ignored" not in err
+    assert "Traceback" not in err
 
 
 def killed(stage: str, method: str) -> None:
