@@ -4006,6 +4006,26 @@ def _import_mpi() -> Any:
         ) from why
 
 
+def _abort_mpi_job(mpi: Any, status: int, text: str = "") -> NoReturn:
+    """End all ranks, and with them this process."""
+    _complain(text)
+    _flush_output()
+    time.sleep(4 * _SETTLING)  # a launcher may drop what it has not yet passed on
+    mpi.COMM_WORLD.Abort(status)
+    os._exit(status)
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(Exception):  # a full disk must not stop what comes next
+        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+
+
+def _flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a full disk, a closed stream, or none
+            stream.flush()
+
+
 def _riding(sizes: Sequence[int]) -> int:
     """How many of the parts of a message, the pickle first, ride in its letter."""
     return sum(end <= _EAGER_BYTES for end in itertools.accumulate(sizes))
@@ -4074,6 +4094,7 @@ class MPICommunicator(Communicator):
         self._groups = {self.members: self._bulk}
         self._counters: dict[tuple[int, ...], Any] = {}
         self._status = mpi.Status()
+        self.closed = False
         self._spins = 0
         self._bulk_tag = 0
         # Requests, and what must not go before they are done.
@@ -4084,7 +4105,7 @@ class MPICommunicator(Communicator):
         self._exited: set[int] = set()
         self._main_ended_after = math.inf  # this run
         self._leaving = self._all_left = False
-        self.dying: set[int] = set()  # numbered as in COMM_WORLD
+        self.dying: set[int] = set()  # by the precedence of what they have to tell
 
     def cut_off(self) -> None:
         super().cut_off()
@@ -4193,6 +4214,7 @@ class MPICommunicator(Communicator):
     def _on_control(self, content: Any) -> None:
         kind, *about = content
         if kind == "dying":
+            _flush_output()  # this rank may be ended at any moment
             self.dying.update(about)
         elif kind == "exit":
             self._exited.update(about)
@@ -4397,8 +4419,8 @@ class MPICommunicator(Communicator):
             for piece in self._pieces(parts, sent=self.rank == 0):
                 self._group().Bcast(piece)
         except BaseException as error:  # of a signal's handler, or of MPI itself
-            traceback.print_exception(error)
-            self.abort("the other ranks cannot leave the broadcast that this has interrupted", 1)
+            told = "the other ranks cannot leave the broadcast that this has interrupted"
+            _abort_mpi_job(self._mpi, 1, f"{_formatted(error)}{told}")
 
     def scatter(self, messages: Sequence[Message] | None) -> Message:
         if messages is None:
@@ -4462,13 +4484,6 @@ class MPICommunicator(Communicator):
             if process != self.process:
                 self._tell_control(process, *content)
 
-    def abort(self, text: str, status: int) -> NoReturn:
-        sys.stdout.flush()
-        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
-        time.sleep(4 * _SETTLING)  # a launcher may drop what it has not yet passed on
-        self._mpi.COMM_WORLD.Abort(status)
-        os._exit(status)
-
     def begin_leaving(self) -> Callable[[], bool]:
         """At the end of the program: tell main, and main all; whether all have come to theirs."""
         if not self._leaving:
@@ -4490,10 +4505,99 @@ class MPICommunicator(Communicator):
             self.tell_all("all left")
         return self._all_left
 
-    def free(self) -> None:
+    def free_windows(self) -> None:
+        """What MPI_Finalize would not do."""
         for window in self._counters.values():
             window.Unlock_all()
             window.Free()
+        self._counters.clear()
+
+    def check_is_open(self) -> None:
+        if self.closed:
+            raise ContractError(
+                "the communicator of this MPIParallelizer has been freed by MPI.Finalize(), so "
+                "that it cannot be used any more; call that last"
+            )
+
+    def enter(self, verb: str) -> Communicator:
+        self.check_is_open()
+        return super().enter(verb)
+
+
+class _ProgramEnd:
+    """Knows how the program of this process ends: by which exception, or with which status.
+
+    From Python 3.12 on, `sys.monitoring` tells what leaves the program's outermost frame, whoever
+    has raised SystemExit, and before any `sys.excepthook`. Earlier, hooks have to do: a status is
+    known where `sys.exit`, looked up when it was called, has set it, and an error is known late
+    where the program has set a `sys.excepthook` of its own after this.
+    """
+
+    def __init__(self, on_error: Callable[[BaseException, Callable[..., object]], None]) -> None:
+        self._on_error = on_error  # gets the exception, and what prints it
+        self._status: object = None
+        self._process = os.getpid()
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None and frame.f_back is not None:
+            frame = frame.f_back
+        self._outermost = frame
+        self._set_events: Callable[[int], None] | None = None
+        monitoring: Any = getattr(sys, "monitoring", None)
+        for tool in (4, 3, 5):  # the others are for debuggers, coverage and profilers
+            if monitoring is not None and monitoring.get_tool(tool) is None:
+                unwind = monitoring.events.PY_UNWIND
+                monitoring.use_tool_id(tool, "parallelizer")
+                monitoring.register_callback(tool, unwind, self._on_unwind)
+                monitoring.set_events(tool, unwind)
+                self._set_events = functools.partial(monitoring.set_events, tool)
+                return
+        self._excepthook, sys.excepthook = sys.excepthook, self._on_exception
+        self._exit, sys.exit = sys.exit, self._on_exit
+
+    def _on_unwind(self, code: object, offset: int, error: BaseException) -> None:
+        if sys._getframe(1) is self._outermost and os.getpid() == self._process:
+            self._on_error(error, sys.excepthook)
+            if isinstance(error, SystemExit):
+                self._status = error.code
+
+    def _on_exception(
+        self, kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+    ) -> None:
+        if os.getpid() == self._process:
+            self._on_error(error, self._excepthook)
+        self._excepthook(kind, error, trace)
+
+    def _on_exit(self, status: Any = None, /) -> NoReturn:
+        if _on_main_thread():
+            self._status = status
+        self._exit(status)
+
+    def close(self) -> int | None:
+        """At exit, once: the status, of which the system sees one byte; None in a forked child."""
+        if os.getpid() != self._process:
+            return None
+        status = self._status
+        if self._set_events is not None:
+            self._set_events(0)
+        elif not self._is_left_early():
+            status = None  # whatever has called sys.exit was caught
+        elif self._has_been_told():
+            status = 1
+        return 0 if status is None else status & 0xFF if isinstance(status, int) else 1
+
+    def _is_left_early(self) -> bool:
+        """Whether an exception has ended the program, and not its last line."""
+        import opcode
+
+        frame = self._outermost
+        if frame is None:
+            return False
+        return frame.f_code.co_code[frame.f_lasti] != opcode.opmap["RETURN_VALUE"]
+
+    def _has_been_told(self) -> bool:
+        """Whether Python, or somebody's excepthook, has printed the exception that did."""
+        trace = getattr(getattr(sys, "last_value", None), "__traceback__", None)
+        return trace is not None and trace.tb_frame is self._outermost
 
 
 class _JobEnd:
@@ -4501,24 +4605,35 @@ class _JobEnd:
 
     Without it, the other ranks would wait for that one for ever, in a verb or in MPI_Finalize.
     Who has something to tell prints it and aborts the job; the others wait to be ended with it,
-    so that the user sees one traceback and not one per rank.
+    so that the user sees one traceback and not one per rank. All flush what they have printed
+    before they may be ended.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
+    def __init__(self) -> None:
         self.communicators: list[MPICommunicator] = []  # in which this rank takes part
-        self._status: Any = None
-        self._calls = 0
-        self._excepthook, sys.excepthook = sys.excepthook, self._on_exception
-        self._exit, sys.exit = sys.exit, self._on_exit
+        self._has_begun = self._left = False
+        self._program = _ProgramEnd(self._on_error)
         atexit.register(self._at_exit)
 
-    def _count_calls(self) -> int:
-        return sum(communicator.calls for communicator in self.communicators)
+    def begin(self, mpi: Any) -> None:
+        """Before the first communicator is made."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        mpi.COMM_SELF.Set_attr(_finalize_keyval(mpi), self)
+        # A rank that computes when the job is ended does not get to flush.
+        if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
+            with contextlib.suppress(Exception):  # a full disk, or a closed stream
+                sys.stdout.reconfigure(line_buffering=True)
 
-    def _tell_dying(self, rank: int) -> None:
+    def _mpi(self) -> Any:
+        """The module of mpi4py, where there are other ranks that may wait for this one."""
+        mpi = sys.modules["mpi4py.MPI"] if _mpi_is_up() else None
+        return mpi if mpi is not None and mpi.COMM_WORLD.Get_size() > 1 else None
+
+    def _tell_dying(self, precedence: int) -> None:
         for communicator in self.communicators:
-            communicator.tell_all("dying", rank)
+            communicator.tell_all("dying", precedence)
 
     def _listen(self, seconds: float, ready: Callable[[], bool]) -> bool:
         """Handle what arrives by any of the communicators, as `Communicator.listen` does."""
@@ -4526,48 +4641,92 @@ class _JobEnd:
         while not ready() and time.monotonic() < deadline:
             for communicator in self.communicators:
                 communicator.listen(5e-3, ready)
+            if not self.communicators:
+                time.sleep(5e-3)
         return ready()
 
-    def _on_exit(self, status: Any = None, /) -> NoReturn:
-        if _on_main_thread():
-            # Who makes another call afterwards has caught it.
-            self._status, self._calls = status, self._count_calls()
-        self._exit(status)
-
-    def _on_exception(
-        self, kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
-    ) -> None:
+    def _speaks(self, error: BaseException, world: Any) -> bool:
+        """Whether it is for this rank to tell of an error, which others may have had, too."""
         agreed = [c.process == c.spokesman for c in self.communicators if c.spokesman is not None]
-        speaks = all(agreed)
-        if speaks:
-            self._tell_dying(self._rank)
-        if not agreed:  # the lowest rank speaks
-            speaks = not self._listen(
-                _GRACE / 2 if self._rank > 0 else _GRACE / 10,
-                lambda: any(rank < self._rank for c in self.communicators for rank in c.dying),
-            )
-        if not speaks:
-            self._listen(3 * _GRACE, lambda: False)
-        sys.stdout.flush()
-        print(_headline(self._rank, self._size), file=sys.stderr, flush=True)
-        self._excepthook(kind, error, trace)
-        sys.stderr.flush()
-        self.communicators[0].abort("", 1)
+        if not all(agreed):
+            return False
+        # Else the lowest rank speaks; but what this module raises is mostly a consequence, of
+        # another rank's exception, or of its exit status, which has `world.size`.
+        precedence = world.rank + isinstance(error, ParallelizerError) * (world.size + 1)
+        self._tell_dying(precedence)
+        return not self._listen(
+            0 if agreed or precedence == 0 else self._turn(world.rank),
+            lambda: any(other < precedence for c in self.communicators for other in c.dying),
+        )
+
+    def _turn(self, rank: int) -> float:
+        """Seconds that others get to speak first, and to end this rank if it cannot hear them."""
+        return _GRACE / 2 * (1 if self.communicators else min(rank, 8))
+
+    def _on_error(self, error: BaseException, show: Callable[..., object]) -> None:
+        """The program ends by `error`: `show` it and end the job, unless another rank does."""
+        mpi = self._mpi()
+        if mpi is None:
+            return
+        world = mpi.COMM_WORLD
+        _flush_output()
+        if isinstance(error, SystemExit):
+            # What is no number Python prints, which one rank shall do.
+            if not isinstance(error.code, (int, type(None))) and not self._speaks(error, world):
+                error.code = 1
+            return
+        with contextlib.suppress(BaseException):  # a Ctrl-C, or MPI itself: the job ends anyway
+            if not self._speaks(error, world):
+                self._listen(3 * _GRACE, lambda: False)
+        _complain(_headline(world.rank, world.size))
+        try:
+            show(type(error), error, error.__traceback__)
+        except BaseException:  # of somebody's excepthook
+            sys.__excepthook__(type(error), error, error.__traceback__)
+        _abort_mpi_job(mpi, 1)
 
     def _at_exit(self) -> None:
-        status = self._status if self._calls == self._count_calls() else None
-        code = 0 if status is None else status if isinstance(status, int) else 1
-        if code != 0:
-            self._tell_dying(-1)  # hush all the others
-        left = [communicator.begin_leaving() for communicator in self.communicators]
-        patience = _GRACE if code != 0 else math.inf
-        if not self._listen(patience, lambda: all(have_left() for have_left in left)):
-            self.communicators[0].abort(
-                f"### rank {self._rank} ended its program with status {code} while others go on",
-                code,
-            )
+        status = self._program.close()
+        if status is not None:
+            self.leave(status)
+
+    def leave(self, status: int = 0) -> None:
+        """At the end of the program, or in MPI_Finalize: wait for the others, or end the job."""
+        mpi = self._mpi()
+        if self._left or mpi is None:
+            return
+        self._left = True
+        _flush_output()
+        with self._no_way_out():
+            self._wait_for_all(mpi, status)
+            for communicator in self.communicators:
+                communicator.free_windows()
+
+    def on_finalize(self) -> None:
+        self.leave()
         for communicator in self.communicators:
-            communicator.free()
+            communicator.closed = True
+
+    def _wait_for_all(self, mpi: Any, status: int) -> None:
+        world = mpi.COMM_WORLD
+        if status != 0:
+            self._tell_dying(world.size)
+        left = [communicator.begin_leaving() for communicator in self.communicators]
+        # With a status, all ranks must have come, and without, those that know this module.
+        can_come = status == 0 or any(c.world_size == world.size for c in self.communicators)
+        patience = math.inf if status == 0 else _GRACE + self._turn(world.rank)
+        if not self._listen(patience, lambda: can_come and all(has_left() for has_left in left)):
+            ended = f"### rank {world.rank} ended its program with status {status}"
+            _abort_mpi_job(mpi, status, f"{ended} while others go on")
+
+    @contextlib.contextmanager
+    def _no_way_out(self) -> Iterator[None]:
+        """What is raised within ends the job, as it would not come out of a callback."""
+        try:
+            yield
+        except BaseException as error:
+            self._on_error(error, sys.excepthook)
+            raise
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5283,9 +5442,10 @@ class Parallelizer:
         print(*args, file=lines, **kwargs)
         lines.seek(0)
         head = "" if self.on_main else f"[rank {self.id}] "
-        # In one write, so that the lines of several processes do not mix.
+        # In one write, so that the lines of several processes do not mix; at once, as under MPI
+        # another rank may end this one.
         file.write("".join(head + line for line in lines))
-        if flush or not self.on_main:
+        if flush or (self.nprocs or 1) > 1:
             file.flush()
 
     def rng(self, seed: Any = None) -> np.random.Generator:
@@ -6691,6 +6851,9 @@ class MPIParallelizer(Parallelizer):
     def __init__(self, comm: Any = None, *, timeout: float | None = None) -> None:
         super().__init__(timeout=timeout)
         mpi = _import_mpi()
+        _check_mpi_is_up(mpi)
+        if mpi.COMM_WORLD.Get_size() > 1:
+            _job_end().begin(mpi)
         communicator = _world(mpi) if comm is None else _connected(mpi, comm)
         self._comm = communicator
         # The ranks make their parallelizers on a communicator in the same order.
@@ -6711,6 +6874,12 @@ class MPIParallelizer(Parallelizer):
         found._be_known_as(key)
         return found
 
+    def _communicator(self) -> Communicator:
+        communicator = super()._communicator()
+        assert isinstance(communicator, MPICommunicator)
+        communicator.check_is_open()
+        return communicator
+
     @_context
     def _others_serving(self) -> Iterator[None]:
         """On main, while the other ranks `serve`."""
@@ -6724,6 +6893,20 @@ class MPIParallelizer(Parallelizer):
             finally:
                 self._drives_workers = False
                 communicator.command(None)
+
+
+def _check_mpi_is_up(mpi: Any) -> None:
+    if not mpi.Is_initialized():
+        raise ParallelizerError(
+            "MPI is not initialized, as mpi4py.rc.initialize or the environment variable "
+            "MPI4PY_RC_INITIALIZE asks for: call MPI.Init() before an MPIParallelizer is made, or "
+            "leave that out. (The workers of a pool under an MPI launcher are no ranks.)"
+        )
+    if mpi.Is_finalized():
+        raise ParallelizerError(
+            "MPI has been finalized, so that no MPIParallelizer can be made any more: leave out "
+            "MPI.Finalize(), which mpi4py calls when the program ends, or call it last"
+        )
 
 
 def _world(mpi: Any) -> MPICommunicator:
@@ -6753,7 +6936,7 @@ def _connected(mpi: Any, comm: Any) -> MPICommunicator:
             communicator.agree_on_threads()
         comm.Set_attr(_keyval(mpi), communicator)
         if mpi.COMM_WORLD.Get_size() > 1:
-            _job_end(mpi).communicators.append(communicator)
+            _job_end().communicators.append(communicator)
     return communicator
 
 
@@ -6763,8 +6946,14 @@ def _keyval(mpi: Any) -> int:
 
 
 @functools.cache
-def _job_end(mpi: Any) -> _JobEnd:
-    return _JobEnd(mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size())
+def _finalize_keyval(mpi: Any) -> int:
+    """Of an attribute of COMM_SELF, as MPI_Finalize deletes these first, with MPI still up."""
+    return mpi.Comm.Create_keyval(delete_fn=lambda *_: _job_end().on_finalize())  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _job_end() -> _JobEnd:
+    return _JobEnd()
 
 
 def _backends() -> dict[str, Callable[..., Parallelizer]]:
@@ -7057,3 +7246,7 @@ if __name__ == "__main__":
     _spec = globals()["__spec__"]
     _name = _spec.name if _spec else os.path.split(__file__)[1].removesuffix(".py")
     sys.exit(importlib.import_module(_name)._command_line())
+elif _launched_ranks() > 1:
+    # An error of one rank before its first MPIParallelizer would leave the others waiting in
+    # theirs. This watches how the program ends, and does no more.
+    _job_end()

@@ -62,6 +62,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
+from sys import exit as exit_bound_early
 from typing import Any, TextIO
 
 import numpy as np
@@ -6840,6 +6841,216 @@ def test_a_fault_among_a_part_of_the_ranks_ends_the_mpi_job(fault: str, whole: b
     assert told[fault] in err
     if fault != "sys.exit":
         assert f"### rank {3 if fault == 'raise' else 2} of 4 on" in err
+
+
+# -- the end of an MPI job -----------------------------------------------------------------------
+
+
+def tell_shortly(kind: type[BaseException], *_: object) -> None:
+    """Stand in for the excepthooks of rich or sentry."""
+    print("a hook tells of", kind.__name__, file=sys.stderr, flush=True)
+
+
+def end_by(road: str) -> None:
+    if road == "late excepthook":
+        sys.excepthook = tell_shortly
+    if road in ("raise", "late excepthook"):
+        raise Odd(7, detail="seven")
+    if road == "sys.exit":
+        sys.exit(3)
+    if road == "sys.exit(text)":
+        sys.exit("a last word")
+    if road == "raise SystemExit":
+        raise SystemExit(3)
+    if road == "exit":
+        exit(3)
+    exit_bound_early(3)
+
+
+def prints_and_ends(road: str, culprits: list[int], others: str, *, parallelizer: Par) -> None:
+    if parallelizer.id in culprits:
+        end_by(road)
+    if others == "compute":
+        time.sleep(100)
+    if others == "barrier":
+        importlib.import_module("mpi4py.MPI").COMM_WORLD.Barrier()
+    parallelizer.gather(0)
+
+
+def print_lines(rank: int) -> None:
+    for number in range(10):
+        print(f"line {number} of rank {rank}")
+
+
+def lines_of(ranks: int) -> list[str]:
+    return sorted(f"line {number} of rank {rank}" for rank in range(ranks) for number in range(10))
+
+
+def mpi_end(road: str, culprits: list[int], place: str, others: str) -> None:
+    if others == "own stdout":
+        # Nothing makes that line buffered.
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    par = MPIParallelizer()
+    print_lines(par.id)
+    par.print("a line of main", where="main")
+    if place == "in run":
+        par.run(prints_and_ends, road, culprits, others)
+    else:
+        prints_and_ends(road, culprits, others, parallelizer=par)
+
+
+# What else than `sys.exit` sets a status is known from Python 3.12 on.
+ROADS = ["raise", "sys.exit", "sys.exit(text)"]
+if sys.version_info >= (3, 12):
+    ROADS += ["late excepthook", "raise SystemExit", "exit", "exit bound early"]
+ENDS = [(road, [1], "outside", "barrier") for road in ROADS]
+for road in ("raise", ROADS[-2]):
+    ENDS += [
+        (road, [0], "in run", "compute"),
+        (road, [1], "in run", "own stdout"),
+        (road, [0], "outside", "compute"),
+        (road, [1], "outside", "own stdout"),
+    ]
+if sys.version_info >= (3, 12):
+    for road in ("raise", "sys.exit(text)", "late excepthook"):
+        ENDS += [(road, [0, 1, 2], "outside", "gather"), (road, [1], "in run", "gather")]
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize(("road", "culprits", "place", "others"), ENDS)
+def test_the_end_of_an_mpi_job_has_a_status_one_word_and_all_lines(
+    road: str, culprits: list[int], place: str, others: str
+) -> None:
+    call = f"import test_parallelizer as t; t.mpi_end({road!r}, {culprits}, {place!r}, {others!r})"
+    code, out, err = finish(
+        "-c", call, ranks=3, limit=60, PARALLELIZER_TEST_PROGRAM=call, PYTHONUNBUFFERED=""
+    )
+    assert code == (1 if road in ("raise", "late excepthook", "sys.exit(text)") else 3), err
+    assert sorted(out.splitlines()) == ["a line of main", *lines_of(3)]
+    assert err.count("Traceback (most recent call last)") == (road == "raise"), err
+    assert err.count("a hook tells of Odd") == (road == "late excepthook"), err
+    assert err.count("a last word") == (road == "sys.exit(text)"), err
+
+
+class Unusable:
+    """A stdout that fails in a way of its own."""
+
+    def write(self, _: str) -> None:
+        raise RuntimeError
+
+    flush = write
+
+
+def mpi_without_stdout(kind: str, fault: str) -> None:
+    if kind == "a full disk":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+        sys.stdout.write("does not fit in")
+    elif kind == "closed":
+        sys.stdout.close()
+    else:
+        sys.stdout = None if kind == "none" else Unusable()
+    par = MPIParallelizer()
+    if par.id == 1:
+        go_wrong(fault, par)
+    par.gather(0)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("fault", ["raise", "sys.exit"])
+@pytest.mark.parametrize("kind", ["a full disk", "closed", "none", "of the user's own"])
+def test_an_unusable_stdout_does_not_keep_up_the_end_of_an_mpi_job(kind: str, fault: str) -> None:
+    call = f"import test_parallelizer as t; t.mpi_without_stdout({kind!r}, {fault!r})"
+    code, _, err = finish(
+        "-c", call, ranks=3, limit=60, PARALLELIZER_TEST_PROGRAM=call, PYTHONUNBUFFERED=""
+    )
+    assert code == (1 if fault == "raise" else 3), err
+    told = "Odd: odd 7" if fault == "raise" else "### rank 1 ended its program with status 3"
+    assert err.count(told) == 1, err
+
+
+def mpi_end_before(road: str) -> None:
+    """One rank does not get to its MPIParallelizer, where the others wait."""
+    rank = importlib.import_module("mpi4py.MPI").COMM_WORLD.rank
+    print_lines(rank)
+    if rank == 1:
+        end_by(road)
+    MPIParallelizer()
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize(
+    ("road", "first"), [("raise", "from mpi4py import MPI; "), *((road, "") for road in ROADS)]
+)
+def test_an_end_before_the_first_mpi_parallelizer_ends_the_job(road: str, first: str) -> None:
+    call = f"{first}import test_parallelizer as t; t.mpi_end_before({road!r})"
+    code, out, err = finish(
+        "-c", call, ranks=3, limit=60, PARALLELIZER_TEST_PROGRAM=call, PYTHONUNBUFFERED=""
+    )
+    assert code == (1 if road in ("raise", "late excepthook", "sys.exit(text)") else 3), err
+    assert sorted(out.splitlines()) == lines_of(3)
+    assert err.count("Traceback (most recent call last)") == (road == "raise"), err
+
+
+def mpi_finalize(how: str) -> None:
+    mpi = importlib.import_module("mpi4py.MPI")
+    par = MPIParallelizer()
+    main = par.on_main
+    assert par.run(maps_with, abs, 100) == ([*range(100)] if main else par.InWorkerProcess)
+    if how == "at exit":
+        importlib.import_module("atexit").register(mpi.Finalize)
+    else:
+        time.sleep(par.id / 4)
+        mpi.Finalize()
+        for call in (par.wait, functools.partial(par.run, ranks), par.serve):
+            with pytest.raises(ContractError, match="has been freed"):
+                call()
+        with pytest.raises(ParallelizerError, match="MPI has been finalized"):
+            MPIParallelizer()
+    print_on_main("well", par)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("how", ["by the program", "at exit"])
+def test_a_program_may_finalize_mpi_itself(how: str) -> None:
+    call = f"import test_parallelizer as t; t.mpi_finalize({how!r})"
+    code, out, err = finish("-c", call, ranks=3, limit=60)
+    assert (code, out) == (0, "well\n"), err
+
+
+def mpi_uninitialized() -> None:
+    importlib.import_module("mpi4py").rc.initialize = False
+    with pytest.raises(ParallelizerError, match=r"MPI is not initialized.*MPI.Init\(\)"):
+        MPIParallelizer()
+    mpi = importlib.import_module("mpi4py.MPI")
+    mpi.Init()
+    par = MPIParallelizer()
+    print_on_main(par.run(ranks), par)
+    mpi.Finalize()  # which is the program's then, too
+
+
+def test_mpi_that_is_not_initialized_is_told() -> None:
+    call = "import test_parallelizer as t; t.mpi_uninitialized()"
+    code, out, err = finish("-c", call, ranks=2, limit=60)
+    assert (code, out) == (0, "[0, 1]\n"), err
+
+
+def mpi_other_ends() -> None:
+    """What is no end of the program has no status."""
+    par = MPIParallelizer()
+    if par.id == 1:
+        with contextlib.suppress(SystemExit):
+            sys.exit(3)
+        thread = threading.Thread(target=sys.exit, args=(3,))
+        thread.start()
+        thread.join()
+    time.sleep(2 if par.on_main else 0)
+    print_on_main("well", par)
+
+
+def test_an_exit_that_does_not_end_the_program_does_not_end_the_mpi_job() -> None:
+    call = "import test_parallelizer as t; t.mpi_other_ends()"
+    code, out, err = finish("-c", call, ranks=2, limit=60)
+    assert (code, out) == (0, "well\n"), err
 
 
 # -- what is left over ---------------------------------------------------------------------------
