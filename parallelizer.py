@@ -4094,6 +4094,7 @@ class MPICommunicator(Communicator):
         self._groups = {self.members: self._bulk}
         self._counters: dict[tuple[int, ...], Any] = {}
         self._status = mpi.Status()
+        self._sent, self._taken = [0] * self.world_size, [0] * self.world_size  # letters
         self.closed = False
         self._spins = 0
         self._bulk_tag = 0
@@ -4182,6 +4183,7 @@ class MPICommunicator(Communicator):
         content = bytearray(status.Get_count(self._mpi.BYTE))
         source = status.Get_source()
         self._letters.Recv([content, self._mpi.BYTE], source)
+        self._taken[source] += 1
         letter = _Letter(content, functools.partial(self._receive_parts, source))
         verb = letter.call.verb
         if self.process > 0 or verb in ("send", *_WORDS):
@@ -4258,6 +4260,7 @@ class MPICommunicator(Communicator):
         # Of a synchronous one it is known when it has been taken in, so that they do not pile up.
         send = self._letters.Issend if synchronous else self._letters.Isend
         self._keep([send([letter, self._mpi.BYTE], process)], letter)
+        self._sent[process] += 1
         if riding == len(parts):
             return collections.deque()
         following = (
@@ -4381,8 +4384,11 @@ class MPICommunicator(Communicator):
     def _group(self) -> Any:
         """The communicator of the members, who have agreed and make it when they first need it."""
         if self.members not in self._groups:
-            group = self._letters.Get_group().Incl(list(self.members))
+            everyone = self._letters.Get_group()
+            group = everyone.Incl(list(self.members))
             self._groups[self.members] = self._letters.Create_group(group)
+            group.Free()
+            everyone.Free()
         return self._groups[self.members]
 
     def broadcast(self, message: Message | None) -> Message:
@@ -4505,6 +4511,15 @@ class MPICommunicator(Communicator):
             self.tell_all("all left")
         return self._all_left
 
+    def free(self) -> None:
+        """Give back what MPI keeps for it: all ranks come here, and run nothing any more."""
+        if not self.closed:
+            self._take_in_the_rest()
+            self.free_windows()
+            for comm in (self._letters, *self._groups.values()):
+                comm.Free()
+            self.closed = True
+
     def free_windows(self) -> None:
         """What MPI_Finalize would not do."""
         for window in self._counters.values():
@@ -4512,11 +4527,33 @@ class MPICommunicator(Communicator):
             window.Free()
         self._counters.clear()
 
+    def _take_in_the_rest(self) -> None:
+        """Leave nothing under way: MPI could hand it to a later communicator in this one's place.
+
+        When all are here, nobody sends any more, and each can be told how much is to come.
+        """
+        self._next_run(self.run + 1)
+        barrier = self._bulk.Ibarrier()
+        others = [process for process in range(self.world_size) if process != self.process]
+        self._wait_until(barrier.Test, lambda: others, "Free of its communicator")
+        sent, due = np.array([self._sent, self._taken], np.int64)
+        kind = self._mpi.INT64_T
+        exchange = self._bulk.Ialltoall([sent, kind], [due, kind])
+        self.listen(
+            math.inf,
+            lambda: (
+                exchange.Test()
+                and self._taken == due.tolist()
+                and not (self._words or self._is_receiving())
+                and all(self._are_done(requests) for requests, _ in self._sending)
+            ),
+        )
+
     def check_is_open(self) -> None:
         if self.closed:
             raise ContractError(
-                "the communicator of this MPIParallelizer has been freed by MPI.Finalize(), so "
-                "that it cannot be used any more; call that last"
+                "the communicator of this MPIParallelizer has been freed, by its Free() or by "
+                "MPI.Finalize(), so that it cannot be used any more; free it last"
             )
 
     def enter(self, verb: str) -> Communicator:
@@ -4718,6 +4755,13 @@ class _JobEnd:
         if not self._listen(patience, lambda: can_come and all(has_left() for has_left in left)):
             ended = f"### rank {world.rank} ended its program with status {status}"
             _abort_mpi_job(mpi, status, f"{ended} while others go on")
+
+    def free(self, communicator: MPICommunicator) -> None:
+        """Free what MPI keeps for it, together with its other ranks."""
+        with self._no_way_out():
+            communicator.free()
+        if communicator in self.communicators:
+            self.communicators.remove(communicator)
 
     @contextlib.contextmanager
     def _no_way_out(self) -> Iterator[None]:
@@ -6942,7 +6986,16 @@ def _connected(mpi: Any, comm: Any) -> MPICommunicator:
 
 @functools.cache
 def _keyval(mpi: Any) -> int:
-    return mpi.Comm.Create_keyval()  # type: ignore[no-any-return]
+    """Of that attribute; it is deleted by the `Free` of the communicator that has it."""
+
+    def disconnect(*attribute: Any) -> None:
+        communicator = attribute[-1]
+        if mpi.COMM_WORLD.Get_size() > 1:
+            _job_end().free(communicator)
+        else:
+            communicator.free()
+
+    return mpi.Comm.Create_keyval(delete_fn=disconnect)  # type: ignore[no-any-return]
 
 
 @functools.cache

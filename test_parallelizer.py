@@ -7002,7 +7002,7 @@ def mpi_finalize(how: str) -> None:
         time.sleep(par.id / 4)
         mpi.Finalize()
         for call in (par.wait, functools.partial(par.run, ranks), par.serve):
-            with pytest.raises(ContractError, match="has been freed"):
+            with pytest.raises(ContractError, match=r"has been freed, by .* or by MPI.Finalize"):
                 call()
         with pytest.raises(ParallelizerError, match="MPI has been finalized"):
             MPIParallelizer()
@@ -7051,6 +7051,56 @@ def test_an_exit_that_does_not_end_the_program_does_not_end_the_mpi_job() -> Non
     call = "import test_parallelizer as t; t.mpi_other_ends()"
     code, out, err = finish("-c", call, ranks=2, limit=60)
     assert (code, out) == (0, "well\n"), err
+
+
+def leaves_mail(*, parallelizer: Par) -> Any:
+    """What nobody receives must not come to the next communicator."""
+    right = (parallelizer.id + 1) % parallelizer.nprocs
+    parallelizer.send(np.zeros(50_000), right)
+    parallelizer.send("unread", right)
+    return parallelizer.allgather(parallelizer.id)
+
+
+def mpi_free(rounds: int) -> None:
+    world = importlib.import_module("mpi4py.MPI").COMM_WORLD
+    par = MPIParallelizer()
+    for number in range(rounds):
+        comm = world.Dup()
+        par = MPIParallelizer(comm)
+        if number % 50 == 0:
+            par.run(leaves_mail)
+            for members in (None, [0, 1]):
+                par.run(maps_with, abs, 10, comm=members)
+            with pytest.raises(Odd):
+                par.run(faulty, "raise", [1], "gather")
+        assert par.run(ranks) == ([0, 1, 2] if par.on_main else par.InWorkerProcess)
+        comm.Free()
+    for call in (par.wait, functools.partial(par.run, ranks)):
+        with pytest.raises(ContractError, match="has been freed"):
+            call()
+    print_on_main("well", MPIParallelizer())
+
+
+@pytest.mark.timeout(200)
+def test_free_of_a_communicator_frees_what_was_made_for_it() -> None:
+    call = "import test_parallelizer as t; t.mpi_free(1030)"  # MPICH has 2048
+    code, out, err = finish("-c", call, ranks=3, limit=180)
+    assert (code, out) == (0, "well\n"), err
+
+
+def mpi_free_alone() -> None:
+    comm = importlib.import_module("mpi4py.MPI").COMM_WORLD.Dup()
+    par = MPIParallelizer(comm)
+    if par.on_main:
+        comm.Free()
+
+
+def test_free_on_one_rank_alone_is_told() -> None:
+    call = "import test_parallelizer as t; t.mpi_free_alone()"
+    code, _, err = finish("-c", call, ranks=2, limit=60)
+    assert code == 1
+    told = "rank 1 ended its program while rank 0 waits in Free of its communicator"
+    assert err.count(told) == 1, err
 
 
 # -- what is left over ---------------------------------------------------------------------------
