@@ -1660,13 +1660,24 @@ def _deadlock_error(circle: tuple[_Wait, ...]) -> ContractError:
     )
     waits = f"rank {waiter.process} waits in {waiter.doing}"
     if other.doing in gone:
-        return ContractError(f"rank {other.process} {gone[other.doing]} while {waits}")
-    if disagree(waiter, other):
-        return ContractError(
-            f"rank {other.process} {other.call} where rank {waiter.process} {waiter.call}"
-        )
-    return ContractError(
-        f"rank {other.process} waits in {other.doing} while {waits}: neither can go on"
+        told = f"rank {other.process} {gone[other.doing]} while {waits}"
+    elif disagree(waiter, other):
+        told = f"rank {other.process} {other.call} where rank {waiter.process} {waiter.call}"
+    else:
+        told = f"rank {other.process} waits in {other.doing} while {waits}: neither can go on"
+    words = {w.doing if w.doing in ("exit", "serve") else w.call.verb for w in (waiter, other)}
+    advice = _advice_to_serve(words, min(waiter.call.depth, other.call.depth))
+    return ContractError(f"{told}{advice}")
+
+
+def _advice_to_serve(words: set[str], depth: int) -> str:
+    """For workers that wait, serve or leave, as with other pools, while main alone maps."""
+    taken_for_a_pool = words & {"map", "imap"} and words & {"wait", "exit"}
+    if depth > 0 or not (taken_for_a_pool or "serve" in words):
+        return ""
+    return (
+        "; if main alone is to map, or to run, while the others serve it, call "
+        "ClientServerRunner(client).run() on all ranks"
     )
 
 
@@ -1876,6 +1887,7 @@ class Communicator(abc.ABC):
         self.spokesman: int | None = None  # who has failed, where all agree on that
         self.calls = 0  # of verbs, in all
         self.runner: int | None = None  # the thread that executes a run
+        self.drives_others = False  # on main, for as long as they serve
         self.in_task: int | None = None  # the thread on which a function that `map` calls executes
         self.most_tickets = _MOST_TICKETS
         self._turn = 0
@@ -2425,7 +2437,8 @@ class Communicator(abc.ABC):
         if call.verb == "return":
             where = "returned" if self.call.verb == "return" else f"waits in {self._doing('')}"
             return ContractError(f"rank {process} {call} while rank {self.process} {where}")
-        return ContractError(f"rank {process} {call} where rank {self.process} {mine}")
+        advice = _advice_to_serve({call.verb, mine.verb}, call.depth)
+        return ContractError(f"rank {process} {call} where rank {self.process} {mine}{advice}")
 
     # -- waiting ------------------------------------------------------------------------------
 
@@ -2485,6 +2498,8 @@ class Communicator(abc.ABC):
     def _doing(self, doing: str) -> str:
         if doing or self.call.verb == "return":
             return doing or "return"
+        if self._idle and self.process > 0:
+            return "serve"
         return f"{self.call.verb} #{self.call.number}"
 
     def _raise_timeout(self, awaited: Iterable[int], doing: str) -> NoReturn:
@@ -4794,8 +4809,8 @@ class Parallelizer:
     on any process ends the run on every process, and main gets the exception.
     """
 
-    # Whether the others wait for commands, so that main calls alone what is outside a run; and
-    # whether the processes may be on several machines.
+    # Whether the others always wait for commands, so that main calls alone what is outside a run;
+    # and whether the processes may be on several machines.
     _drives_workers = False
     _spans_hosts = False
 
@@ -5040,7 +5055,7 @@ class Parallelizer:
         self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
     ) -> None:
         """Have these ranks take part in a run, where they wait to be told."""
-        if self._drives_workers:
+        if self._drives_workers or communicator.drives_others:
             what = "the function that is run or mapped, or its arguments"
             sent = (_arithmetic_of_caller(), work)
             packed = _for_each(_pack(sent, what), sent, what, communicator, len(ranks) - 1 or 1)
@@ -5110,6 +5125,11 @@ class Parallelizer:
         communicator = self._communicator()
         if communicator.process == 0:
             return
+        if self._runs_here():
+            raise ContractError(
+                "serve was called inside run, where main takes part in the function and does not "
+                "drive the others; call it, or ClientServerRunner without a server, outside run"
+            )
         runner, communicator.runner = communicator.runner, threading.get_ident()
         try:
             while (message := communicator.next_command()) is not None:
@@ -5660,7 +5680,9 @@ class Parallelizer:
 
     def _main_is_alone(self) -> bool:
         """Whether main calls what all processes call inside `run`."""
-        return not self._runs_here() and (self._comm is None or self._drives_workers)
+        if self._runs_here():
+            return False
+        return self._comm is None or self._drives_workers or self._comm.drives_others
 
     def _in_task(self) -> bool:
         return self._comm is not None and self._comm.in_task == threading.get_ident()
@@ -6928,14 +6950,18 @@ class MPIParallelizer(Parallelizer):
     def _others_serving(self) -> Iterator[None]:
         """On main, while the other ranks `serve`."""
         communicator = self._communicator()
-        self._drives_workers = True
+        # A client within a client, whose end is not theirs; inside run, they refuse to serve.
+        if communicator.drives_others or self._runs_here():
+            yield
+            return
+        communicator.drives_others = True
         try:
             yield
         finally:
             try:
                 self._end_stream()
             finally:
-                self._drives_workers = False
+                communicator.drives_others = False
                 communicator.command(None)
 
 

@@ -2940,6 +2940,38 @@ def test_an_open_parallelizer_is_driven_by_main(own: str) -> None:
         assert alone(2, parallelizer=p) == driven(p)
 
 
+def clients_within(*, parallelizer: Par) -> Any:
+    """Their ends are not that of the workers' service."""
+    results = [drive(parallelizer, alone, 2)]
+    error = caught_from(ClientServerRunner(fails_as_a_client, parallelizer=parallelizer).run)
+    assert isinstance(error, JobError)
+    parallelizer.serve()
+    if UNDER_MPI:  # another one of the same ranks
+        with MPIParallelizer() as other:
+            results += [drive(other, alone, 2), alone(2, parallelizer=other)]
+    return [*results, alone(2, parallelizer=parallelizer)]
+
+
+def test_clients_within_a_client(p: Par) -> None:
+    results = drive(p, clients_within)
+    expect(p, results, [driven(p)] * (4 if UNDER_MPI else 2))
+    expect_to_work(p)
+
+
+def serves(how: str, *, parallelizer: Par) -> Any:
+    if how == "client":
+        return drive(parallelizer, returns)
+    return parallelizer.serve()
+
+
+@pytest.mark.parametrize("how", ["serve", "client"])
+def test_nobody_serves_inside_run(p: Par, how: str) -> None:
+    if p.nprocs > 1:
+        assert "serve was called inside run" in expect_failure(p, ContractError, serves, how)
+    else:
+        p.run(serves, how)
+
+
 def client(*, parallelizer: Par) -> Any:
     assert parallelizer.on_main
     for rank in range(1, parallelizer.nprocs):
@@ -6783,6 +6815,31 @@ def test_a_program_that_ends_early_is_told(verb: str, told: str) -> None:
     code, _, err = finish("-c", call, ranks=3, limit=60)
     assert code != 0
     assert err.count(f"ContractError: {told}\n") == 1, err
+
+
+def mpi_idiom(idiom: str, verb: str) -> None:
+    """What other pools have workers do while main maps."""
+    par = MPIParallelizer()
+    if not par.on_main:
+        if idiom != "sys.exit":
+            getattr(par, idiom)()
+        sys.exit(0)
+    list(getattr(par, verb)(abs, range(10)))
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("verb", ["map", "imap"])
+@pytest.mark.parametrize("idiom", ["wait", "sys.exit", "serve"])
+def test_who_takes_mpi_for_a_pool_is_told_of_client_and_server(idiom: str, verb: str) -> None:
+    call = f"import test_parallelizer as t; t.mpi_idiom({idiom!r}, {verb!r})"
+    code, _, err = finish("-c", call, ranks=3, limit=60)
+    assert code == 1
+    told = {"wait": "called wait #1 where", "sys.exit": "ended its program while",
+            "serve": "waits in serve while"}  # fmt: skip
+    (line,) = [line for line in err.splitlines() if "ContractError: " in line]
+    assert told[idiom] in line
+    assert verb in line
+    assert "call ClientServerRunner(client).run() on all ranks" in line
 
 
 def mpi_late(late: int) -> None:
