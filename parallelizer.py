@@ -185,8 +185,13 @@ class RunEnded(BaseException):
     """Unwinds a function whose run has failed on another process; nobody needs to catch it.
 
     Not an `Exception`, so that the function's own ``except Exception`` lets it pass: the run is
-    over, whatever the function thinks of it.
+    over, whatever the function thinks of it. It names the communicator whose run has ended, since
+    it may have to unwind runs of other parallelizers that the function has begun.
     """
+
+    def __init__(self, communicator: Communicator | None = None) -> None:
+        super().__init__()
+        self.communicator = communicator
 
 
 class Failure(NamedTuple):
@@ -2173,6 +2178,8 @@ class Communicator(abc.ABC):
                 return self._complete(parcel, 0)
             except (RunEnded, ParallelizerError) as error:
                 self.fail_run(error)
+                if self.ends_outer_run(error):
+                    raise
 
     @_context
     def _idling(self) -> Iterator[None]:
@@ -2272,8 +2279,8 @@ class Communicator(abc.ABC):
     def _call_off(self, error: BaseException) -> BaseException:
         """On main: have all leave the run, and find the failure that is to be told."""
         failures = self._end.failures
-        if not isinstance(error, RunEnded) or not failures:  # it may be an outer run's
-            failures[0] = error
+        if not self._ends_own_run(error):
+            failures[0] = self._for_others(error)
         try:
             self._make_all_leave(error)
         finally:  # whatever interrupts that, the others wait for the verdict
@@ -2286,7 +2293,23 @@ class Communicator(abc.ABC):
             summary = other.summary if isinstance(other, Failure) else _summary(other)
             _add_note(raised, f"rank {rank} failed too: {summary}")
         failures.clear()
-        return raised
+        return error if self.ends_outer_run(error) else raised
+
+    def _ends_own_run(self, error: BaseException) -> bool:
+        return isinstance(error, RunEnded) and error.communicator is self
+
+    def ends_outer_run(self, error: BaseException) -> bool:
+        """Whether it unwinds this run along with the one in which it was begun, as it must."""
+        return isinstance(error, RunEnded) and error.communicator is not self
+
+    def _for_others(self, error: BaseException) -> BaseException:
+        """What other members are told, who may have no part in an outer run."""
+        if not self.ends_outer_run(error):
+            return error
+        return ContractError(
+            f"rank {self.process} left the run, because an outer one, in which it was begun, has "
+            f"failed: see the error of that"
+        )
 
     def _make_all_leave(self, error: BaseException) -> None:
         """On main: return when all have left the run, or have not within the time they get."""
@@ -2327,11 +2350,11 @@ class Communicator(abc.ABC):
 
     def _leave_early(self, error: BaseException) -> BaseException:
         """Elsewhere: tell main; return what is to be raised, which under MPI main decides."""
-        if isinstance(error, RunEnded) or self._end.called_off:
+        if self._ends_own_run(error) or self._end.called_off:
             self._tell(0, "return", b"-")  # main only waits for this process to leave
         else:
             self._unheard = True
-            self._tell_failure([0], "failed", error)
+            self._tell_failure([0], "failed", self._for_others(error))
         return self._hear_verdict(error) if self.spmd else error
 
     def _hear_verdict(self, error: BaseException) -> BaseException:
@@ -2339,16 +2362,16 @@ class Communicator(abc.ABC):
         if self.listen(_GRACE, lambda: self._end.called_off):
             self.listen(math.inf, lambda: self._end.told)
         verdict = self._end.verdict
-        if verdict is None:
+        if verdict is None or self.ends_outer_run(error):
             return error
         self.spokesman = verdict.rank
-        own = verdict.rank == self.process and not isinstance(error, RunEnded)
+        own = verdict.rank == self.process and not self._ends_own_run(error)
         return error if own else verdict.exception()
 
     def _raise_failure(self) -> None:
         """Raise where the current run is known to have failed."""
         if self._in_run and self._end.called_off:
-            raise RunEnded
+            raise RunEnded(self)
 
     @_context
     def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
@@ -2418,9 +2441,12 @@ class Communicator(abc.ABC):
     def __enter__(self) -> Communicator:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # A KeyboardInterrupt may have come between two steps of the protocol.
-        if kind is not None and not issubclass(kind, (Exception, RunEnded)):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
+        # What a signal raises, a KeyboardInterrupt or the end of an outer run, may have come
+        # between two steps of the protocol.
+        if error is not None and not (isinstance(error, Exception) or self._ends_own_run(error)):
             self._broken = True
         self.account.collectives += time.perf_counter() - self._entered_at
         self._entered_at = 0.0
@@ -3098,20 +3124,25 @@ def _interrupt(pid: int | None) -> None:
 
 
 # The communicators of this process that such a signal may concern, and who handled it before:
-# perhaps another copy of this module.
+# perhaps another copy of this module. There are several where a handler was put over this one.
 _LISTENING: list[Communicator] = []
-_HANDLER_BEFORE: list[Any] = []
+_HANDLERS_BEFORE: list[Any] = []
 
 
 def _on_interrupt(signum: int, frame: types.FrameType | None) -> None:
     for communicator in _LISTENING:
         communicator.news = True
-    for handler in _HANDLER_BEFORE:
-        if callable(handler):
-            handler(signum, frame)
-    for communicator in _LISTENING:
-        if communicator.interruptible:
-            communicator.heed_news()
+    # None are left meanwhile, because one of them may call the one before it, which is this one.
+    before, _HANDLERS_BEFORE[:] = list(_HANDLERS_BEFORE), []
+    try:
+        for handler in before:
+            if callable(handler):
+                handler(signum, frame)
+    finally:
+        _HANDLERS_BEFORE[:] = before
+        for communicator in _LISTENING:  # the outermost run first
+            if communicator.interruptible:
+                communicator.heed_news()
 
 
 def _on_main_thread() -> bool:
@@ -3124,7 +3155,7 @@ def _listen(communicator: Communicator) -> None:
     if _URGENT is None or not _on_main_thread():
         return
     if signal.getsignal(_URGENT) is not _on_interrupt:
-        _HANDLER_BEFORE[:] = [signal.signal(_URGENT, _on_interrupt) or signal.SIG_DFL]
+        _HANDLERS_BEFORE.append(signal.signal(_URGENT, _on_interrupt) or signal.SIG_DFL)
     _LISTENING.append(communicator)
 
 
@@ -3134,7 +3165,7 @@ def _stop_listening(communicator: Communicator) -> None:
         if _LISTENING or _URGENT is None or not _on_main_thread():
             return
         if signal.getsignal(_URGENT) is _on_interrupt:
-            signal.signal(_URGENT, _HANDLER_BEFORE.pop())
+            signal.signal(_URGENT, _HANDLERS_BEFORE.pop())
 
 
 def _signal_at_eof(file: int, signum: int) -> None:
@@ -3835,19 +3866,20 @@ def _shielded_start(method: str | None) -> Iterator[None]:
     The same holds for the fork server, and for its later children.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if _POSIX else set()
+    deferred = _requests() | ({_URGENT} if _URGENT is not None else set())
     held: set[int] = set()
     handlers: dict[int, Any] = {}
     try:
         if _POSIX:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _requests())  # children inherit the mask
+            signal.pthread_sigmask(signal.SIG_BLOCK, deferred)  # children inherit the mask
         if _POSIX and method != "fork":
             # It keeps the mask, so that no signal to all processes ends it; but it unblocks some.
             importlib.import_module("multiprocessing.resource_tracker").ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, _requests())
+            signal.pthread_sigmask(signal.SIG_BLOCK, deferred)
         if _POSIX and _on_main_thread():
             # A thread of a BLAS library may still take a signal, upon which Python calls its
             # handler on this one.
-            for number in _requests():
+            for number in deferred:
                 handler = signal.getsignal(number)
                 if callable(handler) and handler is not _leave_to_main:
                     handlers[number] = handler
@@ -6599,9 +6631,12 @@ class _Dealer:
 
     def _dismiss(self) -> None:
         # Not after a failure, which the workers hear of anyway, or an interrupted call.
-        with contextlib.suppress(RunEnded, ContractError):
+        try:
             for rank in self._supply if self._comm.is_running(self._run) else ():
                 self._send(rank, None)
+        except (RunEnded, ContractError) as error:
+            if self._comm.ends_outer_run(error):
+                raise
 
     def _next_finished(self) -> list[Any] | None:
         """The results to be yielded next; None after the last."""

@@ -7622,3 +7622,130 @@ def test_a_copy_under_another_name_passes_the_tests(
 
 if __name__ == "__main__":
     sys.exit(run_as_rank(Path(sys.argv[1]), *sys.argv[2:]))
+
+
+def wait_for_file(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+def computes_for_a_minute(minutes: float = 1) -> None:
+    deadline = time.monotonic() + 60 * minutes
+    while time.monotonic() < deadline:
+        pass
+
+
+def leaves_an_outer_run(how: str, began: Path, *, parallelizer: Par) -> None:
+    if not parallelizer.on_main:
+        if how == "unwinds":
+            raise ValueError("of the inner run")
+        computes_for_a_minute()
+    if how != "unwinds":
+        began.touch()
+    if how == "computes":
+        computes_for_a_minute()
+    try:
+        parallelizer.gather(0)
+    finally:
+        if how == "unwinds":
+            with contextlib.suppress(internals.RunEnded):  # of the inner run, once more
+                computes_for_a_minute(1 / 30)
+            began.touch()
+            computes_for_a_minute()
+
+
+def has_a_pool_of_its_own(where: int, how: str, folder: Path, *, parallelizer: Par) -> None:
+    if parallelizer.id != where:
+        wait_for_file(folder / "began")
+        raise KeyError("of the outer run")
+    with MultiprocessingParallelizer(2) as inner:
+        inner.run(ranks)
+        with contextlib.suppress(Exception):
+            inner.run(leaves_an_outer_run, how, folder / "began")
+        (folder / "went on").touch()
+
+
+@pytest.mark.parametrize("how", ["computes", "waits", "unwinds"])
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_the_end_of_an_outer_run_passes_through_an_inner_pool(
+    method: str, where: int, how: str, tmp_path: Path
+) -> None:
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        before = par.run(pids)
+        with pytest.raises(KeyError, match="of the outer run"):
+            par.run(has_a_pool_of_its_own, where, how, tmp_path)
+        assert not (tmp_path / "went on").exists()
+        assert par.run(pids) == before  # else it would have had to be killed
+
+
+def takes_part_in_an_outer_gather(ranks: int, outer: Par, *, parallelizer: Par) -> None:
+    if parallelizer.id < ranks:
+        outer.gather(0)
+    parallelizer.gather(0)
+
+
+def has_an_inner_run_of_two(inner: Par | None, ranks: int, *, parallelizer: Par) -> None:
+    if inner is None:
+        raise KeyError("of the outer run")
+    with contextlib.suppress(Exception):
+        inner.run(takes_part_in_an_outer_gather, ranks, parallelizer)
+    if parallelizer.on_main:  # the other one need not have heard of it yet
+        print("went on", flush=True)
+
+
+def mpi_outer_end() -> None:
+    mpi: Any = importlib.import_module("mpi4py.MPI")
+    world = MPIParallelizer()
+    part = mpi.COMM_WORLD.Split(0 if world.id < 2 else mpi.UNDEFINED)
+    inner = MPIParallelizer(comm=part) if world.id < 2 else None
+    for ranks_in_the_outer in (1, 2):
+        with pytest.raises(KeyError, match="of the outer run"):
+            world.run(has_an_inner_run_of_two, inner, ranks_in_the_outer)
+    if isinstance(all_ranks := world.run(ranks), list):
+        print(all_ranks)
+
+
+def test_the_end_of_an_outer_run_passes_through_a_run_of_some_mpi_ranks() -> None:
+    out = run_program("-c", "import test_parallelizer as t; t.mpi_outer_end()", ranks=3)
+    assert out == "[0, 1, 2]\n"
+
+
+def fails_while_main_computes(*, parallelizer: Any) -> None:
+    if not parallelizer.on_main:
+        raise KeyError("of a worker")
+    computes_for_a_minute()
+
+
+def crossed_handlers() -> None:
+    """Two copies of the module, and handlers of the user's below and above theirs."""
+    spec = importlib.util.spec_from_file_location("vendored", HERE / "parallelizer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    vendored = sys.modules["vendored"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(vendored)
+    heard: list[str] = []
+
+    def chained(number: int, frame: Any) -> None:
+        heard.append("above")
+        before(number, frame)
+
+    signal.signal(signal.SIGURG, lambda *_: heard.append("below"))
+    with contextlib.ExitStack() as stack:
+        kinds = (MultiprocessingParallelizer, vendored.MultiprocessingParallelizer)
+        pools = [stack.enter_context(kind(2)) for kind in kinds]
+        before: Any = signal.signal(signal.SIGURG, chained)
+        pools += [stack.enter_context(kind(2)) for kind in kinds]
+        for pool in pools:
+            heard.clear()
+            with pytest.raises(KeyError, match="of a worker"):
+                pool.run(fails_while_main_computes)
+            assert heard == ["below", "above"] * (len(heard) // 2) != []
+            pool.run(ranks)
+    assert signal.getsignal(signal.SIGURG) is chained
+
+
+def test_handlers_that_call_each_other_end_a_run_once() -> None:
+    run_program("-c", "import test_parallelizer as t; t.crossed_handlers()")
