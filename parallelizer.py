@@ -64,6 +64,7 @@ import contextvars
 import copy
 import copyreg
 import enum
+import errno
 import functools
 import importlib
 import io
@@ -105,19 +106,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Call",
     "ClientServerRunner",
     "Communicator",
     "ContractError",
-    "Failure",
-    "GatherPlan",
     "MPIParallelizer",
-    "Message",
     "MultiprocessingParallelizer",
     "PackingError",
     "Parallelizer",
     "ParallelizerError",
-    "Parcel",
     "RankStats",
     "RemoteTraceback",
     "RunEnded",
@@ -2832,7 +2828,7 @@ class PipeCommunicator(Communicator):
         self,
         process: int,
         port: _Port,
-        slots: _SharedSlots | None,
+        slots: _SharedSlots,
         tickets: _Tickets | None,
         timeout: float | None,
     ) -> None:
@@ -2846,7 +2842,7 @@ class PipeCommunicator(Communicator):
         self._outbox: dict[int, collections.deque[bytes]] = {
             member: collections.deque() for member in self.members
         }
-        self._readers: list[set[int]] = [set() for _ in range(_SLOTS if slots else 0)]
+        self._readers: list[set[int]] = [set() for _ in range(_SLOTS)]
 
     def cut_off(self) -> None:
         super().cut_off()
@@ -2912,7 +2908,6 @@ class PipeCommunicator(Communicator):
         if slot == _INLINE:
             self._feed(source, stream, incoming, body[_DATA_HEAD.size :])
             return
-        assert self._slots is not None
         data = self._slots.slot(source, slot)[:size]
         # The sender may be ahead: in a run that this process has yet to begin.
         release = functools.partial(self._write, source, _RELEASE, run, _RELEASE_HEAD.pack(slot))
@@ -2969,13 +2964,10 @@ class PipeCommunicator(Communicator):
         body, parts = self._start_of(parcel)
         stream = self._stream  # as to wait for room may come to send words
         self._write_all(processes, _START, body)
-        for chunk in _chunks(parts, _SLOT_BYTES if self._readers else _INLINE_BYTES):
+        for chunk in _chunks(parts, _SLOT_BYTES):
             self._transmit_chunk(processes, stream, chunk)
 
     def _transmit_chunk(self, processes: Sequence[int], stream: int, chunk: list[_Bytes]) -> None:
-        if self._slots is None:
-            self._write_all(processes, _DATA, _inline(stream, chunk))
-            return
         index = self._free_slot()
         slot, position = self._slots.slot(self.process, index), 0
         for piece in chunk:
@@ -3183,7 +3175,7 @@ class _WorkerSetup(NamedTuple):
     parallelizer: MultiprocessingParallelizer
     process: int
     port: _Port
-    slots: _SharedSlots | None
+    slots: _SharedSlots
     tickets: _Tickets | None
     life: Connection
     main_pid: int
@@ -3381,8 +3373,7 @@ class _Workers:
                 port.inbox.close()
             if self.tickets is not None:
                 self.tickets.close()
-            if self.slots is not None:
-                self.slots.close()
+            self.slots.close()
 
 
 class _Guard:
@@ -3818,12 +3809,19 @@ def _new_port(inbox: Connection, outboxes: Sequence[Connection]) -> _Port:
     return _Port(inbox, outboxes) if _POSIX else _WindowsPort(inbox, outboxes)
 
 
-def _shared_slots(nprocs: int) -> _SharedSlots | None:
+def _shared_slots(nprocs: int) -> _SharedSlots:
     try:
         return _SharedSlots(nprocs)
     except (OSError, ValueError) as why:
-        _logger().warning("no shared memory (%s): buffers go through pipes, which is slower", why)
-        return None
+        if isinstance(why, OSError) and why.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        size = nprocs * _SLOTS * _SLOT_BYTES >> 20
+        raise ParallelizerError(
+            f"no shared memory for {nprocs} processes: {why}. They need {size} MiB of "
+            f"it. Likely cause: a limit of the size of files (ulimit -f) or of memory (ulimit -v), "
+            f"or a full disk; raise the limit, use a smaller nprocs, or set TMPDIR to where there "
+            f"is room"
+        ) from why
 
 
 def _out_of_resources(nprocs: int, why: OSError) -> ParallelizerError:

@@ -6215,13 +6215,6 @@ def test_the_branches_of_other_systems(system: str, told: str, tmp_path: Path) -
     assert out.splitlines()[-1] == told
 
 
-SCARCITIES = {
-    "descriptors": "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))",
-    # Nothing larger than this can be made of shared memory either.
-    "shared memory": "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))",
-}
-
-
 def all_verbs(parallelizer: Par) -> Any:
     large = np.arange(2 * MIB)
     assert (parallelizer.broadcast(large if parallelizer.on_main else None) == large).all()
@@ -6232,15 +6225,26 @@ def all_verbs(parallelizer: Par) -> Any:
     return parallelizer.allreduce(parallelizer.id)
 
 
-@pytest.mark.parametrize("scarce", SCARCITIES)
 @pytest.mark.parametrize("method", MULTIPROCESSING)
-def test_scarce_resources(method: str, scarce: str) -> None:
-    call = f"import resource, test_parallelizer as t; {SCARCITIES[scarce]}; "
+def test_64_descriptors_are_enough_for_8_processes(method: str) -> None:
+    call = "import resource, test_parallelizer as t; "
+    call += "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); "
     call += f"print(t.MultiprocessingParallelizer(8, start_method={method!r}).run(t.all_verbs))"
     with started(call) as program:
         out, err = program.communicate(timeout=60)
-        assert (program.returncode, out) == (0, "28\n"), err
-        assert "no shared memory" in err if scarce == "shared memory" else err == ""
+        assert (program.returncode, out, err) == (0, "28\n", "")
+
+
+def test_too_little_shared_memory_is_an_error_that_says_so() -> None:
+    call = "import resource, test_parallelizer as t; "
+    call += "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)); "
+    call += "t.MultiprocessingParallelizer(8).run(t.ranks)"
+    with started(call) as program:
+        _, err = program.communicate(timeout=60)
+        assert program.returncode == 1
+        assert "ParallelizerError: no shared memory for 8 processes" in err
+        assert "need 32 MiB of it" in err
+        assert "ulimit -f" in err
 
 
 def test_too_few_descriptors_are_an_error_that_says_so() -> None:
