@@ -2385,9 +2385,9 @@ class Communicator(abc.ABC):
         """Within, this process has the number of threads on which all of them agree."""
         return contextlib.nullcontext() if self.limit is None else self.limit.counting()
 
-    def is_running(self, run: int | None = None) -> bool:
-        """Whether a run goes on, or even that one."""
-        return self._in_run and run in (None, self.run)
+    def is_running(self) -> bool:
+        """Whether a run goes on, as it does not between two of them."""
+        return self._in_run
 
     # -- the user's function, and the calls it makes --------------------------------------------
 
@@ -6611,7 +6611,7 @@ class _Dealer:
         self._ordered = ordered
         self._tag = tag
         self._comm = comm
-        self._run = comm.run
+        self._begun = comm.run, comm.is_running()  # which under MPI may be between two runs
         self._supply = dict.fromkeys(range(1, comm.size), 0)  # chunks that each worker has
         self._dealt: collections.deque[int] = collections.deque()  # chunks not yet yielded
         self._done: dict[int, list[Any]] = {}  # results by the first item of their chunk
@@ -6630,16 +6630,20 @@ class _Dealer:
     def _dismiss(self) -> None:
         # Not after a failure, which the workers hear of anyway, or an interrupted call.
         try:
-            for rank in self._supply if self._comm.is_running(self._run) else ():
+            for rank in () if self._has_ended() else self._supply:
                 self._send(rank, None)
         except (RunEnded, ContractError) as error:
             if self._comm.ends_outer_run(error):
                 raise
 
+    def _has_ended(self) -> bool:
+        """Whether the run is over, or another one goes on, of which nothing is to be taken."""
+        return (self._comm.run, self._comm.is_running()) != self._begun
+
     def _next_finished(self) -> list[Any] | None:
         """The results to be yielded next; None after the last."""
         while True:
-            if self._supply and not self._comm.is_running(self._run):
+            if self._supply and self._has_ended():
                 raise ContractError("the run of this imap has ended, so it has no more results")
             while self._busy() and self._comm.has_arrived(self._busy(), self._tag):
                 self._take_in()

@@ -3893,6 +3893,17 @@ def test_bad_where(p: Par) -> None:
     expect_failure(p, ValueError, prints_to, "nonsense")
 
 
+def test_streams_outside_run(p: Par) -> None:
+    """Which under MPI all ranks call, before the first run and between two of them."""
+    for _ in range(2):
+        for verb in (p.imap, p.imap_unordered):
+            expect(p, sorted(verb(abs, range(-20, 0))), [*range(1, 21)] if p.on_main else [])
+        given_up = p.imap(abs, range(-20, 0))
+        expect(p, next(given_up, None), 20 if p.on_main else None)
+        del given_up
+        expect_to_work(p)
+
+
 OUTSIDE: dict[str, tuple[Any, ...]] = {
     "broadcast": (1,),
     "scatter": ([1],),
