@@ -4998,13 +4998,6 @@ class Parallelizer:
         ------
         The exception of the lowest rank that raised one, caused by a `RemoteTraceback` where
         that was not this process; `WorkerDied`, `ContractError`, `PackingError`, `WaitTimeout`.
-
-        Examples
-        --------
-        >>> def power(base, *, exponent=1, parallelizer=None):
-        ...     return parallelizer.gather(base**exponent)
-        >>> SerialNonParallelizer().run(power, 3, main_kwargs={"exponent": 2})  # on 3: [9, 3, 3]
-        [9]
         """
         if not callable(func):
             raise TypeError(f"run needs a function, not {_describe(func)}")
@@ -5030,14 +5023,7 @@ class Parallelizer:
                 return own(parallelizer=self)
 
     def apply(self, func: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
-        """`run` on a parallelizer that is already up; else a `ContractError`.
-
-        Examples
-        --------
-        >>> with SerialNonParallelizer() as parallelizer:
-        ...     parallelizer.apply(lambda parallelizer: parallelizer.gather("here"))
-        ['here']
-        """
+        """`run` on a parallelizer that is already up; else a `ContractError`."""
         if self._entered == 0 and not self._runs_here():
             raise ContractError(
                 f"apply needs a parallelizer that is up, but {self!r} is not: use run, or open it "
@@ -5127,14 +5113,6 @@ class Parallelizer:
 
         A tuple of `RankStats` by rank, on main; its text is one line. Under MPI, the other ranks
         have one of their own alone.
-
-        Examples
-        --------
-        >>> parallelizer = SerialNonParallelizer()
-        >>> parallelizer.run(lambda parallelizer: parallelizer.map(abs, [-1, 2]))
-        [1, 2]
-        >>> parallelizer.stats[0].tasks
-        2
         """
         if not self._reports:
             return None
@@ -5217,11 +5195,6 @@ class Parallelizer:
         Returns
         -------
         On main `data` itself, on workers a copy of their own.
-
-        Examples
-        --------
-        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.broadcast("hello"))
-        'hello'
         """
         with self._calling("broadcast") as comm:
             return self._from_main(comm, lambda: data if comm.size > 1 else _laid_out(data))
@@ -5267,12 +5240,9 @@ class Parallelizer:
         TypeError
             On every process, where main's `data` is a scalar, a mapping, None or a 0-d array.
 
-        Examples
-        --------
-        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.scatter(range(10)))
-        range(0, 10)
-
-        On three processes the blocks are ``range(0, 4)``, ``range(4, 7)`` and ``range(7, 10)``.
+        Notes
+        -----
+        On three processes the blocks of ``range(10)`` have four, three and three items.
         """
         with self._calling("scatter") as comm:
             if comm.size == 1:
@@ -5310,14 +5280,10 @@ class Parallelizer:
         ValueError
             With `concatenate=True`, on main, where the values do not fit.
 
-        Examples
-        --------
-        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.gather(parallelizer.id))
-        [0]
-        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.gather(np.arange(3)))
-        array([0, 1, 2])
-
-        On three processes these are ``[0, 1, 2]`` and ``array([0, 1, 2, 0, 1, 2, 0, 1, 2])``.
+        Notes
+        -----
+        On three processes ``gather(id)`` is ``[0, 1, 2]``, and ``gather(np.arange(2))`` is
+        ``array([0, 1, 0, 1, 0, 1])``.
         """
         with self._calling("gather") as comm:
             return self._gather(comm, data, concatenate)
@@ -5345,13 +5311,7 @@ class Parallelizer:
         return _combine([data if is_sent else _as_sent(data), *others], concatenate)
 
     def allgather(self, data: Any, *, concatenate: bool | None = None) -> Any:
-        """As `gather`, with the result on every process.
-
-        Examples
-        --------
-        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.allgather("x"))
-        ['x']
-        """
+        """As `gather`, with the result on every process."""
         with self._calling("allgather") as comm:
             values = self._gather(comm, data, False)
             return self._from_main(comm, lambda: _combine(values, concatenate))
@@ -5375,13 +5335,6 @@ class Parallelizer:
         ------
         ValueError
             On every process, where `op` is another word, or shapes differ.
-
-        Examples
-        --------
-        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.reduce(2, "prod"))
-        2
-
-        On three processes it is 8.
         """
         _reduction(op)
         with self._calling("reduce") as comm:
@@ -5391,13 +5344,7 @@ class Parallelizer:
             return results[0] if comm.rank == 0 else Parallelizer.InWorkerProcess
 
     def allreduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
-        """As `reduce`, with the result on every process.
-
-        Examples
-        --------
-        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.allreduce(np.ones(2)))
-        array([1., 1.])
-        """
+        """As `reduce`, with the result on every process."""
         _reduction(op)
         with self._calling("allreduce") as comm:
             return self._from_main(comm, self._folding(comm, data, op))
@@ -5431,14 +5378,6 @@ class Parallelizer:
         ------
         ValueError, PackingError
             Before anything is sent.
-
-        Examples
-        --------
-        >>> def remind_oneself(parallelizer):
-        ...     parallelizer.send("tea", parallelizer.id)
-        ...     return parallelizer.receive(parallelizer.id)
-        >>> SerialNonParallelizer().run(remind_oneself)
-        'tea'
         """
         with self._calling("send") as comm:
             loc, tag = _checked_address(loc, tag, comm.size)
@@ -5452,22 +5391,13 @@ class Parallelizer:
         ------
         ContractError
             Where it can never come: that rank has returned, or waits in turn for this one.
-
-        Examples
-        --------
-        See `send`.
         """
         with self._calling("receive") as comm:
             loc, tag = _checked_address(loc, tag, comm.size)
             return _unpack(comm.receive(loc, tag), f"what rank {loc} sent")
 
     def wait(self) -> None:
-        """Return when every process has called it: a barrier.
-
-        Examples
-        --------
-        >>> SerialNonParallelizer().run(lambda parallelizer: parallelizer.wait())
-        """
+        """Return when every process has called it: a barrier."""
         with self._calling("wait") as comm:
             if comm.size > 1:
                 comm.barrier()
@@ -5496,11 +5426,6 @@ class Parallelizer:
         TypeError
             On every process that calls it, for anything else: an array of objects; a masked
             array, a matrix, a quantity, a table, which are more than the numbers in them.
-
-        Examples
-        --------
-        >>> SerialNonParallelizer().share(np.arange(3)).flags.writeable
-        False
         """
         if self._main_is_alone():
             if self._spans_hosts:
@@ -5520,11 +5445,6 @@ class Parallelizer:
             Who prints.
         *args, **kwargs
             As `print` takes them.
-
-        Examples
-        --------
-        >>> SerialNonParallelizer().print("only once", where="main")
-        only once
         """
         if where not in ("both", "main", "worker"):
             raise ValueError(f"where must be 'both', 'main' or 'worker', not {where!r}")
@@ -5550,12 +5470,6 @@ class Parallelizer:
         seed : int or numpy.random.SeedSequence, optional
             The same seed and number of the process give the same stream; None takes fresh
             entropy. For numbers that do not depend on the number of processes, see `map`.
-
-        Examples
-        --------
-        >>> parallelizer = SerialNonParallelizer()
-        >>> parallelizer.rng(1).random() == parallelizer.rng(1).random()
-        True
         """
         return _spawned_rng(seed, _RANK_STREAMS, 0 if self.on_main else self.id)
 
@@ -5934,16 +5848,7 @@ class Parallelizer:
 
     @staticmethod
     def worker_restricted(func: Callable[..., _R]) -> Callable[..., _R]:
-        """As `main_restricted`, for workers only; main gets `InMainProcess`.
-
-        Examples
-        --------
-        >>> @Parallelizer.worker_restricted
-        ... def help_out(*, parallelizer=None):
-        ...     return "done"
-        >>> help_out()
-        <InMainProcess: this is main; the value is on the workers>
-        """
+        """As `main_restricted`, for workers only; main gets `InMainProcess`."""
         return _restricted(func, on_main=False)
 
 
@@ -6701,11 +6606,7 @@ class _Dealer:
 
 
 class SerialNonParallelizer(Parallelizer):
-    """Runs everything in this process; no verb copies or costs anything.
-
-    >>> SerialNonParallelizer().map(abs, [-1, 2])
-    [1, 2]
-    """
+    """Runs everything in this process; no verb copies or costs anything."""
 
     def __init__(self, *, timeout: float | None = None) -> None:
         super().__init__(timeout=timeout)
