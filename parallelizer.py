@@ -744,6 +744,8 @@ class _Pickler(pickle.Pickler):
     It packs what `comm` sends to one receiver, or what stays on this process.
     """
 
+    by_value: ClassVar = False  # whether functions and classes travel, too, and not their names
+
     def __init__(
         self, stream: Any, comm: Communicator | None = None, *, with_causes: bool = True
     ) -> None:
@@ -772,7 +774,19 @@ class _Pickler(pickle.Pickler):
             return self._reduce_exception(obj)
         elif type(obj) in _known_to_multiprocessing():
             return self._reduce_by_multiprocessing(obj)
+        elif isinstance(obj, (type, types.FunctionType)):
+            self._refuse_if_unknown_to_workers(obj)
         return NotImplemented
+
+    def _refuse_if_unknown_to_workers(self, obj: Any) -> None:
+        """A function or class of `__main__`, which by name would be another one there, or none."""
+        of_main = getattr(obj, "__module__", "") == "__main__"
+        if of_main and not self.by_value and any(workers.lack_main for workers in _POOLS):
+            raise pickle.PicklingError(
+                f"{obj.__qualname__} stands in a main program that workers which are not forked "
+                f"cannot import, such as python -m package, standard input, an archive or a "
+                f"notebook"
+            )
 
     def _reduce_exception(self, error: BaseException) -> Any:
         causes = _causes_of(error)
@@ -834,7 +848,45 @@ def _by_value_pickler() -> type[_Pickler]:
 
     # The constructor is `_Pickler`'s, which calls that of cloudpickle as the next one.
     bases = (_Pickler, cloudpickle.Pickler)
-    return type("_ByValuePickler", bases, {"reducer_override": reducer_override})
+    members = {"reducer_override": reducer_override, "by_value": True}
+    return type("_ByValuePickler", bases, members)
+
+
+def _advice_on_cloudpickle(whose: str) -> str:
+    """Of use where it is not installed."""
+    try:
+        _by_value_pickler()
+    except ImportError:
+        return f"; those {whose} travel when cloudpickle is installed (pip install cloudpickle)"
+    return ""
+
+
+def _children_import_main() -> bool:
+    """Whether processes that are spawned import, as `__main__`, what is that here."""
+    if getattr(sys, "frozen", False):  # they run all of it
+        return True
+    from multiprocessing import spawn
+    from pathlib import Path
+
+    told = spawn.get_preparation_data("")
+    # These are not tried: they seldom ask whether they are `__main__`.
+    if "init_main_from_name" in told:
+        return str(told["init_main_from_name"]).rpartition(".")[2] != "__main__"
+    # No file is standard input, a pipe, or what has been deleted.
+    path = Path(told.get("init_main_from_path", ""))
+    return path.is_file() and path.stem != "ipython"
+
+
+@_context
+def _without_main() -> Iterator[None]:
+    """Processes that are spawned within do not die because they cannot find the main program."""
+    main = vars(sys.modules["__main__"])
+    file = main.pop("__file__", _UNSET)
+    try:
+        yield
+    finally:
+        if file is not _UNSET:
+            main["__file__"] = file
 
 
 def _main_is_lost_to_others() -> bool:
@@ -873,11 +925,12 @@ def _pack(obj: Any, what: str, comm: Communicator | None = None) -> Message:
             if missing.name != "cloudpickle":
                 raise
         except Exception as why:  # whatever a user's __reduce__ may raise
-            failure = why if failure is None else failure
+            # By value all functions and classes travel, so what fails then is something else.
+            failure = why if failure is None or by_value else failure
     raise PackingError(
         f"cannot pickle {what} ({_describe(obj)}): {_summary(failure or Exception())}. Nothing "
-        f"was sent. Functions and classes must stand at the top level of a module; lambdas and "
-        f"closures work when cloudpickle is installed (pip install cloudpickle)"
+        f"was sent. Functions and classes must stand at the top level of a module"
+        f"{_advice_on_cloudpickle('of the main program, lambdas and closures')}"
     ) from failure
 
 
@@ -915,8 +968,8 @@ def _unpack(message: Message, what: str) -> Any:
     except Exception as why:  # whatever a user's __setstate__ may raise
         raise PackingError(
             f"{what} arrived but cannot be unpickled: {_summary(why)}. A module may be missing on "
-            f"this process, or a function stand in a notebook, or be defined after this process "
-            f"was started, which cloudpickle helps with (pip install cloudpickle)"
+            f"this process, or a function be defined after this process was started, or under "
+            f"'if __name__ == \"__main__\":'{_advice_on_cloudpickle('of a notebook')}"
         ) from why
 
 
@@ -2148,6 +2201,9 @@ class Communicator(abc.ABC):
 
     # -- the life of a run --------------------------------------------------------------------
 
+    def start_others(self) -> None:  # noqa: B027 - not all transports can
+        """On main, outside a run: start those that are not up."""
+
     def command(self, messages: Sequence[Message] | None) -> None:
         """On main, outside a run: have the serving members begin a run; None stops them.
 
@@ -3077,9 +3133,8 @@ class _MainEnd(PipeCommunicator):
             self._end.called_off = True
         self._end.left.add(process)
 
-    def _begin_on_others(self, command: Sequence[Message]) -> None:
+    def start_others(self) -> None:
         self._workers.start_missing()
-        super()._begin_on_others(command)
 
     def _make_all_leave(self, error: BaseException) -> None:
         doomed = list(self._workers.processes)
@@ -3172,7 +3227,7 @@ def _signal_at_eof(file: int, signum: int) -> None:
 class _WorkerSetup(NamedTuple):
     """All that a worker is born with."""
 
-    parallelizer: MultiprocessingParallelizer
+    parallelizer: bytes  # pickled here, because its class may be of `__main__`
     process: int
     port: _Port
     slots: _SharedSlots
@@ -3198,6 +3253,7 @@ class _Workers:
         import multiprocessing
 
         self._method = method = method or _default_start_method()
+        self.lack_main = False  # whether functions of main's `__main__` are not to be found there
         context = multiprocessing.get_context(method)
         self._timeout = parallelizer.timeout
         self.owned = True
@@ -3248,7 +3304,10 @@ class _Workers:
         parallelizer = self._parallelizer()
         assert parallelizer is not None
         may_harm = self._method == "fork" and not _is_single_threaded()
-        with _shielded_start(self._method), _apart_from_the_mpi_job():
+        self.lack_main = self._method != "fork" and not _children_import_main()
+        main = _without_main() if self.lack_main else contextlib.nullcontext()
+        pickled = _dumps(parallelizer)
+        with _shielded_start(self._method), _apart_from_the_mpi_job(), main:
             if self._method == "forkserver":
                 with _ThreadLimit.set_aside():
                     _fork_server().ensure_running()
@@ -3257,7 +3316,7 @@ class _Workers:
                     pass  # what its dead predecessor has left unread
                 self._ports[process].forget_partial()
                 self._start(_WorkerSetup(
-                    parallelizer, process, self._ports[process], self.slots, self.tickets,
+                    pickled, process, self._ports[process], self.slots, self.tickets,
                     guard.life, os.getpid(), self._timeout, self.limit, self._method,
                 ))  # fmt: skip
                 if may_harm and not _is_single_threaded():
@@ -3964,7 +4023,7 @@ def _worker_main(setup: _WorkerSetup) -> None:
     setup = setup._replace(life=_die_with_main(setup.life))
     _stay_apart_from_the_mpi_job()
     communicator = _WorkerEnd(setup)
-    parallelizer = setup.parallelizer
+    parallelizer = _loads(setup.parallelizer)
     parallelizer._become_worker(communicator)
     Parallelizer._open[:] = [weakref.ref(parallelizer)]
     _forget_shared()
@@ -5074,6 +5133,7 @@ class Parallelizer:
         if self._drives_workers or communicator.drives_others:
             what = "the function that is run or mapped, or its arguments"
             sent = (_arithmetic_of_caller(), work)
+            communicator.start_others()  # first, as how they start decides how it is packed
             packed = _for_each(_pack(sent, what), sent, what, communicator, len(ranks) - 1 or 1)
             # All can read whom it is meant for, and by which names main is registered.
             threads = communicator.limit and communicator.limit.changed_numbers()

@@ -4338,6 +4338,117 @@ def test_functions_of_a_notebook_travel() -> None:
     assert (code, out) == (0, told * 3), err
 
 
+# A program whose functions, class and exception its workers may be unable to import.
+MAIN_PROGRAM = """
+import dataclasses
+import os
+import sys
+import threading
+from parallelizer import MultiprocessingParallelizer, PackingError
+
+seen = []
+
+
+class Trouble(Exception):
+    pass
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+
+
+class Own(MultiprocessingParallelizer):
+    pass
+
+
+if "NO_CLOUDPICKLE" in os.environ:
+    sys.modules["cloudpickle"] = None
+    Own = MultiprocessingParallelizer
+
+
+def main(point, parallelizer=None):  # a name that the main program of a fork server has, too
+    if point.x > 8:
+        raise Trouble(point.x)
+    return Point(point.x + len(seen))
+
+
+def remembers(*, parallelizer):
+    if not parallelizer.on_main:
+        seen.append("run")
+    return parallelizer.gather(len(seen))
+
+
+if __name__ == "__main__":
+    for method in sys.argv[1:]:
+        with Own(2, start_method=method) as p:
+            try:
+                assert p.map(main, [Point(n) for n in range(4)]) == [Point(n) for n in range(4)]
+                try:
+                    p.map(main, [Point(9)])
+                except Trouble as error:
+                    p.run(remembers)
+                    print(method, repr(error), p.run(remembers))
+                lock = threading.Lock()
+                p.run(lambda parallelizer: lock)
+            except PackingError as error:
+                print(error)
+"""
+
+MAIN_PROGRAMS = ["script", "module", "package", "stdin", "archive", "deleted"]
+
+
+def run_as_main(way: str, folder: Path, *methods: str, **env: str) -> list[str]:
+    """Run MAIN_PROGRAM as this kind of `__main__`; the lines it printed."""
+    package = folder / "apackage"
+    package.mkdir()
+    for name in ("__init__.py", "__main__.py", "amodule.py"):
+        (package / name).write_text(MAIN_PROGRAM * (name != "__init__.py"))
+    shutil.make_archive(str(folder / "app"), "zip", package)
+    gone = "import os, sys\nos.unlink(sys.argv[0])\n" * (way == "deleted")
+    (folder / "script.py").write_text(gone + MAIN_PROGRAM)
+    arguments = {
+        "module": ["-m", "apackage.amodule"],
+        "package": ["-m", "apackage"],
+        "stdin": ["-"],
+        "archive": [str(folder / "app.zip")],
+    }.get(way, [str(folder / "script.py")])
+    path = os.pathsep.join([str(folder), str(HERE)])
+    program = subprocess.run(
+        [sys.executable, *arguments, *methods],
+        env=os.environ | {"PYTHONPATH": path} | env,
+        input=MAIN_PROGRAM if way == "stdin" else "",
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (program.returncode, program.stderr) == (0, ""), program.stderr
+    return program.stdout.splitlines()
+
+
+if CLOUDPICKLE:
+
+    @pytest.mark.parametrize("way", MAIN_PROGRAMS)
+    def test_functions_of_every_main_program_travel(way: str, tmp_path: Path) -> None:
+        # By name, where that is possible, a function finds on a worker what it has left there.
+        by_name = MULTIPROCESSING if way in ("script", "module") else ["fork"]
+        told = run_as_main(way, tmp_path, *MULTIPROCESSING)
+        for method, line, refusal in zip(MULTIPROCESSING, told[::2], told[1::2], strict=True):
+            assert line == f"{method} Trouble(9) {[0, 2 if method in by_name else 1]}"
+            assert "cannot pickle '_thread.lock' object" in refusal
+            assert "cloudpickle" not in refusal  # which is installed
+
+
+def test_without_cloudpickle_it_is_said_that_the_main_program_needs_it(tmp_path: Path) -> None:
+    told = run_as_main("package", tmp_path, *MULTIPROCESSING, NO_CLOUDPICKLE="1")
+    assert told[0] == "fork Trouble(9) [0, 2]"
+    for error in told[1:]:
+        assert "pip install cloudpickle" in error
+    for error in told[2:]:
+        assert "main stands in a main program that workers which are not forked cannot" in error
+
+
 def count_threads(*, parallelizer: Par) -> Any:
     threadpoolctl = importlib.import_module("threadpoolctl")
     np.ones((20, 20)) @ np.ones((20, 20))
