@@ -919,7 +919,7 @@ def _pack(obj: Any, what: str, comm: Communicator | None = None) -> Message:
             # Not before it is known that all else can be pickled, because a receiver must take in
             # what the reducers of multiprocessing hand out.
             return kind(io.BytesIO(), comm, with_causes=with_causes).message(obj)
-        except PackingError:
+        except (PackingError, MemoryError):
             raise
         except ModuleNotFoundError as missing:
             if missing.name != "cloudpickle":
@@ -927,10 +927,15 @@ def _pack(obj: Any, what: str, comm: Communicator | None = None) -> Message:
         except Exception as why:  # whatever a user's __reduce__ may raise
             # By value all functions and classes travel, so what fails then is something else.
             failure = why if failure is None or by_value else failure
+    advice = (
+        _advice_on_temporary_files()
+        if _is_about_sockets(failure)
+        else "Functions and classes must stand at the top level of a module"
+        + _advice_on_cloudpickle("of the main program, lambdas and closures")
+    )
     raise PackingError(
         f"cannot pickle {what} ({_describe(obj)}): {_summary(failure or Exception())}. Nothing "
-        f"was sent. Functions and classes must stand at the top level of a module"
-        f"{_advice_on_cloudpickle('of the main program, lambdas and closures')}"
+        f"was sent. {advice}"
     ) from failure
 
 
@@ -965,6 +970,8 @@ def _unpack(message: Message, what: str) -> Any:
         if spec is not None:
             return spec.build(message.buffers[0])
         return _LOADS[-1](message.pickled, buffers=message.buffers)
+    except MemoryError:
+        raise
     except Exception as why:  # whatever a user's __setstate__ may raise
         raise PackingError(
             f"{what} arrived but cannot be unpickled: {_summary(why)}. A module may be missing on "
@@ -1419,8 +1426,18 @@ def _shared_copy(content: _Bytes) -> mmap.mmap:
         import tempfile
 
         file, path = tempfile.mkstemp(prefix="parallelizer-share-")
-    with open(file, "wb", closefd=False) as stream:
-        stream.write(content.data if content.nbytes else b"-")
+    try:
+        with open(file, "wb", closefd=False) as stream:
+            stream.write(content.data if content.nbytes else b"-")
+    except OSError as why:
+        os.close(file)
+        if not path.startswith("/proc/"):
+            os.unlink(path)  # noqa: PTH108 - pathlib is slow to import
+        raise OSError(
+            why.errno,
+            f"{why.strerror}: share cannot keep {content.nbytes} bytes in shared memory, which "
+            f"counts as a file: raise the limit of its size (ulimit -f) or free memory",
+        ) from why
     made = os.fstat(file)
     handle = _Handle(_hostname(), path, made.st_dev, made.st_ino, content.nbytes)
     if _has_locks(handle):
@@ -1753,6 +1770,8 @@ class Parcel:
 
     At its receiver, a transport may hand over a parcel of which a part is still to come.
     """
+
+    failure: MemoryError | None = None  # for want of memory, nothing more of it is taken in
 
     def __init__(self, run: int, call: Call, message: Message | None, tag: int = 0) -> None:
         self.run = run
@@ -2105,6 +2124,11 @@ class Communicator(abc.ABC):
     def _complete(self, parcel: Parcel, process: int) -> Message:
         """The message, when all of it has come from `process`."""
         self._wait_until(parcel.done, lambda: [process])
+        if parcel.failure is not None:
+            raise MemoryError(
+                f"rank {self.process} is out of memory for what rank {process} has sent: "
+                f"{_summary(parcel.failure)}"
+            ) from parcel.failure
         assert parcel.message is not None
         return parcel.message
 
@@ -2180,11 +2204,10 @@ class Communicator(abc.ABC):
         rank = self._first_sender(ranks, tag)
         assert rank is not None
         key = self.members[rank], tag, self.run
-        message = self._mail[key].popleft().message
-        assert message is not None
+        parcel = self._mail[key].popleft()
         if not self._mail[key]:
             del self._mail[key]
-        return rank, message
+        return rank, self._complete(parcel, self.members[rank])
 
     def has_arrived(self, ranks: Sequence[int], tag: int) -> bool:
         """Whether `receive_any` would return at once."""
@@ -2228,7 +2251,7 @@ class Communicator(abc.ABC):
             self._in_run = True
             try:
                 return self._complete(parcel, 0)
-            except (RunEnded, ParallelizerError) as error:
+            except (RunEnded, ParallelizerError, MemoryError) as error:
                 self.fail_run(error)
                 if self.ends_outer_run(error):
                     raise
@@ -2822,10 +2845,10 @@ class _Incoming(Parcel):
         self._sizes: list[int] = []
 
     def has_head(self) -> bool:
-        return bool(self.pickled)
+        return bool(self.pickled) or self.failure is not None
 
     def done(self) -> bool:
-        return self.message is not None and not self._unfilled
+        return self.failure is not None or (self.message is not None and not self._unfilled)
 
     def feed(self, data: bytes | _Bytes, release: Callable[[], None] | None = None) -> None:
         """Take the next piece; `release` is called when it has been copied."""
@@ -2959,14 +2982,16 @@ class PipeCommunicator(Communicator):
     def _on_data(self, source: int, run: int, body: bytes) -> None:
         stream, slot, size = _DATA_HEAD.unpack_from(body)
         incoming = self._streams.get((source, stream))
-        if incoming is None:
-            return  # left over from a run that has ended
         if slot == _INLINE:
-            self._feed(source, stream, incoming, body[_DATA_HEAD.size :])
+            if incoming is not None:
+                self._feed(source, stream, incoming, body[_DATA_HEAD.size :])
             return
-        data = self._slots.slot(source, slot)[:size]
         # The sender may be ahead: in a run that this process has yet to begin.
         release = functools.partial(self._write, source, _RELEASE, run, _RELEASE_HEAD.pack(slot))
+        if incoming is None:  # of a run that has ended, or there was no memory for it
+            release()
+            return
+        data = self._slots.slot(source, slot)[:size]
         self._feed(source, stream, incoming, data, release)
 
     def _feed(
@@ -2977,7 +3002,12 @@ class PipeCommunicator(Communicator):
         data: bytes | _Bytes,
         release: Callable[[], None] | None = None,
     ) -> None:
-        incoming.feed(data, release)
+        try:
+            incoming.feed(data, release)
+        except MemoryError as why:  # told where it is waited for
+            incoming.failure = why
+            if release is not None:
+                release()
         if incoming.done():
             self._streams.pop((source, stream), None)
             if incoming.call.verb in _WORDS:
@@ -3252,6 +3282,12 @@ class _Workers:
         self._parallelizer = weakref.ref(parallelizer)
         import multiprocessing
 
+        if nprocs > 1 and multiprocessing.current_process().daemon:
+            raise ParallelizerError(
+                "a daemonic process, such as a worker of multiprocessing.Pool, cannot have worker "
+                "processes of its own: use SerialNonParallelizer there, or no daemon, such as a "
+                "worker of concurrent.futures.ProcessPoolExecutor"
+            )
         self._method = method = method or _default_start_method()
         self.lack_main = False  # whether functions of main's `__main__` are not to be found there
         context = multiprocessing.get_context(method)
@@ -3265,7 +3301,8 @@ class _Workers:
             self.tickets = _Tickets(*context.Pipe(duplex=False)) if _POSIX else None
             self.slots = _shared_slots(nprocs)
         except OSError as why:
-            raise _out_of_resources(nprocs, why) from why
+            _explain_start(nprocs, why)
+            raise
         self.limit = _ThreadLimit.of_pool(parallelizer.threads_per_process, nprocs, method)
         self._ports = [_new_port(reader, [writer for _, writer in pipes]) for reader, _ in pipes]
         self.port = self._ports[0]
@@ -3290,7 +3327,8 @@ class _Workers:
             self._guard.settle()
         except OSError as why:
             self.kill(list(self.processes))
-            raise _out_of_resources(len(self._ports), why) from why
+            _explain_start(len(self._ports), why)
+            raise
 
     def _start_all(self, missing: Iterable[int], guard: _Guard) -> bool:
         """Start these workers; False where the first of them shows that none must be forked.
@@ -3883,11 +3921,32 @@ def _shared_slots(nprocs: int) -> _SharedSlots:
         ) from why
 
 
-def _out_of_resources(nprocs: int, why: OSError) -> ParallelizerError:
-    return ParallelizerError(
-        f"could not start {nprocs - 1} worker processes: {why}. {nprocs} processes need about "
-        f"{4 * nprocs + 10} file descriptors (ulimit -n) and as many processes (ulimit -u); "
-        f"raise the limit or use a smaller nprocs"
+def _explain_start(nprocs: int, why: OSError) -> None:
+    """Raise what says more than `why`, where that met a limit or is about temporary files."""
+    if why.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+        raise ParallelizerError(
+            f"could not start {nprocs - 1} worker processes: {why}. {nprocs} processes need about "
+            f"{4 * nprocs + 10} file descriptors (ulimit -n) and as many processes (ulimit -u); "
+            f"raise the limit or use a smaller nprocs"
+        ) from why
+    import tempfile
+
+    if _is_about_sockets(why) or str(why.filename).startswith(tempfile.gettempdir()):
+        told = f"{why.strerror or why}. {_advice_on_temporary_files()}"
+        raise OSError(why.errno or errno.ENAMETOOLONG, told, why.filename) from why
+
+
+def _is_about_sockets(why: BaseException | None) -> bool:
+    """Whether the folder for temporary files has too long a path to hold one."""
+    return isinstance(why, OSError) and "AF_UNIX" in str(why)
+
+
+def _advice_on_temporary_files() -> str:
+    import tempfile
+
+    return (
+        f"The folder for temporary files is {tempfile.gettempdir()}: set TMPDIR to one that has "
+        f"room and a path of less than 80 characters, because sockets are made there"
     )
 
 
@@ -5201,7 +5260,10 @@ class Parallelizer:
         runner, communicator.runner = communicator.runner, threading.get_ident()
         try:
             while (message := communicator.next_command()) is not None:
-                self._obey(communicator, message)
+                try:
+                    self._obey(communicator, message)
+                except MemoryError as error:
+                    communicator.fail_run(error)
                 del message  # the arguments are in it, and the next command may be long in coming
         finally:
             communicator.runner = runner
@@ -5511,6 +5573,8 @@ class Parallelizer:
         if where == ("worker" if self.on_main else "main"):
             return
         file = kwargs.pop("file", None) or sys.stdout
+        if file is None:  # a program without a console
+            return
         flush = kwargs.pop("flush", False)
         lines = io.StringIO()
         print(*args, file=lines, **kwargs)

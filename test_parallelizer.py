@@ -6379,6 +6379,142 @@ def test_too_few_descriptors_are_an_error_that_says_so() -> None:
         wait_until(lambda: not group_members(program.pid))
 
 
+STARTS = """
+import os, sys, test_parallelizer as t
+sys.stdout.write("waits to be flushed")
+try:
+    t.MultiprocessingParallelizer(2, start_method=sys.argv[1]).run(t.ranks)
+except Exception as error:
+    os.write(2, f"{type(error).__name__}: {error}".encode())
+os._exit(0)
+"""
+
+
+def told_of_the_start(method: str, stdout: int, **env: str) -> str:
+    """Run STARTS, and return what it has written of its error."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    program = subprocess.run(
+        [sys.executable, "-c", STARTS, method],
+        env=inherited | {"PYTHONPATH": str(HERE), "PARALLELIZER_TEST_PROGRAM": "yes"} | env,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return program.stderr
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_errors_of_the_start_mean_what_they_say(method: str, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert told_of_the_start(method, writer) == "BrokenPipeError: [Errno 32] Broken pipe"
+    os.close(writer)
+    full = os.open("/dev/full", os.O_WRONLY)
+    assert told_of_the_start(method, full) == "OSError: [Errno 28] No space left on device"
+    os.close(full)
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    told = told_of_the_start(method, subprocess.DEVNULL, TMPDIR=str(folder))
+    # Before Python 3.14, sockets are made there at any cost.
+    assert not told or (method == "forkserver" and "set TMPDIR" in told and str(folder) in told)
+    assert told or method != "forkserver" or sys.version_info >= (3, 14)
+
+
+def leave_little_memory(*, parallelizer: Par) -> Any:
+    if parallelizer.id == 1:
+        resource = importlib.import_module("resource")
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + 64 * MIB
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+    return parallelizer.gather(os.getpid())
+
+
+def is_given(value: Any, *, parallelizer: Par) -> Any:
+    return parallelizer.gather(len(value))
+
+
+def is_sent(value: Any = None, *, parallelizer: Par) -> None:
+    if parallelizer.on_main:
+        parallelizer.send(value[0], 1)
+    elif parallelizer.id == 1:
+        parallelizer.receive(0)
+    parallelizer.wait()
+
+
+def is_broadcast_twice(value: Any = None, *, parallelizer: Par) -> Any:
+    for _ in range(2):  # who catches the error is in step
+        with contextlib.suppress(MemoryError):
+            parallelizer.broadcast(value[0] if parallelizer.on_main else None)
+    return parallelizer.gather(os.getpid())
+
+
+LARGE: dict[str, Callable[[], Any]] = {
+    "array": lambda: np.zeros(128 * MIB, np.uint8),
+    "pickle": lambda: b"x" * (128 * MIB),
+}
+RECEIVED: dict[str, Callable[[Par, Any], object]] = {
+    "argument": lambda par, value: par.run(is_given, value),
+    "message": lambda par, value: par.run(is_sent, main_kwargs={"value": [value]}),
+    "item": lambda par, value: par.map(len, [value] * 3, chunksize=1),
+    "stream": lambda par, value: [*par.imap(len, [value] * 3)],
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_worker_says_that_it_is_out_of_memory(method: str, kind: str) -> None:
+    value = LARGE[kind]()
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        pids = par.run(leave_little_memory)
+        for receives in RECEIVED.values():
+            with pytest.raises(MemoryError, match="rank 1 is out of memory for what rank 0 has"):
+                receives(par, value)
+        caught = par.run(is_broadcast_twice, main_kwargs={"value": [value]})
+        assert caught == pids  # none has died
+
+
+def in_a_daemon(method: str, results: Any = None) -> Any:
+    told = [str(caught_from(MultiprocessingParallelizer(2, start_method=method).run, ranks))]
+    told += [MultiprocessingParallelizer(1, start_method=method).run(ranks)]
+    return told if results is None else results.send(told)
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_daemonic_process_is_told_to_run_serially(method: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=in_a_daemon, args=(method, writer), daemon=True)
+    process.start()
+    with reader, writer:
+        told, serial = reader.recv()
+    process.join()
+    assert "a daemonic process, such as a worker of multiprocessing.Pool" in told
+    assert serial == [0]
+
+
+def shares_much(*, parallelizer: Par) -> Any:
+    return parallelizer.share(np.ones(MIB))
+
+
+def test_share_names_the_limit_that_it_meets() -> None:
+    call = f"import resource, test_parallelizer as t; {SCARCITIES['shared memory']}; "
+    call += "t.MultiprocessingParallelizer(2).run(t.shares_much)"
+    with started(call) as program:
+        assert "ulimit -f" in program.communicate(timeout=60)[1]
+
+
+def prints_nowhere(*, parallelizer: Par) -> Any:
+    with contextlib.redirect_stdout(None):  # as in a program without a console
+        parallelizer.print("lost", flush=True)
+    return parallelizer.gather(parallelizer.id)
+
+
+def test_print_without_stdout_prints_nothing(p: Par) -> None:
+    expect(p, p.run(prints_nowhere), [*range(p.nprocs)])
+
+
 def has_a_child_and_dies(path: str, *, parallelizer: Par) -> None:
     if parallelizer.id == 1:
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
