@@ -6495,14 +6495,17 @@ def test_a_daemonic_process_is_told_to_run_serially(method: str) -> None:
 
 
 def shares_much(*, parallelizer: Par) -> Any:
-    return parallelizer.share(np.ones(MIB))
+    return parallelizer.share(np.ones(2 * MIB))
 
 
 def test_share_names_the_limit_that_it_meets() -> None:
-    call = f"import resource, test_parallelizer as t; {SCARCITIES['shared memory']}; "
+    call = "import resource, test_parallelizer as t; "
+    call += "resource.setrlimit(resource.RLIMIT_FSIZE, (12 << 20, 12 << 20)); "
     call += "t.MultiprocessingParallelizer(2).run(t.shares_much)"
     with started(call) as program:
-        assert "ulimit -f" in program.communicate(timeout=60)[1]
+        _, err = program.communicate(timeout=60)
+        assert "share cannot keep 16777216 bytes in shared memory" in err
+        assert "ulimit -f" in err
 
 
 def prints_nowhere(*, parallelizer: Par) -> Any:
