@@ -3300,10 +3300,10 @@ class _Workers:
             pipes = [context.Pipe(duplex=False) for _ in range(nprocs)]
             self.tickets = _Tickets(*context.Pipe(duplex=False)) if _POSIX else None
             self.slots = _shared_slots(nprocs)
+            self.limit = _ThreadLimit.of_pool(parallelizer.threads_per_process, nprocs, method)
         except OSError as why:
             _explain_start(nprocs, why)
             raise
-        self.limit = _ThreadLimit.of_pool(parallelizer.threads_per_process, nprocs, method)
         self._ports = [_new_port(reader, [writer for _, writer in pipes]) for reader, _ in pipes]
         self.port = self._ports[0]
         if self.tickets is not None:
@@ -3450,7 +3450,6 @@ class _Workers:
         """Wait for workers that were told to stop, kill those that do not, and free all else."""
         from multiprocessing.connection import wait
 
-        self.limit.lift()
         self.owned = False
         try:
             deadline = time.monotonic() + _GRACE
@@ -3471,6 +3470,7 @@ class _Workers:
             if self.tickets is not None:
                 self.tickets.close()
             self.slots.close()
+            self.limit.lift()  # last, because it opens files, and there may have been too many
 
 
 class _Guard:

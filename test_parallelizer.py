@@ -6369,13 +6369,21 @@ def test_too_little_shared_memory_is_an_error_that_says_so() -> None:
         assert "ulimit -f" in err
 
 
+def fails_for_want_of_descriptors() -> None:
+    resource = importlib.import_module("resource")
+    with SerialNonParallelizer() as serial:
+        serial.run(ranks)
+    for most in range(16, 31):  # at each step of the start it may be the last one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, 1024))
+        error = caught_from(MultiprocessingParallelizer(5, start_method="fork").run, ranks)
+        assert "ulimit -n" in str(error), (most, error)
+    print("ulimit -n", flush=True)
+
+
 def test_too_few_descriptors_are_an_error_that_says_so() -> None:
-    call = "import resource, test_parallelizer as t; "
-    call += "resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)); "
-    call += "t.MultiprocessingParallelizer(20).run(t.ranks)"
-    with started(call) as program:
-        _, err = program.communicate(timeout=60)
-        assert "ulimit -n" in err
+    with started("import test_parallelizer as t; t.fails_for_want_of_descriptors()") as program:
+        out, err = program.communicate(timeout=60)
+        assert out == "ulimit -n\n", err
         wait_until(lambda: not group_members(program.pid))
 
 
