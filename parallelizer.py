@@ -3201,9 +3201,10 @@ def _interrupt(pid: int | None) -> None:
 
 
 # The communicators of this process that such a signal may concern, and who handled it before:
-# perhaps another copy of this module. There are several where a handler was put over this one.
+# perhaps another copy of this module. There are several where a handler was put over this one;
+# each has come when so many communicators were listening.
 _LISTENING: list[Communicator] = []
-_HANDLERS_BEFORE: list[Any] = []
+_HANDLERS_BEFORE: list[tuple[int, Any]] = []
 
 
 def _on_interrupt(signum: int, frame: types.FrameType | None) -> None:
@@ -3212,7 +3213,7 @@ def _on_interrupt(signum: int, frame: types.FrameType | None) -> None:
     # None are left meanwhile, because one of them may call the one before it, which is this one.
     before, _HANDLERS_BEFORE[:] = list(_HANDLERS_BEFORE), []
     try:
-        for handler in before:
+        for _, handler in before:
             if callable(handler):
                 handler(signum, frame)
     finally:
@@ -3232,17 +3233,20 @@ def _listen(communicator: Communicator) -> None:
     if _URGENT is None or not _on_main_thread():
         return
     if signal.getsignal(_URGENT) is not _on_interrupt:
-        _HANDLERS_BEFORE.append(signal.signal(_URGENT, _on_interrupt) or signal.SIG_DFL)
+        before = signal.signal(_URGENT, _on_interrupt) or signal.SIG_DFL
+        _HANDLERS_BEFORE.append((len(_LISTENING), before))
     _LISTENING.append(communicator)
 
 
 def _stop_listening(communicator: Communicator) -> None:
     if communicator in _LISTENING:
         _LISTENING.remove(communicator)
-        if _LISTENING or _URGENT is None or not _on_main_thread():
+        if _URGENT is None or not _on_main_thread() or not _HANDLERS_BEFORE:
             return
-        if signal.getsignal(_URGENT) is _on_interrupt:
-            signal.signal(_URGENT, _HANDLERS_BEFORE.pop())
+        count, before = _HANDLERS_BEFORE[-1]
+        if len(_LISTENING) <= count and signal.getsignal(_URGENT) is _on_interrupt:
+            signal.signal(_URGENT, before)
+            _HANDLERS_BEFORE.pop()
 
 
 def _signal_at_eof(file: int, signum: int) -> None:
@@ -4044,6 +4048,7 @@ def _leave_signals_to_main() -> None:
     Handlers in compiled code stay: that of faulthandler shows what a worker is doing.
     """
     signal.set_wakeup_fd(-1)  # a fork has inherited the one by which main's asyncio hears of them
+    _HANDLERS_BEFORE.clear()  # main's, too
     caught = _caught_signals()
     for number in signal.valid_signals():
         handler = signal.getsignal(number)

@@ -8017,6 +8017,13 @@ def crossed_handlers() -> None:
                 pool.run(fails_while_main_computes)
             assert heard == ["below", "above"] * (len(heard) // 2) != []
             pool.run(ranks)
+        with MultiprocessingParallelizer(2) as inner:  # above what comes meanwhile, and gone again
+            signal.signal(signal.SIGURG, own := lambda *_: heard.append("meanwhile"))
+            with MultiprocessingParallelizer(2):
+                assert signal.getsignal(signal.SIGURG) is not own
+            assert signal.getsignal(signal.SIGURG) is own
+            signal.signal(signal.SIGURG, chained)
+            inner.run(ranks)
     assert signal.getsignal(signal.SIGURG) is chained
 
 
