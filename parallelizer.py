@@ -2196,12 +2196,12 @@ class Communicator(abc.ABC):
     ) -> tuple[int, Message]:
         """A message from one of `ranks`, as soon as there is one, and that rank."""
         self._wait_until(
-            lambda: self._first_sender(ranks, tag) is not None,
+            lambda: self.first_sender(ranks, tag) is not None,
             lambda: [self.members[rank] for rank in ranks],
             doing,
             idle=idle,
         )
-        rank = self._first_sender(ranks, tag)
+        rank = self.first_sender(ranks, tag)
         assert rank is not None
         key = self.members[rank], tag, self.run
         parcel = self._mail[key].popleft()
@@ -2212,9 +2212,9 @@ class Communicator(abc.ABC):
     def has_arrived(self, ranks: Sequence[int], tag: int) -> bool:
         """Whether `receive_any` would return at once."""
         self._handle_all()
-        return self._first_sender(ranks, tag) is not None
+        return self.first_sender(ranks, tag) is not None
 
-    def _first_sender(self, ranks: Sequence[int], tag: int) -> int | None:
+    def first_sender(self, ranks: Sequence[int], tag: int) -> int | None:
         """The first of `ranks` whose message is here as a whole."""
         for rank in ranks:
             queue = self._mail.get((self.members[rank], tag, self.run))
@@ -2596,6 +2596,15 @@ class Communicator(abc.ABC):
             self._progress(left)
         return True
 
+    def wake(self) -> None:
+        """Have `_progress` return; called by another thread than the one that waits."""
+        self._tell_control(self.process, "wake", self.process, 0, ())  # of no wait
+
+    def await_any(self, ready: Callable[[], object], ranks: Sequence[int], doing: str) -> None:
+        """Wait for messages or else, until `ready`; without limit where no rank is awaited."""
+        awaited = [self.members[rank] for rank in ranks]
+        self._wait_until(ready, lambda: awaited, doing, idle=not ranks)
+
     def _doing(self, doing: str) -> str:
         if doing or self.call.verb == "return":
             return doing or "return"
@@ -2653,7 +2662,7 @@ _PACKET = min(4096, select.PIPE_BUF) if _POSIX else 4096
 _SLOT_BYTES = 1 << 21
 _SLOTS = 2  # per sender: one is filled while the other is read
 
-_START, _DATA, _RELEASE = range(3)
+_START, _DATA, _RELEASE, _WAKE = range(4)
 _PACKET_HEAD = struct.Struct("<HBHI")  # bytes of the packet, kind, source, run
 _START_HEAD = struct.Struct("<IBIBqI")  # stream, depth, number, verb, tag, bytes of the head
 _DATA_HEAD = struct.Struct("<IHI")  # stream, slot or _INLINE, bytes
@@ -2951,6 +2960,10 @@ class PipeCommunicator(Communicator):
         for packet in self._port.read():
             self._on_packet(packet)
 
+    def wake(self) -> None:
+        # Where its own inbox is full, it wakes without this.
+        self._port.write(self.process, _PACKET_HEAD.pack(_PACKET_HEAD.size, _WAKE, 0, 0))
+
     def _handles(self) -> Iterable[int]:
         """What to wait for beside the inbox."""
         return ()
@@ -2965,7 +2978,7 @@ class PipeCommunicator(Communicator):
             self._on_start(source, run, body)
         elif kind == _DATA:
             self._on_data(source, run, body)
-        elif run == self.run:
+        elif kind == _RELEASE and run == self.run:
             self._readers[_RELEASE_HEAD.unpack(body)[0]].discard(source)
 
     def _on_start(self, source: int, run: int, body: bytes) -> None:
@@ -4362,6 +4375,9 @@ class MPICommunicator(Communicator):
             self._deliver(source, letter)
         return True
 
+    def wake(self) -> None:
+        """It wakes by itself, often enough."""
+
     def _rest(self, seconds: float) -> None:
         """MPI has no handle to wait for: try often at first, then ever less so."""
         self._spins += 1
@@ -5711,8 +5727,12 @@ class Parallelizer:
     ) -> Iterator[_R]:
         """As `map`, but yields each result in turn as soon as it is there.
 
-        `data` may be endless: it is read only a few chunks ahead of what has been yielded. The
-        iterator that main gets must be exhausted or closed before anything else is run on this
+        `data` may be endless: it is read only a few chunks ahead of what has been yielded. Where
+        there are several processes, all but lists, tuples, ranges, texts and arrays are read by a
+        thread of main's, so that the next item may wait for results. To that thread belongs, then,
+        what can be used by one thread alone, as a cursor of a database: open it in the generator
+        that reads it. What an item or `data` raises comes in its place, behind the results of what
+        is before it. The iterator that main gets must be exhausted or closed before anything else is run on this
         parallelizer; to leave its loop early closes it. Any thread may do these, as one of asyncio
         does by ``loop.run_in_executor(None, next, results)``. On the workers the iterator is empty.
         See `map` for the parameters; `chunksize` is the number of items that travel together.
@@ -5769,7 +5789,8 @@ class Parallelizer:
         task = make_task()
         if task.is_stream:
             # Not inside a run, where a callback that calls a verb would wait for ever.
-            task.choose_chunksize(data, self.nprocs or 1)
+            data = _Source(data)
+            task.choose_chunksize(data.hint, self.nprocs or 1)
             return _call_back(task, self._imap(func, data, lambda: task, ordered=True))
         given = {"make_task": lambda: task, "data": data}
         work = functools.partial(_map_in_run, _function_laid_out(func))
@@ -5791,7 +5812,7 @@ class Parallelizer:
         if not self._main_is_alone():
             return work(make_task, data, parallelizer=self)
         task = make_task()
-        iter(data)  # refuses at once what cannot be iterated over
+        data = data if isinstance(data, _Source) else _Source(data)
         itself: list[Callable[[], Any]] = []  # weakly, so that who leaves its loop closes it
         stream = _Stream(self._imap_alone(work, lambda: task, data, itself))
         itself.append(weakref.ref(stream))
@@ -6333,9 +6354,9 @@ class _Task:
         """What the others need: not `func`, and of `callback` no more than `is_stream`."""
         return {**vars(self), "callback": None}
 
-    def choose_chunksize(self, data: Any, nprocs: int) -> None:
-        """For a stream whose caller leaves that to us, and whose data may not tell their length."""
-        size = max(1, operator.length_hint(data) // (32 * nprocs))
+    def choose_chunksize(self, length: int, nprocs: int) -> None:
+        """For a stream whose caller leaves that to us; of unknown `length`, 0."""
+        size = max(1, length // (32 * nprocs))
         self.chunksize = self.chunksize or size
 
     def call(self, item: Any, **more: Any) -> Any:
@@ -6344,18 +6365,31 @@ class _Task:
 
     def compute(self, items: Any, start: int, comm: Communicator) -> list[Any]:
         """The results of a chunk whose first item is the `start`-th of all."""
+        results, error = self.compute_until_error(items, start, comm)
+        if error is not None:
+            raise error
+        return results
+
+    def compute_until_error(
+        self, items: Any, start: int, comm: Communicator
+    ) -> tuple[list[Any], Exception | None]:
+        """The results, or those of the first items and what the next one has raised."""
         # What main computes from, and what comes of it, are copies, because they are on all other
         # processes: nobody can tell from a result who computed it.
         copied = comm.rank == 0 and comm.size > 1
         if comm.rank == 0:
             items = _private(items) if copied else _laid_out(items)
         task, function = comm.in_task, comm.in_function
+        results: list[Any] = []
+        error = None
         try:
             comm.in_task = threading.get_ident()
             comm.mark_function(executing=True)  # it is not yet, where main alone calls imap
             comm.items = list(items)
             with self.arithmetic, _UsersCode():
-                results = self._call_items(comm.items, start)
+                self._call_items(comm.items, start, results)
+        except Exception as why:
+            error = why
         finally:
             comm.items = []
             comm.in_task = task
@@ -6363,18 +6397,18 @@ class _Task:
         comm.account.tasks += len(results)
         if comm.rank == 0:
             results = _as_sent(results) if copied else _laid_out(results)
-        return results
+        return results, error
 
-    def _call_items(self, items: Any, start: int) -> list[Any]:
-        if self.seed is None:
-            plain = not (self.starred or self.extra_args or self.extra_kwargs)
+    def _call_items(self, items: Any, start: int, results: list[Any]) -> None:
+        plain = not (self.starred or self.extra_args or self.extra_kwargs)
+        if self.seed is not None:
+            for index, item in enumerate(items, start):
+                results.append(self.call(item, rng=_spawned_rng(self.seed, index)))
+        else:
             call = self.func if plain else self.call
             # Not by the builtin map, which a StopIteration would end without a word.
-            return [call(item) for item in items]
-        return [
-            self.call(item, rng=_spawned_rng(self.seed, index))
-            for index, item in enumerate(items, start)
-        ]
+            for item in items:
+                results.append(call(item))  # noqa: PERF401 - those before an error are wanted
 
 
 def _checked_extra_args(third: Any, chunksize: Any) -> tuple[tuple[Any, ...], Any]:
@@ -6421,8 +6455,8 @@ def _map_in_run(
         try:
             task = make_task()
             if task.is_stream:
-                task.choose_chunksize(data, comm.size)
-                items = data
+                items = _Source(data)
+                task.choose_chunksize(items.hint, comm.size)
                 return task, None
             if task.vectorized:
                 items = _blockwise(data)
@@ -6458,8 +6492,12 @@ def _sized(data: Any) -> Any:
     """What has a length, and whose slices hold the items that iteration gives."""
     if isinstance(data, np.ndarray):
         return data if _writes_to_file(data) else np.require(data, requirements=["C", "ALIGNED"])
-    # The slices of a DataFrame, for one, hold other things.
-    return data if isinstance(data, (list, tuple, range, str, bytes)) else list(data)
+    return data if _can_be_cut(data) else list(data)
+
+
+def _can_be_cut(data: Any) -> bool:
+    """Not so a DataFrame, for one, whose slices hold other things than iteration gives."""
+    return isinstance(data, (list, tuple, range, str, bytes, np.ndarray))
 
 
 def _call_back(task: _Task, stream: Iterable[Any]) -> list[Any]:
@@ -6560,14 +6598,124 @@ _AHEAD = 2
 _WINDOW = 4
 
 
-def _chunked(data: Iterable[Any], chunksize: int) -> Iterator[tuple[int, list[Any]]]:
-    """Chunks of an iterable, each with the number of its first item."""
-    items = iter(data)
+class _Source:
+    """The items of an imap: what can be cut is left where it is, all else is iterated over."""
+
+    def __init__(self, data: Any) -> None:
+        self._items = iter(data)  # once, and at once, to refuse what cannot be iterated over
+        self.total = len(data) if hasattr(data, "__len__") else None
+        self.hint = operator.length_hint(data)
+        self._cut = data if _can_be_cut(data) else None
+
+    def chunks(self, chunksize: int, comm: Communicator) -> _Chunks:
+        """With the number of the first item of each."""
+        if self._cut is not None:
+            return _Chunks(_cut(_sized(self._cut), chunksize))
+        chunks = _chunked(self._items, chunksize)
+        return _Chunks(chunks) if comm.size == 1 else _ReadAhead(chunks, comm)
+
+
+def _cut(data: Any, chunksize: int) -> Iterator[tuple[int, Any]]:
+    start = 0
+    while start < len(data):  # to which the user's loop may add
+        yield start, data[start : start + chunksize]
+        start += chunksize
+
+
+def _chunked(items: Iterator[Any], chunksize: int) -> Iterator[tuple[int, list[Any]]]:
+    """Lists of items; what `items` raises comes behind the ones that it has given before."""
     for start in itertools.count(0, chunksize):
-        chunk = list(itertools.islice(items, chunksize))
-        if not chunk:
+        chunk, error = [], None
+        try:
+            for item in itertools.islice(items, chunksize):
+                chunk.append(item)  # noqa: PERF402 - those before an error are wanted
+        except Exception as why:
+            error = why
+        if chunk:
+            yield start, chunk
+        if error is not None:
+            raise error
+        if len(chunk) < chunksize:
             return
-        yield start, chunk
+
+
+class _Chunks:
+    """Chunks that main takes, one after the other."""
+
+    def __init__(self, chunks: Iterator[tuple[int, Any]]) -> None:
+        self._chunks = chunks
+        self.ended = False
+
+    def take(self) -> tuple[int, Any] | None:
+        """The next; None where there is none yet, or none any more."""
+        chunk = next(self._chunks, None)
+        self.ended = chunk is None
+        return chunk
+
+    def has_news(self) -> bool:
+        """Whether `take` has something to say."""
+        return not self.ended
+
+    def make_room(self) -> None:
+        """The results of a chunk have been yielded, so that there may be a further one."""
+
+    def close(self) -> None:
+        """Read no more."""
+
+
+class _ReadAhead(_Chunks):
+    """The same by a thread, as an iterator may wait for what the user does with the results."""
+
+    def __init__(self, chunks: Iterator[tuple[int, Any]], comm: Communicator) -> None:
+        super().__init__(chunks)
+        self._read: collections.deque[tuple[int, Any] | BaseException | None]
+        self._read = collections.deque()
+        self._room = threading.Semaphore(_WINDOW * comm.size)
+        self._wake = comm.wake
+        self._closed = False
+        # The user's numpy.errstate and decimal context hold there as well.
+        run = contextvars.copy_context().run
+        name = f"parallelizer-reader-{comm.process}"
+        self._thread = threading.Thread(target=run, args=(self._run,), name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        end: BaseException | None = None
+        try:
+            while self._room.acquire() and not self._closed:
+                chunk = next(self._chunks, None)
+                if chunk is None:
+                    break
+                self._tell(chunk)
+        except BaseException as error:  # which is main's
+            end = error
+        self._tell(end)
+
+    def _tell(self, news: tuple[int, Any] | BaseException | None) -> None:
+        self._read.append(news)
+        if not self._closed:
+            self._wake()
+
+    def take(self) -> tuple[int, Any] | None:
+        if not self.has_news():
+            return None
+        chunk = self._read.popleft()
+        if isinstance(chunk, BaseException):
+            self.ended = True
+            raise chunk
+        self.ended = chunk is None
+        return chunk
+
+    def has_news(self) -> bool:
+        return bool(self._read)
+
+    def make_room(self) -> None:
+        self._room.release()
+
+    def close(self) -> None:
+        self._closed = True
+        self._room.release()
+        self._thread.join(_SETTLING)  # in vain where the iterator waits for what will not come
 
 
 def _imap_in_run(
@@ -6579,11 +6727,13 @@ def _imap_in_run(
     parallelizer: Parallelizer,
 ) -> Iterator[Any]:
     """What every process does in an `imap`; only main's `make_task` and `data` count."""
+    source: Any = None
 
     def prepare() -> _Task:
+        nonlocal source
         assert make_task is not None
         task = make_task()
-        iter(data)  # refuses at once what cannot be iterated over
+        source = data if isinstance(data, _Source) else _Source(data)
         return task
 
     comm = parallelizer._communicator()
@@ -6595,7 +6745,7 @@ def _imap_in_run(
     if comm.rank > 0:
         _compute_chunks(task, tag, comm)
         return iter(())
-    return _Dealer(task, data, ordered, tag, comm).results()
+    return _Dealer(task, source, ordered, tag, comm).results()
 
 
 def _compute_chunks(task: _Task, tag: int, comm: Communicator) -> None:
@@ -6607,9 +6757,20 @@ def _compute_chunks(task: _Task, tag: int, comm: Communicator) -> None:
         if chunk is None:
             return
         start, items = chunk
-        results = task.compute(items, start, comm)
         with comm.enter("send"):
-            comm.send(_pack((start, results), "what imap's function returned", comm), 0, tag)
+            comm.send(_packed_results(task, items, start, comm), 0, tag)
+
+
+def _packed_results(task: _Task, items: Any, start: int, comm: Communicator) -> Message:
+    """The results of a chunk, or of its first items and what the next one has raised."""
+    results, error = task.compute_until_error(items, start, comm)
+    if error is None:
+        try:
+            return _pack((start, results, None), "what imap's function returned", comm)
+        except PackingError as why:
+            results, error = [], why
+    failure = Failure.of(error, comm.process, comm.world_size)
+    return _pack((start, results, failure), "what imap's function returned", comm)
 
 
 class _Stream:
@@ -6638,27 +6799,33 @@ class _Stream:
 class _Dealer:
     """Main's part in an imap: deals out the chunks, and takes in the results."""
 
-    def __init__(self, task: _Task, data: Any, ordered: bool, tag: int, comm: Communicator) -> None:
+    def __init__(
+        self, task: _Task, source: _Source, ordered: bool, tag: int, comm: Communicator
+    ) -> None:
         self._task = task
-        self._total = len(data) if hasattr(data, "__len__") else None
-        self._chunks = _chunked(data, task.chunksize or 1)
+        self._source = source
         self._ordered = ordered
         self._tag = tag
         self._comm = comm
         self._begun = comm.run, comm.is_running()  # which under MPI may be between two runs
         self._supply = dict.fromkeys(range(1, comm.size), 0)  # chunks that each worker has
         self._dealt: collections.deque[int] = collections.deque()  # chunks not yet yielded
-        self._done: dict[int, list[Any]] = {}  # results by the first item of their chunk
+        self._done: dict[int, _Done] = {}  # results by the first item of their chunk
+        self._error: Exception | None = None  # of the source, behind all that it has given
 
     def results(self) -> Iterator[Any]:
-        with _bar(self._total, self._task.progress) as reached:
+        self._chunks = self._source.chunks(self._task.chunksize or 1, self._comm)
+        with _bar(self._source.total, self._task.progress) as reached:
             count = 0
             try:
-                while (finished := self._next_finished()) is not None:
-                    count += len(finished)
+                while (done := self._next_done()) is not None:
+                    count += len(done.results)
                     reached(count)
-                    yield from finished
+                    yield from done.results
+                    if done.error is not None:
+                        raise done.error
             finally:
+                self._chunks.close()
                 self._comm.do_between_calls(self._dismiss)
 
     def _dismiss(self) -> None:
@@ -6674,7 +6841,7 @@ class _Dealer:
         """Whether the run is over, or another one goes on, of which nothing is to be taken."""
         return (self._comm.run, self._comm.is_running()) != self._begun
 
-    def _next_finished(self) -> list[Any] | None:
+    def _next_done(self) -> _Done | None:
         """The results to be yielded next; None after the last."""
         while True:
             if self._supply and self._has_ended():
@@ -6688,23 +6855,44 @@ class _Dealer:
                 start = next(iter(self._done), None)
             if start in self._done:
                 self._dealt.remove(start)
+                self._chunks.make_room()
                 return self._done.pop(start)
             if (own := self._draw()) is not None:
                 start, items = own
-                self._done[start] = self._task.compute(items, start, self._comm)
-            elif self._busy():
-                self._take_in()
+                self._done[start] = _Done(*self._task.compute_until_error(items, start, self._comm))
+            elif self._busy() or not self._chunks.ended:
+                self._await_news()
+            elif self._error is not None:
+                raise self._error
             else:
                 return None
+
+    def _await_news(self) -> None:
+        """Wait for results, or for the source to go on."""
+        with self._comm.enter("receive"):
+            self._comm.await_any(self._has_news, self._busy(), "imap")
+
+    def _has_news(self) -> bool:
+        if self._may_draw() and self._chunks.has_news():
+            return True
+        return self._comm.first_sender(self._busy(), self._tag) is not None
 
     def _busy(self) -> list[int]:
         return [rank for rank, count in self._supply.items() if count]
 
-    def _draw(self) -> tuple[int, list[Any]] | None:
+    def _may_draw(self) -> bool:
+        """Whether not too much is under way."""
+        return len(self._dealt) < _WINDOW * self._comm.size
+
+    def _draw(self) -> tuple[int, Any] | None:
         """A new chunk, if there is one and not too much is under way."""
-        if len(self._dealt) >= _WINDOW * self._comm.size:
+        if self._chunks.ended or not self._may_draw():
             return None
-        chunk = next(self._chunks, None)
+        try:
+            chunk = self._chunks.take()
+        except Exception as error:  # of the user's iterator
+            self._error, self._chunks.ended = error, True
+            return None
         if chunk is not None:
             self._dealt.append(chunk[0])
         return chunk
@@ -6714,19 +6902,30 @@ class _Dealer:
             for rank in [rank for rank, count in self._supply.items() if count == level]:
                 if (chunk := self._draw()) is None:
                     return
-                self._send(rank, chunk)
-                self._supply[rank] += 1
+                try:
+                    self._send(rank, chunk)
+                except PackingError as error:
+                    self._done[chunk[0]] = _Done([], error)
+                else:
+                    self._supply[rank] += 1
 
-    def _send(self, rank: int, chunk: tuple[int, list[Any]] | None) -> None:
+    def _send(self, rank: int, chunk: tuple[int, Any] | None) -> None:
         with self._comm.enter("send"):
             self._comm.send(_pack(chunk, "a chunk of imap", self._comm), rank, self._tag)
 
     def _take_in(self) -> None:
         with self._comm.enter("receive"):
             rank, message = self._comm.receive_any(self._busy(), self._tag, "imap")
-            start, results = _unpack(message, f"what rank {rank} sends to imap")
-        self._done[start] = results
+            start, results, failure = _unpack(message, f"what rank {rank} sends to imap")
+        self._done[start] = _Done(results, failure and failure.exception())
         self._supply[rank] -= 1
+
+
+class _Done(NamedTuple):
+    """What has come of a chunk: results of its items, or of the first ones and then an error."""
+
+    results: list[Any]
+    error: BaseException | None
 
 
 # ---------------------------------------------------------------------------------------------

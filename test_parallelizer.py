@@ -45,6 +45,7 @@ import multiprocessing
 import operator
 import os
 import pickle
+import queue
 import re
 import shutil
 import signal
@@ -3891,6 +3892,150 @@ def test_bad_where(p: Par) -> None:
     with pytest.raises(ValueError, match="nonsense"):
         p.print("text", where="nonsense")
     expect_failure(p, ValueError, prints_to, "nonsense")
+
+
+def halves(number: int) -> tuple[int, ...]:
+    return (number // 2,) * 2 if number > 1 else ()
+
+
+def feeds_its_producer(ordered: bool, *, parallelizer: Par) -> Any:
+    """As a search does, whose results are what is to be searched next."""
+    imap = parallelizer.imap if ordered else parallelizer.imap_unordered
+    found, missing = queue.SimpleQueue[int | None](), 1
+    found.put(16)
+    count = 0
+    for parts in imap(halves, iter(found.get, None)):
+        count += 1
+        missing += len(parts) - 1
+        for part in parts:
+            found.put(part)
+        if missing == 0:
+            found.put(None)
+    return count
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@BOTH_WAYS
+def test_a_producer_may_wait_for_results(p: Par, way: Any, ordered: bool) -> None:
+    expect(p, way(p, feeds_its_producer, ordered), 31)
+
+
+def fails_after(count: int) -> Iterator[int]:
+    yield from range(count)
+    raise JobError("of the producer", count)
+
+
+def refuses(number: int, item: int) -> int:
+    if item == number:
+        raise JobError("of the item", item)
+    return item
+
+
+def returns_a_lock(_: object) -> Any:
+    return threading.Lock()
+
+
+def yields_before_it_fails(
+    func: Any, data: Callable[[], Any], chunksize: int, *, parallelizer: Par
+) -> Any:
+    results: list[Any] = []
+    try:
+        for result in parallelizer.imap(func, data(), chunksize):
+            results.append(result)  # noqa: PERF402 - those before an error are wanted
+    except Exception as error:
+        return results, error
+    return results, None
+
+
+@pytest.mark.parametrize("chunksize", [1, 4])
+@pytest.mark.parametrize(
+    ("func", "data", "count", "kind"),
+    [
+        (abs, functools.partial(fails_after, 30), 30, JobError),
+        (functools.partial(refuses, 21), functools.partial(range, 90), 21, JobError),
+        (functools.partial(refuses, 21), functools.partial(fails_after, 30), 21, JobError),
+        (returns_a_lock, functools.partial(range, 90), 0, PackingError),
+    ],
+)
+def test_what_comes_before_an_error_is_yielded(
+    p: Par, func: Any, data: Any, count: int, kind: type, chunksize: int
+) -> None:
+    if kind is PackingError and p.nprocs == 1:
+        kind = type(None)
+        count = 90
+    results, error = yields_before_it_fails(func, data, chunksize, parallelizer=p)
+    expect(p, (len(results), type(error)), (count, kind))
+    if kind is JobError:
+        expect(p, results, [*range(count)])
+    expect_to_work(p)
+
+
+class IteratedOnce:
+    """Data whose second iteration is an error."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.count += 1
+        assert self.count == 1
+        return iter(range(10))
+
+
+@pytest.mark.parametrize("verb", ["map", "imap", "imap_unordered", "with callback"])
+@BOTH_WAYS
+def test_data_are_iterated_over_once(p: Par, way: Any, verb: str) -> None:
+    found = way(p, iterates_once, verb)
+    expect(p, found, [*range(10)])
+
+
+def iterates_once(verb: str, *, parallelizer: Par) -> Any:
+    if verb == "with callback":
+        return parallelizer.map(abs, IteratedOnce(), callback=abs)
+    results = getattr(parallelizer, verb)(abs, IteratedOnce())
+    return sorted(results) if parallelizer.on_main else None
+
+
+def blocked_producer(until: threading.Event) -> Iterator[int]:
+    yield from range(3)
+    until.wait(60)
+
+
+@pytest.mark.parametrize("fault", ["raise", "die", "interrupt", "leave"])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_faults_while_the_producer_blocks(method: str, fault: str) -> None:
+    blocked = threading.Event()
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        main = os.getpid()
+        func = functools.partial(ends_with, fault, main)
+        stream = par.imap_unordered(func, blocked_producer(blocked))
+        if fault == "leave":
+            assert next(stream) in range(3)
+            del stream
+        else:
+            kind = {"raise": JobError, "die": WorkerDied, "interrupt": KeyboardInterrupt}[fault]
+            with pytest.raises(kind):
+                list(stream)
+        blocked.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("parallelizer-reader"):
+                thread.join(30)
+                assert not thread.is_alive()
+        expect_to_work(par)
+
+
+def ends_with(fault: str, main: int, item: int) -> int:
+    """On the worker, after the producer has begun to block."""
+    if os.getpid() == main:
+        return item
+    time.sleep(0.2)
+    if fault == "raise":
+        raise JobError("of a worker", item)
+    if fault == "die":
+        os._exit(3)
+    if fault == "interrupt":
+        os.kill(main, signal.SIGINT)
+    return item
 
 
 def test_streams_outside_run(p: Par) -> None:
