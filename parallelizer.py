@@ -5732,7 +5732,9 @@ class Parallelizer:
         thread of main's, so that the next item may wait for results. To that thread belongs, then,
         what can be used by one thread alone, as a cursor of a database: open it in the generator
         that reads it. What an item or `data` raises comes in its place, behind the results of what
-        is before it. The iterator that main gets must be exhausted or closed before anything else is run on this
+        is before it.
+
+        The iterator that main gets must be exhausted or closed before anything else is run on this
         parallelizer; to leave its loop early closes it. Any thread may do these, as one of asyncio
         does by ``loop.run_in_executor(None, next, results)``. On the workers the iterator is empty.
         See `map` for the parameters; `chunksize` is the number of items that travel together.
