@@ -26,7 +26,8 @@ How it is built: one contract, one transport per backend, every verb written onc
          |              |              |
    SerialCommunicator  PipeCommunicator  MPICommunicator
                         |              |
-              pipes + shared slots     mpi4py buffers
+              pipes, shared slots,     mpi4py buffers
+              a board for `map`
 
 The file reads top to bottom: errors; splitting and combining; packing; shared arrays;
 communicators; the `Parallelizer`; the three backends; `ClientServerRunner`; the self-test and the
@@ -1576,8 +1577,6 @@ _GRACE = 1.0
 # several at once, the lowest rank's is told.
 _SETTLING = 0.05
 
-_MOST_TICKETS = 8192  # for the chunks of a map
-
 _WORDS = ("control", "return", "failed", "abort", "over")  # short, and heard as soon as whole
 _VERBS = (
     *_WORDS, "run", "stop",
@@ -1910,9 +1909,8 @@ class Communicator(abc.ABC):
         awaited)``, which calls it.
 
     With these, everything works. A transport does better than the defaults in `_transmit`, if it
-    can wait for room, or does not need to copy; in the collectives, if it has better ones; and in
-    `open_tickets` and `take_ticket`, if it has a counter that all processes share. Who can hurry
-    or replace a process extends `_make_all_leave`. ``examples/threads_backend.py`` is a whole
+    can wait for room, or does not need to copy; in the collectives, if it has better ones. Who can
+    hurry or replace a process extends `_make_all_leave`. ``examples/threads_backend.py`` is a whole
     backend.
 
     A run goes through these calls, on each process that takes part::
@@ -1962,8 +1960,6 @@ class Communicator(abc.ABC):
         self.runner: int | None = None  # the thread that executes a run
         self.drives_others = False  # on main, for as long as they serve
         self.in_task: int | None = None  # the thread on which a function that `map` calls executes
-        self.most_tickets = _MOST_TICKETS
-        self._turn = 0
         self.account = _Account()
         self._entered_at = 0.0  # the call of a verb that goes on, if one does
         self._postponed: list[Callable[[], object]] = []  # until the next one
@@ -2070,18 +2066,6 @@ class Communicator(abc.ABC):
         """Return when every rank has called it."""
         self.gather(_NOTHING, GatherPlan(False))
         self.broadcast(_NOTHING if self.rank == 0 else None)
-
-    def open_tickets(self, count: int) -> None:
-        """Called by all, before a broadcast: prepare tickets; only rank 0's `count` matters."""
-        self._turn = self.rank
-
-    def take_ticket(self, count: int) -> int | None:
-        """The next of the tickets 0 to `count` - 1, each handed out once; None after the last.
-
-        Here in turns that are fixed beforehand, for want of a counter that all share.
-        """
-        ticket, self._turn = self._turn, self._turn + self.size
-        return ticket if ticket < count else None
 
     def _outgoing(self, message: Message, tag: int = 0, verb: str = "") -> Parcel:
         """Of the present call, unless of `send`."""
@@ -2600,10 +2584,14 @@ class Communicator(abc.ABC):
         """Have `_progress` return; called by another thread than the one that waits."""
         self._tell_control(self.process, "wake", self.process, 0, ())  # of no wait
 
-    def await_any(self, ready: Callable[[], object], ranks: Sequence[int], doing: str) -> None:
-        """Wait for messages or else, until `ready`; without limit where no rank is awaited."""
-        awaited = [self.members[rank] for rank in ranks]
-        self._wait_until(ready, lambda: awaited, doing, idle=not ranks)
+    def await_any(self, ready: Callable[[], object], processes: Sequence[int], doing: str) -> None:
+        """Wait until `ready`; without limit where that is up to none of the others."""
+        self._wait_until(ready, lambda: processes, doing, idle=not processes)
+
+    def forget_mail(self, tag: int) -> None:
+        """Let go of what has come by a tag and is of no interest any more."""
+        for key in [key for key in self._mail if key[1] == tag]:
+            del self._mail[key]
 
     def _doing(self, doing: str) -> str:
         if doing or self.call.verb == "return":
@@ -2661,6 +2649,7 @@ _POSIX = os.name == "posix"
 _PACKET = min(4096, select.PIPE_BUF) if _POSIX else 4096
 _SLOT_BYTES = 1 << 21
 _SLOTS = 2  # per sender: one is filled while the other is read
+_BOARD_AT_FIRST, _BOARD_BYTES = 1 << 20, 1 << 26  # of chunks that wait; a larger one waits alone
 
 _START, _DATA, _RELEASE, _WAKE = range(4)
 _PACKET_HEAD = struct.Struct("<HBHI")  # bytes of the packet, kind, source, run
@@ -2797,43 +2786,196 @@ class _WindowsPort(_Port):
         return [handle for handle in others if handle in ready]
 
 
-class _Tickets:
-    """Numbers in a pipe: a shared counter that survives the death of any of its readers."""
+class _Ticket(NamedTuple):
+    """Of a chunk, where it lies on the board; the one without bytes says that there are no more."""
 
-    _NUMBER = struct.Struct("<I")
+    start: int  # number of the chunk's first item
+    offset: int
+    head_bytes: int
+    nbytes: int
 
-    def __init__(self, reader: Connection, writer: Connection) -> None:
-        self._reader, self._writer = reader, writer
-        self.most = min(_MOST_TICKETS, _pipe_capacity(writer.fileno()) // self._NUMBER.size)
 
-    def make_nonblocking(self) -> None:
-        os.set_blocking(self._reader.fileno(), False)
+class _Board:
+    """Chunks in shared memory, from which each process takes its next one by itself.
 
-    def open(self, count: int) -> None:
+    Main puts a chunk into the memory and its ticket into a pipe, which hands out each ticket once,
+    whoever dies. The memory is a ring. Before each chunk there is a byte that its reader sets when
+    it has copied the chunk, and at the start of the memory there is a counter for each process: how
+    often it has left the board. Main begins to deal anew when all have left, so that no late one
+    takes a ticket that is not meant for it.
+    """
+
+    _TICKET = struct.Struct("<qqqq")
+    _ALIGNED = 64
+
+    def __init__(self, context: Any, nprocs: int) -> None:
+        self._reader, self._writer = context.Pipe(duplex=False)
+        for connection in (self._reader, self._writer):
+            os.set_blocking(connection.fileno(), False)
+        self._first = -(-8 * nprocs // self._ALIGNED) * self._ALIGNED  # behind the counters
+        self._file = _anonymous_file(_BOARD_AT_FIRST)
+        self._map_file()
+        self._run = -1
+        self._expected = np.zeros(nprocs, np.int64)  # what the counters will be when all have left
+        # On main: where chunks lie that may be unread, oldest first, and where the next one goes.
+        self._unread: collections.deque[tuple[int, int]] = collections.deque()
+        self._next = self._first
+
+    def _map_file(self) -> None:
+        self._size = os.fstat(self._file).st_size
+        self._map = mmap.mmap(self._file, self._size)
+        self._memory = np.frombuffer(self._map, np.uint8)
+        self._left = np.frombuffer(self._memory.data, np.int64, self._first // 8)
+
+    @property
+    def handle(self) -> int:
+        """It is ready when there is a ticket."""
+        return int(self._reader.fileno())
+
+    # -- on main ------------------------------------------------------------------------------
+
+    def who_is_late(self, run: int) -> list[int]:
+        """The processes that have not left; nobody in a run that has just begun."""
+        if run != self._run:
+            self._run = run
+            self._left[:] = self._expected[:] = 0
+            self._unread.clear()
+        return np.flatnonzero(self._left[: len(self._expected)] < self._expected).tolist()
+
+    def clear(self) -> None:
+        """Make ready to deal anew, when all have left."""
+        self.withdraw()
         with contextlib.suppress(BlockingIOError):
-            while os.read(self._reader.fileno(), 1 << 16):
-                pass
-        numbers = b"".join(self._NUMBER.pack(number) for number in range(count))
-        os.write(self._writer.fileno(), numbers)
+            while os.read(self.handle, self._TICKET.size):
+                pass  # the last one of the time before
+        if not self._unread and self._size > _BOARD_BYTES:  # give back what huge chunks needed
+            os.ftruncate(self._file, _BOARD_AT_FIRST)
+            self._map_file()
 
-    def take(self) -> int | None:
+    def begin(self, processes: Sequence[int]) -> None:
+        """These have been called to the board."""
+        self._expected[list(processes)] += 1
+
+    def put(self, start: int, message: Message) -> bool:
+        """Offer a chunk; False if there is no room for it now."""
+        head = message.head()
+        nbytes = len(head) + sum(buffer.nbytes for buffer in message.buffers)
+        offset = self._place(nbytes + self._ALIGNED)
+        if offset is None:
+            return False
+        self._memory[offset] = 0
+        place = offset + self._ALIGNED
+        self._map[place : place + len(head)] = head
+        place += len(head)
+        for part in message.buffers:
+            self._memory[place : place + part.nbytes] = part
+            place += part.nbytes
+        if not self._write(_Ticket(start, offset, len(head), nbytes)):
+            return False
+        self._next = -(-place // self._ALIGNED) * self._ALIGNED
+        self._unread.append((offset, self._next))
+        return True
+
+    def count_unread(self) -> int:
+        """How many chunks have not been read, or lie behind such a one."""
+        while self._unread and self._memory[self._unread[0][0]]:
+            self._unread.popleft()
+        return len(self._unread)
+
+    def _place(self, nbytes: int) -> int | None:
+        """Where so many bytes fit; the ring grows up to `_BOARD_BYTES`, or what one chunk needs."""
+        if not self._unread:
+            self._next = self._first
+        oldest = self._unread[0][0] if self._unread else self._size
+        if self._next <= oldest and self._unread:  # it has wrapped around
+            return self._next if self._next + nbytes < oldest else None
+        if self._next + nbytes > self._size:
+            if self._unread and self._first + nbytes < oldest:
+                return self._first
+            if self._unread and self._next + nbytes > _BOARD_BYTES:
+                return None
+            self._grow(max(2 * self._size, self._next + nbytes))
+        return self._next
+
+    def _grow(self, nbytes: int) -> None:
         try:
-            number: int = self._NUMBER.unpack(os.read(self._reader.fileno(), self._NUMBER.size))[0]
+            os.ftruncate(self._file, nbytes)
+        except OSError as why:
+            raise _no_shared_memory(f"the chunks of a map need {nbytes} bytes", why) from why
+        self._map_file()
+
+    def has_room_again(self) -> bool:
+        """Whether the oldest chunk has been read."""
+        return not self._unread or bool(self._memory[self._unread[0][0]])
+
+    def end(self) -> bool:
+        """Offer no more; False if there is no room for that word now."""
+        return self._write(_Ticket(0, 0, 0, 0))
+
+    def withdraw(self) -> None:
+        """Take back what nobody has taken."""
+        while (ticket := self.take()) is not None and ticket.nbytes:
+            self._memory[ticket.offset] = 1
+
+    def _write(self, ticket: _Ticket) -> bool:
+        try:
+            os.write(self._writer.fileno(), self._TICKET.pack(*ticket))
+        except BlockingIOError:
+            return False
+        return True
+
+    # -- on all -------------------------------------------------------------------------------
+
+    def take(self) -> _Ticket | None:
+        """The next ticket, if there is one now; the last one stays for the others."""
+        try:
+            ticket = _Ticket(*self._TICKET.unpack(os.read(self.handle, self._TICKET.size)))
         except BlockingIOError:
             return None
-        return number
+        if ticket.nbytes == 0:
+            self._write(ticket)
+        return ticket
+
+    def read(self, ticket: _Ticket) -> Message:
+        """A copy of the chunk, whose place is then free."""
+        place = ticket.offset + self._ALIGNED
+        if place + ticket.nbytes > self._size:
+            self._map_file()
+        sizes, pickled = _parse_head(self._map[place : place + ticket.head_bytes])
+        place += ticket.head_bytes
+        buffers = []
+        for size in sizes:
+            buffers.append(_allocate(size))
+            buffers[-1][:] = self._memory[place : place + size]
+            place += size
+        self.forget(ticket)
+        return Message(pickled, buffers)
+
+    def forget(self, ticket: _Ticket) -> None:
+        """The chunk need not lie there any more."""
+        self._memory[ticket.offset] = 1
+
+    def leave(self, process: int) -> None:
+        """Take no more tickets until the next dealing."""
+        self._left[process] += 1
 
     def close(self) -> None:
-        self._reader.close()
-        self._writer.close()
+        for connection in (self._reader, self._writer):
+            connection.close()
+        del self._left, self._memory, self._map
+        os.close(self._file)
 
+    def __getstate__(self) -> dict[str, Any]:
+        from multiprocessing.reduction import DupFd
 
-def _pipe_capacity(file: int) -> int:
-    """Bytes; Linux gives less than its usual 64 KiB to a user of very many pipes."""
-    with contextlib.suppress(ImportError, AttributeError):
-        fcntl = importlib.import_module("fcntl")
-        return int(fcntl.fcntl(file, fcntl.F_GETPIPE_SZ))
-    return 1 << 14
+        state = {**vars(self), "_file": DupFd(self._file)}
+        del state["_left"], state["_memory"], state["_map"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._file = state["_file"].detach()
+        self._map_file()
 
 
 class _Incoming(Parcel):
@@ -2917,14 +3059,14 @@ class PipeCommunicator(Communicator):
         process: int,
         port: _Port,
         slots: _SharedSlots,
-        tickets: _Tickets | None,
+        board: _Board | None,
         timeout: float | None,
     ) -> None:
         super().__init__(process, len(port.outboxes), timeout)
         self._port = port
         self._slots = slots
-        self._tickets = tickets
-        self.most_tickets = tickets.most if tickets is not None else _MOST_TICKETS
+        self._board = board  # None on Windows, whose pipes cannot be read without blocking
+        self._at_board = False
         self._stream = 0
         self._streams: dict[tuple[int, int], _Incoming] = {}
         self._outbox: dict[int, collections.deque[bytes]] = {
@@ -2935,7 +3077,7 @@ class PipeCommunicator(Communicator):
     def cut_off(self) -> None:
         super().cut_off()
         no_way: Any = _NoWay(self.process)
-        self._port = self._tickets = no_way
+        self._port = self._board = no_way
 
     def _next_run(self, run: int) -> None:
         super()._next_run(run)
@@ -2953,8 +3095,10 @@ class PipeCommunicator(Communicator):
 
     def _progress(self, seconds: float) -> None:
         writers = [process for process, queue in self._outbox.items() if queue]
-        for handle in self._port.wait(self._handles(), writers, seconds):
-            self._on_handle(handle)
+        board = [self._board.handle] if self._board is not None and self._at_board else []
+        for handle in self._port.wait([*self._handles(), *board], writers, seconds):
+            if handle not in board:
+                self._on_handle(handle)
         for process in writers:
             self._flush(process)
         for packet in self._port.read():
@@ -3094,14 +3238,31 @@ class PipeCommunicator(Communicator):
         if queue:
             self._wait_until(lambda: not queue, lambda: [process], "send")
 
-    def open_tickets(self, count: int) -> None:
-        super().open_tickets(count)
-        if self.process == 0 and self._tickets is not None:
-            self._tickets.open(count)
+    @property
+    def board(self) -> _Board | None:
+        """For the chunks of a map whose members main leads."""
+        return self._board if self.members[0] == 0 else None
 
-    def take_ticket(self, count: int) -> int | None:
-        # None on Windows, whose pipes cannot be read without blocking.
-        return self._tickets.take() if self._tickets is not None else super().take_ticket(count)
+    def await_ticket(self, doing: str) -> _Ticket:
+        """On a worker: the next ticket of main's board."""
+        assert self._board is not None
+        tickets: list[_Ticket] = []
+
+        def is_there() -> bool:
+            ticket = self._board and self._board.take()
+            tickets.extend([ticket] if ticket else [])
+            return bool(tickets)
+
+        self._at_board = True
+        try:
+            self._wait_until(lambda: tickets or is_there(), lambda: [0], doing, idle=True)
+        finally:
+            self._at_board = False
+        return tickets[0]
+
+    def wake_main(self) -> None:
+        """Have main look for what it waits for beside messages."""
+        self._write(0, _WAKE, self.run, b"")
 
 
 def _inline(stream: int, chunk: list[_Bytes]) -> bytes:
@@ -3131,7 +3292,7 @@ class _WorkerEnd(PipeCommunicator):
     """The communicator of a worker."""
 
     def __init__(self, setup: _WorkerSetup) -> None:
-        super().__init__(setup.process, setup.port, setup.slots, setup.tickets, setup.timeout)
+        super().__init__(setup.process, setup.port, setup.slots, setup.board, setup.timeout)
         self.limit = setup.limit
         self._main_pid = setup.main_pid
         self._life = setup.life.fileno()
@@ -3155,7 +3316,7 @@ class _MainEnd(PipeCommunicator):
     """The communicator of main, which also watches over the workers."""
 
     def __init__(self, workers: _Workers, timeout: float | None) -> None:
-        super().__init__(0, workers.port, workers.slots, workers.tickets, timeout)
+        super().__init__(0, workers.port, workers.slots, workers.board, timeout)
         self.limit = workers.limit
         self._workers = workers
         _listen(self)
@@ -3278,7 +3439,7 @@ class _WorkerSetup(NamedTuple):
     process: int
     port: _Port
     slots: _SharedSlots
-    tickets: _Tickets | None
+    board: _Board | None
     life: Connection
     main_pid: int
     timeout: float | None
@@ -3315,16 +3476,15 @@ class _Workers:
         self._guard: _Guard | None = None
         try:
             pipes = [context.Pipe(duplex=False) for _ in range(nprocs)]
-            self.tickets = _Tickets(*context.Pipe(duplex=False)) if _POSIX else None
             self.slots = _shared_slots(nprocs)
+            self.board = _Board(context, nprocs) if _POSIX else None
             self.limit = _ThreadLimit.of_pool(parallelizer.threads_per_process, nprocs, method)
         except OSError as why:
             _explain_start(nprocs, why)
             raise
         self._ports = [_new_port(reader, [writer for _, writer in pipes]) for reader, _ in pipes]
         self.port = self._ports[0]
-        if self.tickets is not None:
-            self.tickets.make_nonblocking()
+        if self.board is not None:
             for port in self._ports:
                 port.make_nonblocking()
         _POOLS.add(self)
@@ -3371,7 +3531,7 @@ class _Workers:
                     pass  # what its dead predecessor has left unread
                 self._ports[process].forget_partial()
                 self._start(_WorkerSetup(
-                    pickled, process, self._ports[process], self.slots, self.tickets,
+                    pickled, process, self._ports[process], self.slots, self.board,
                     guard.life, os.getpid(), self._timeout, self.limit, self._method,
                 ))  # fmt: skip
                 if may_harm and not _is_single_threaded():
@@ -3484,8 +3644,8 @@ class _Workers:
                 connection.close()
             for port in self._ports:
                 port.inbox.close()
-            if self.tickets is not None:
-                self.tickets.close()
+            if self.board is not None:
+                self.board.close()
             self.slots.close()
             self.limit.lift()  # last, because it opens files, and there may have been too many
 
@@ -3923,19 +4083,22 @@ def _new_port(inbox: Connection, outboxes: Sequence[Connection]) -> _Port:
     return _Port(inbox, outboxes) if _POSIX else _WindowsPort(inbox, outboxes)
 
 
+def _no_shared_memory(need: str, why: Exception) -> ParallelizerError:
+    return ParallelizerError(
+        f"no shared memory: {need}: {why}. Likely cause: a limit of the size of files (ulimit -f) "
+        f"or of memory (ulimit -v), or a full disk; raise the limit, use a smaller nprocs, or set "
+        f"TMPDIR to where there is room"
+    )
+
+
 def _shared_slots(nprocs: int) -> _SharedSlots:
     try:
         return _SharedSlots(nprocs)
     except (OSError, ValueError) as why:
         if isinstance(why, OSError) and why.errno in (errno.EMFILE, errno.ENFILE):
             raise
-        size = nprocs * _SLOTS * _SLOT_BYTES >> 20
-        raise ParallelizerError(
-            f"no shared memory for {nprocs} processes: {why}. They need {size} MiB of "
-            f"it. Likely cause: a limit of the size of files (ulimit -f) or of memory (ulimit -v), "
-            f"or a full disk; raise the limit, use a smaller nprocs, or set TMPDIR to where there "
-            f"is room"
-        ) from why
+        need = f"{nprocs} processes need {nprocs * _SLOTS * _SLOT_BYTES >> 20} MiB"
+        raise _no_shared_memory(need, why) from why
 
 
 def _explain_start(nprocs: int, why: OSError) -> None:
@@ -4157,10 +4320,9 @@ def _die_with_main(life: Any) -> Any:
 # What 1,000 ranks cost, on paper: a broadcast takes 10 steps of one letter each, `wait` 20, a
 # large array 30 and a Bcast; `gather` and `scatter` have main handle 1,000 letters, some 10 ms,
 # and move each byte once; a run ends with a letter from each rank and one to each, some 20 ms.
-# `reduce` and `allreduce` have main fold 1,000 values, one after the other. `map` broadcasts
-# its data, takes a ticket per chunk by a Fetch_and_op on main's memory (8,192 chunks at most),
-# and gathers the results. A failure costs main three letters to each rank. A rank holds two
-# communicators, and nothing per other rank.
+# `reduce` and `allreduce` have main fold 1,000 values, one after the other. Of `map`, main handles
+# two letters per chunk, some 64 chunks per rank, and gathers the results. A failure costs main
+# three letters to each rank. A rank holds two communicators, and nothing per other rank.
 
 _EAGER_BYTES = 1 << 13  # up to here the parts of a message ride in its letter
 _BCAST_BYTES = 1 << 23
@@ -4171,7 +4333,6 @@ _JOINT_BYTES = 1 << 18  # about as many of shorter parts are moved as one
 _LETTER = struct.Struct("<qIIBqII")  # run, depth, number, verb, tag, bulk tag, number of parts
 _BULK_TAGS = 1 << 14  # MPI promises 2**15
 _MOST_UNDER_WAY = 256  # letters that nobody has taken in yet
-_COUNTERS = 64  # of tickets, by the number of the run
 
 _Requests = collections.deque[Any]
 
@@ -4273,7 +4434,6 @@ class MPICommunicator(Communicator):
         self.known[self.key] = self
         self.made = 0  # parallelizers, by this rank
         self._groups = {self.members: self._bulk}
-        self._counters: dict[tuple[int, ...], Any] = {}
         self._status = mpi.Status()
         self._sent, self._taken = [0] * self.world_size, [0] * self.world_size  # letters
         self.closed = False
@@ -4292,7 +4452,6 @@ class MPICommunicator(Communicator):
     def cut_off(self) -> None:
         super().cut_off()
         self._letters = self._bulk = _NoWay(self.process)
-        self._counters = {}
 
     def agree_on_threads(self) -> None:
         """Give all ranks the least of the numbers that each would have; they stay so.
@@ -4623,32 +4782,6 @@ class MPICommunicator(Communicator):
     def barrier(self) -> None:
         self._agree()
 
-    # -- tickets: counters in main's memory, counted up from afar (MPI-3 one-sided) ---------------
-
-    def open_tickets(self, count: int) -> None:
-        if self.members not in self._counters:
-            self._agree()
-            size = 8 * _COUNTERS if self.rank == 0 else 0
-            self._counters[self.members] = self._mpi.Win.Allocate(size, 8, comm=self._group())
-            self._counters[self.members].Lock_all()
-        if self.rank == 0:
-            self._count(self._mpi.REPLACE, 0)
-
-    def take_ticket(self, count: int) -> int | None:
-        ticket = self._count(self._mpi.SUM, 1)
-        return ticket if ticket < count else None
-
-    def _count(self, operation: Any, operand: int) -> int:
-        """Fetch the counter and change it."""
-        window, kind = self._counters[self.members], self._mpi.INT64_T
-        # Both must live until the flush.
-        given, found = np.array([operand], np.int64), np.empty(1, np.int64)
-        # Each run has a counter of its own, as a rank may be late to leave the one before.
-        place = self.run % _COUNTERS
-        window.Fetch_and_op([given, kind], [found, kind], 0, place, op=operation)
-        window.Flush(0)
-        return int(found[0])
-
     # -- commands, and the end of the program ---------------------------------------------------
 
     def command(self, messages: Sequence[Message] | None) -> None:
@@ -4699,17 +4832,9 @@ class MPICommunicator(Communicator):
         """Give back what MPI keeps for it: all ranks come here, and run nothing any more."""
         if not self.closed:
             self._take_in_the_rest()
-            self.free_windows()
             for comm in (self._letters, *self._groups.values()):
                 comm.Free()
             self.closed = True
-
-    def free_windows(self) -> None:
-        """What MPI_Finalize would not do."""
-        for window in self._counters.values():
-            window.Unlock_all()
-            window.Free()
-        self._counters.clear()
 
     def _take_in_the_rest(self) -> None:
         """Leave nothing under way: MPI could hand it to a later communicator in this one's place.
@@ -4920,8 +5045,6 @@ class _JobEnd:
         _flush_output()
         with self._no_way_out():
             self._wait_for_all(mpi, status)
-            for communicator in self.communicators:
-                communicator.free_windows()
 
     def on_finalize(self) -> None:
         self.leave()
@@ -6309,6 +6432,7 @@ class _Task:
     """What main wants done with the items of `map`: the same on every process."""
 
     func: Callable[..., Any]  # each process's own, and not among what main says
+    pace: float | None = None  # seconds that an item has taken here of late
 
     def __init__(
         self,
@@ -6354,7 +6478,11 @@ class _Task:
 
     def __getstate__(self) -> dict[str, Any]:
         """What the others need: not `func`, and of `callback` no more than `is_stream`."""
-        return {**vars(self), "callback": None}
+        return {**vars(self), "callback": None, "pace": None}
+
+    def is_paced(self, length: int, nprocs: int) -> bool:
+        """Whether the size of the chunks depends on how long an item takes."""
+        return self.chunksize is None and length // (32 * nprocs) > 1
 
     def choose_chunksize(self, length: int, nprocs: int) -> None:
         """For a stream whose caller leaves that to us; of unknown `length`, 0."""
@@ -6367,15 +6495,15 @@ class _Task:
 
     def compute(self, items: Any, start: int, comm: Communicator) -> list[Any]:
         """The results of a chunk whose first item is the `start`-th of all."""
-        results, error = self.compute_until_error(items, start, comm)
+        results, error = self.compute_until_error(items, start, comm, keep=False)
         if error is not None:
             raise error
         return results
 
     def compute_until_error(
-        self, items: Any, start: int, comm: Communicator
+        self, items: Any, start: int, comm: Communicator, *, keep: bool = True
     ) -> tuple[list[Any], Exception | None]:
-        """The results, or those of the first items and what the next one has raised."""
+        """The results, or, to `keep` them, those before an error, and what an item has raised."""
         # What main computes from, and what comes of it, are copies, because they are on all other
         # processes: nobody can tell from a result who computed it.
         copied = comm.rank == 0 and comm.size > 1
@@ -6389,7 +6517,9 @@ class _Task:
             comm.mark_function(executing=True)  # it is not yet, where main alone calls imap
             comm.items = list(items)
             with self.arithmetic, _UsersCode():
-                self._call_items(comm.items, start, results)
+                begun = time.perf_counter()
+                self._call_items(comm.items, start, results, keep=keep)
+                self.pace = (time.perf_counter() - begun) / (len(results) or 1)
         except Exception as why:
             error = why
         finally:
@@ -6401,7 +6531,7 @@ class _Task:
             results = _as_sent(results) if copied else _laid_out(results)
         return results, error
 
-    def _call_items(self, items: Any, start: int, results: list[Any]) -> None:
+    def _call_items(self, items: Any, start: int, results: list[Any], *, keep: bool) -> None:
         plain = not (self.starred or self.extra_args or self.extra_kwargs)
         if self.seed is not None:
             for index, item in enumerate(items, start):
@@ -6409,8 +6539,11 @@ class _Task:
         else:
             call = self.func if plain else self.call
             # Not by the builtin map, which a StopIteration would end without a word.
+            if not keep:
+                results += [call(item) for item in items]
+                return
             for item in items:
-                results.append(call(item))  # noqa: PERF401 - those before an error are wanted
+                results.append(call(item))
 
 
 def _checked_extra_args(third: Any, chunksize: Any) -> tuple[tuple[Any, ...], Any]:
@@ -6450,30 +6583,21 @@ def _map_in_run(
     """What every process does in a `map`; only main's `make_task` and `data` count."""
     items: Any = None
 
-    def prepare() -> tuple[_Task, Any]:
+    def prepare() -> _Task:
         nonlocal items
         assert make_task is not None
-        count = 0
-        try:
-            task = make_task()
-            if task.is_stream:
-                items = _Source(data)
-                task.choose_chunksize(items.hint, comm.size)
-                return task, None
-            if task.vectorized:
-                items = _blockwise(data)
-                return task, None
-            items = _sized(data)
-            count = len(_guided_bounds(len(items), comm, task.chunksize))
-            return task, items
-        finally:
-            if comm.size > 1:
-                comm.open_tickets(count)
+        task = make_task()
+        if task.is_stream:
+            items = _Source(data)
+            task.choose_chunksize(items.hint, comm.size)
+        else:
+            items = _blockwise(data) if task.vectorized else _sized(data)
+        _hand(comm, tag).clear()
+        return task
 
     with parallelizer._calling("map") as comm:
-        if comm.rank > 0:
-            comm.open_tickets(0)
-        task, dealt = parallelizer._from_main(comm, prepare)
+        tag = -2 - comm.call.number  # of its own, so that nothing of another map is taken for its
+        task = parallelizer._from_main(comm, prepare)
     task.func = func
     if task.vectorized:
         return _map_blocks(task, items, parallelizer)
@@ -6481,7 +6605,7 @@ def _map_in_run(
         stream = _imap_in_run(func, True, lambda: task, items, parallelizer=parallelizer)
         results = _call_back(task, stream)
         return results if comm.rank == 0 else Parallelizer.InWorkerProcess
-    return _map_items(task, dealt, parallelizer)
+    return _map_items(task, items, tag, parallelizer)
 
 
 def _blockwise(data: Any) -> Any:
@@ -6531,46 +6655,65 @@ def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
     return combined
 
 
-def _map_items(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
+def _map_items(task: _Task, data: Any, tag: int, parallelizer: Parallelizer) -> Any:
     comm = parallelizer._communicator()
-    bounds = _guided_bounds(len(data), comm, task.chunksize)
-    tickets: Iterable[int] = range(len(bounds))
-    if comm.size > 1:
-        tickets = iter(lambda: comm.take_ticket(len(bounds)), None)
-    done = []
-    with _bar(len(data), task.progress and comm.rank == 0) as reached:
-        for start, stop in map(bounds.__getitem__, tickets):
-            done.append((start, task.compute(data[start:stop], start, comm)))
-            reached(stop)
-        reached(len(data))
+    done: list[Any] = []
+    if comm.rank == 0:
+        dealer = _Dealer(task, _Chunks(_guided(data, comm, task)), tag, comm)
+        with _bar(len(data), task.progress) as reached:
+            done = _dealt_to_all(dealer, len(data), reached)
+            reached(len(data))
+    else:
+        hand = _hand(comm, tag)
+        for start, items in hand.chunks():
+            done.append((start, task.compute(items, start, comm)))
+            hand.tell_done()
     with parallelizer._calling("gather"):
         gathered = parallelizer._gather(comm, done, False, is_sent=True)
     if comm.rank > 0:
         return gathered
+    comm.forget_mail(tag)
     in_order = sorted(itertools.chain.from_iterable(gathered), key=operator.itemgetter(0))
     return list(itertools.chain.from_iterable(results for _, results in in_order))
 
 
 def _private(items: Any) -> Any:
     """Main's items, copied as the workers' are, so that it is all one who computes which."""
+    return items if _are_plain(items) else _sent(items)
+
+
+def _packed_chunk(chunk: tuple[int, Any], comm: Communicator) -> Message:
+    if _are_plain(chunk[1]):
+        return Message(pickle.dumps(chunk, 5), [])  # in less time than the search for arrays takes
+    return _pack(chunk, "a chunk of a map", comm)
+
+
+def _are_plain(items: Any) -> bool:
     kinds = {type(items)} if isinstance(items, (range, str, bytes)) else set(map(type, items))
-    return items if kinds <= _PLAIN_TYPES else _sent(items)
+    return kinds <= _PLAIN_TYPES
 
 
-def _guided_bounds(length: int, comm: Communicator, chunksize: int | None) -> list[tuple[int, int]]:
-    """Chunks of ever smaller size, which all the processes take from in turn.
+_MOST_CHUNKS = 8192
+_LEAST_SECONDS = 2.5e-4  # that a chunk shall take, because to deal it takes some 1e-5
+
+
+def _guided(data: Any, comm: Communicator, task: _Task) -> Iterator[tuple[int, Any]]:
+    """Chunks of ever smaller size, which all the processes take in turn.
 
     A chunk is a small share of what remains, so that the last ones to finish, whatever their
     items cost, are not far apart (guided self-scheduling: Polychronopoulos and Kuck, 1987,
     doi:10.1109/TC.1987.5009495).
     """
-    least = max(chunksize or 1, math.ceil(length / comm.most_tickets))
-    bounds, start = [], 0
+    length, start = len(data), 0
+    least = max(task.chunksize or 1, math.ceil(length / _MOST_CHUNKS))
+    most = length // (32 * comm.size)
     while start < length:
-        size = least if chunksize else max(least, (length - start) // (32 * comm.size))
-        bounds.append((start, min(start + size, length)))
+        size = least
+        if task.is_paced(length, comm.size):
+            worthwhile = min(most, int(_LEAST_SECONDS / task.pace)) if task.pace else 0
+            size = max(least, worthwhile, (length - start) // (32 * comm.size))
+        yield start, data[start : start + size]
         start += size
-    return bounds
 
 
 @_context
@@ -6591,13 +6734,13 @@ def _bar(total: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
         yield lambda count: bar.update(count - bar.n)
 
 
-# An imap's items are handed out by main, as its data may be endless: each worker has one chunk
-# that it computes and one that waits, so that it need not wait for main. Main computes too, when
-# all workers are supplied and no result has come. What is handed out is at most _WINDOW chunks
-# per process ahead of what has been yielded.
+# The chunks of a map lie where each process takes its next one, or else main sends them. Main
+# computes, too: in an imap, whose results it is to yield, only if the workers are supplied and no
+# result has come. Dealt are at most so many chunks per process ahead of what has been yielded: at
+# least, before it is known how large the results are or how long they take, and of small results.
 
-_AHEAD = 2
-_WINDOW = 4
+_AHEAD = 2  # that main sends to each worker
+_LEAST_AHEAD, _FIRST_AHEAD, _MOST_AHEAD = 4, 16, 100
 
 
 class _Source:
@@ -6658,9 +6801,6 @@ class _Chunks:
         """Whether `take` has something to say."""
         return not self.ended
 
-    def make_room(self) -> None:
-        """The results of a chunk have been yielded, so that there may be a further one."""
-
     def close(self) -> None:
         """Read no more."""
 
@@ -6672,7 +6812,7 @@ class _ReadAhead(_Chunks):
         super().__init__(chunks)
         self._read: collections.deque[tuple[int, Any] | BaseException | None]
         self._read = collections.deque()
-        self._room = threading.Semaphore(_WINDOW * comm.size)
+        self._room = threading.Semaphore(_LEAST_AHEAD * comm.size)
         self._wake = comm.wake
         self._closed = False
         # The user's numpy.errstate and decimal context hold there as well.
@@ -6706,13 +6846,11 @@ class _ReadAhead(_Chunks):
             self.ended = True
             raise chunk
         self.ended = chunk is None
+        self._room.release()
         return chunk
 
     def has_news(self) -> bool:
         return bool(self._read)
-
-    def make_room(self) -> None:
-        self._room.release()
 
     def close(self) -> None:
         self._closed = True
@@ -6736,6 +6874,7 @@ def _imap_in_run(
         assert make_task is not None
         task = make_task()
         source = data if isinstance(data, _Source) else _Source(data)
+        _hand(comm, tag).clear()
         return task
 
     comm = parallelizer._communicator()
@@ -6744,23 +6883,16 @@ def _imap_in_run(
         tag = -2 - comm.call.number
         task = parallelizer._from_main(comm, prepare)
     task.func = func
-    if comm.rank > 0:
-        _compute_chunks(task, tag, comm)
-        return iter(())
-    return _Dealer(task, source, ordered, tag, comm).results()
-
-
-def _compute_chunks(task: _Task, tag: int, comm: Communicator) -> None:
-    """A worker's part in an imap."""
-    while True:
-        with comm.enter("receive"):
-            _, message = comm.receive_any([0], tag, "imap", idle=True)
-            chunk = _unpack(message, "a chunk of imap")
-        if chunk is None:
-            return
-        start, items = chunk
+    if comm.rank == 0:
+        dealer = _Dealer(task, source.chunks(task.chunksize or 1, comm), tag, comm)
+        results = _Results(dealer, ordered, tag).all(source.total)
+        next(results)
+        return results
+    for start, items in _hand(comm, tag).chunks():
+        message = _packed_results(task, items, start, comm)
         with comm.enter("send"):
-            comm.send(_packed_results(task, items, start, comm), 0, tag)
+            comm.send(message, 0, tag)
+    return iter(())
 
 
 def _packed_results(task: _Task, items: Any, start: int, comm: Communicator) -> Message:
@@ -6798,43 +6930,302 @@ class _Stream:
             self._results.close()
 
 
+class _Mail:
+    """Main sends the chunks: each worker has one that it computes, and one that waits."""
+
+    ahead = _MOST_AHEAD  # chunks for each worker that may wait, where they lie in one place
+
+    def __init__(self, comm: Communicator, tag: int) -> None:
+        self._comm = comm
+        self._tag = tag
+        self._supply = dict.fromkeys(range(1, comm.size), 0)  # on main: chunks that each has
+
+    # -- on main ------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Before the workers are called: let nothing be left of an earlier map."""
+
+    def begin(self) -> None:
+        """The workers have been called."""
+
+    def has_room(self) -> bool:
+        """Whether a chunk may be offered."""
+        return any(count < _AHEAD for count in self._supply.values())
+
+    def offer(self, start: int, message: Message) -> bool:
+        """Give a chunk to who has least; False where there is no room for it after all."""
+        rank = min(self._supply, key=self._supply.__getitem__)
+        self._send(rank, message)
+        self._supply[rank] += 1
+        return True
+
+    def busy(self) -> list[int]:
+        """The workers that have chunks."""
+        return [rank for rank, count in self._supply.items() if count]
+
+    def hear(self, rank: int) -> None:
+        """A worker has computed one."""
+        self._supply[rank] -= 1
+
+    def hear_all(self) -> None:
+        """Take in who has computed one, where workers keep their results."""
+        while (busy := self.busy()) and self._comm.has_arrived(busy, self._tag):
+            with self._comm.enter("receive"):
+                self.hear(self._comm.receive_any(busy, self._tag, "a map")[0])
+
+    def has_spare(self) -> bool:
+        """Whether the workers are supplied, and main may compute, too."""
+        return True
+
+    def take_own(self) -> int | None:
+        """The first item of an offered chunk that main is to compute, if there is one."""
+        return None
+
+    def end(self) -> bool:
+        """Offer no more; False if there is no room for that word now."""
+        for rank in self._supply:
+            self._send(rank, _pack(None, "the end of a map"))
+        return True
+
+    def withdraw(self) -> None:
+        """Take back what nobody has begun to compute, as far as that can be done."""
+
+    # -- on a worker --------------------------------------------------------------------------
+
+    def chunks(self) -> Iterator[tuple[int, Any]]:
+        """Those that it is to compute."""
+        while True:
+            with self._comm.enter("receive"):
+                _, message = self._comm.receive_any([0], self._tag, "a map", idle=True)
+                chunk = _unpack(message, "a chunk")
+            if chunk is None:
+                return
+            yield chunk
+
+    def tell_done(self) -> None:
+        """The chunk is computed, and its results stay here."""
+        self._send(0, _NOTHING)
+
+    def _send(self, rank: int, message: Message) -> None:
+        with self._comm.enter("send"):
+            self._comm.send(message, rank, self._tag)
+
+
+class _Pull(_Mail):
+    """Where all share memory: the chunks lie there, and each process takes its next one."""
+
+    def __init__(self, comm: PipeCommunicator, tag: int) -> None:
+        super().__init__(comm, tag)
+        self._pipes = comm
+        self._offered = 0  # on main: chunks that are not known to have been computed
+
+    @property
+    def _board(self) -> _Board:
+        board = self._pipes.board  # which a forked child is cut off from
+        assert board is not None
+        return board
+
+    def clear(self) -> None:
+        comm, board = self._pipes, self._board
+        if late := board.who_is_late(comm.run):
+            comm.await_any(lambda: not board.who_is_late(comm.run), late, "a map")
+        board.clear()
+
+    def begin(self) -> None:
+        self._board.begin(self._pipes.members[1:])
+
+    def has_room(self) -> bool:
+        return self._board.count_unread() < self.ahead * len(self._supply)
+
+    def offer(self, start: int, message: Message) -> bool:
+        offered = self._board.put(start, message)
+        self._offered += offered
+        return offered
+
+    def busy(self) -> list[int]:
+        return [*self._supply] if self._offered else []
+
+    def hear(self, rank: int) -> None:
+        self._offered -= 1
+
+    def hear_all(self) -> None:
+        """The workers say nothing."""
+
+    def has_spare(self) -> bool:
+        return self._offered > len(self._supply)
+
+    def take_own(self) -> int | None:
+        ticket = self._board.take()
+        if ticket is None or not ticket.nbytes:
+            return None
+        self._board.forget(ticket)
+        self._offered -= 1
+        return ticket.start
+
+    def await_room(self) -> None:
+        """On main, where all that there is room for has been taken, but not yet been read."""
+        with self._comm.enter("receive"):
+            self._comm.await_any(self._board.has_room_again, self._comm.members[1:], "a map")
+
+    def end(self) -> bool:
+        return self._board.end()
+
+    def withdraw(self) -> None:
+        self._board.withdraw()
+
+    def chunks(self) -> Iterator[tuple[int, Any]]:
+        comm, board = self._pipes, self._board
+        try:
+            while True:
+                ticket = board.take()
+                if ticket is None:
+                    with comm.enter("receive"):
+                        ticket = comm.await_ticket("a map")
+                if not ticket.nbytes:
+                    return
+                message = board.read(ticket)
+                if message.nbytes > _SLOT_BYTES:
+                    comm.wake_main()  # which may wait for that room
+                yield _unpack(message, "a chunk")
+        finally:
+            board.leave(comm.process)
+            comm.wake_main()
+
+    def tell_done(self) -> None:
+        """Main need not know."""
+
+
+def _hand(comm: Communicator, tag: int) -> _Mail:
+    if isinstance(comm, PipeCommunicator) and comm.size > 1 and comm.board is not None:
+        return _Pull(comm, tag)
+    return _Mail(comm, tag)
+
+
 class _Dealer:
+    """Main's part in a map: offers the chunks to all, and computes its own."""
+
+    def __init__(self, task: _Task, chunks: _Chunks, tag: int, comm: Communicator) -> None:
+        self.task = task
+        self.chunks = chunks
+        self.comm = comm
+        self.hand = _hand(comm, tag)
+        self.error: Exception | None = None  # of the user's iterator, behind all that it has given
+        self._items: dict[int, Any] = {}  # of chunks that are not known to be computed elsewhere
+        self._waiting: tuple[int, Message] | None = None  # until there is room for it
+        self._told = False  # whether all know that there are no more
+        self.hand.begin()
+
+    def draw(self) -> tuple[int, Any] | None:
+        """A new chunk, if there is one now."""
+        if self.chunks.ended:
+            return None
+        try:
+            return self.chunks.take()
+        except Exception as error:
+            self.error, self.chunks.ended = error, True
+            return None
+
+    def offer(self, may_draw: Callable[[], bool]) -> Iterator[tuple[int, PackingError | None]]:
+        """Offer what there is room for; each chunk's first item, and why it cannot be sent."""
+        while self.hand.has_room():
+            if self._waiting is None:
+                chunk = self.draw() if may_draw() else None
+                if chunk is None:
+                    break
+                self._items[chunk[0]] = chunk[1]
+                try:
+                    self._waiting = chunk[0], _packed_chunk(chunk, self.comm)
+                except PackingError as why:
+                    yield chunk[0], why
+                    continue
+                yield chunk[0], None
+            if not self.hand.offer(*self._waiting):
+                return
+            self._waiting = None
+        if self.chunks.ended and self._waiting is None and not self._told:
+            self._told = self.hand.end()
+
+    def take_own(self, may_draw: Callable[[], bool]) -> tuple[int, Any] | None:
+        """A chunk for main, a new one if possible, which need not be packed."""
+        if self._waiting is None and may_draw() and (chunk := self.draw()) is not None:
+            return chunk
+        start = self.hand.take_own()
+        return None if start is None else (start, self._items.pop(start))
+
+    def forget(self, start: int) -> None:
+        """The chunk has been computed elsewhere."""
+        self._items.pop(start, None)
+
+    def is_over(self) -> bool:
+        """Whether all has been dealt, and all know."""
+        return self._told
+
+    def stop(self) -> None:
+        """Have nobody begin with another chunk."""
+        self.hand.withdraw()
+        if not self._told:
+            self._told = self.hand.end()
+
+
+def _always() -> bool:
+    return True
+
+
+def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object]) -> list[Any]:
+    """Main's part in a map whose results stay where they are: its own, by chunks."""
+    done = []
+    if dealer.task.is_paced(total, dealer.comm.size):
+        dealer.hand.ahead = _FIRST_AHEAD  # until it is known how long an item takes
+    while True:
+        dealer.hand.hear_all()
+        for _, error in dealer.offer(_always):
+            if error is not None:
+                raise error
+        own = dealer.take_own(_always)
+        if own is not None:
+            start, items = own
+            done.append((start, dealer.task.compute(items, start, dealer.comm)))
+            dealer.hand.ahead = _MOST_AHEAD
+            reached(start + len(items))
+        elif dealer.is_over():
+            return done
+        elif isinstance(dealer.hand, _Pull):
+            dealer.hand.await_room()
+
+
+class _Results:
     """Main's part in an imap: deals out the chunks, and takes in the results."""
 
-    def __init__(
-        self, task: _Task, source: _Source, ordered: bool, tag: int, comm: Communicator
-    ) -> None:
-        self._task = task
-        self._source = source
+    def __init__(self, dealer: _Dealer, ordered: bool, tag: int) -> None:
+        self._dealer = dealer
+        self._comm = dealer.comm
         self._ordered = ordered
         self._tag = tag
-        self._comm = comm
-        self._begun = comm.run, comm.is_running()  # which under MPI may be between two runs
-        self._supply = dict.fromkeys(range(1, comm.size), 0)  # chunks that each worker has
-        self._dealt: collections.deque[int] = collections.deque()  # chunks not yet yielded
+        self._begun = self._comm.run, self._comm.is_running()  # under MPI perhaps between two runs
+        self._dealt: dict[int, None] = {}  # chunks not yet yielded, in order
         self._done: dict[int, _Done] = {}  # results by the first item of their chunk
-        self._error: Exception | None = None  # of the source, behind all that it has given
+        self._came = self._bytes = 0  # results, by chunks, and what they take
 
-    def results(self) -> Iterator[Any]:
-        self._chunks = self._source.chunks(self._task.chunksize or 1, self._comm)
-        with _bar(self._source.total, self._task.progress) as reached:
+    def all(self, total: int | None) -> Iterator[Any]:
+        with _bar(total, self._dealer.task.progress) as reached:
             count = 0
             try:
-                while (done := self._next_done()) is not None:
+                yield None  # begun, so that it ends in what is below, even if nobody takes a result
+                while (done := self._next()) is not None:
                     count += len(done.results)
                     reached(count)
                     yield from done.results
                     if done.error is not None:
                         raise done.error
             finally:
-                self._chunks.close()
+                self._dealer.chunks.close()
                 self._comm.do_between_calls(self._dismiss)
 
     def _dismiss(self) -> None:
         # Not after a failure, which the workers hear of anyway, or an interrupted call.
         try:
-            for rank in () if self._has_ended() else self._supply:
-                self._send(rank, None)
+            if not self._has_ended():
+                self._dealer.stop()
         except (RunEnded, ContractError) as error:
             if self._comm.ends_outer_run(error):
                 raise
@@ -6843,84 +7234,67 @@ class _Dealer:
         """Whether the run is over, or another one goes on, of which nothing is to be taken."""
         return (self._comm.run, self._comm.is_running()) != self._begun
 
-    def _next_done(self) -> _Done | None:
+    def _next(self) -> _Done | None:
         """The results to be yielded next; None after the last."""
+        dealer = self._dealer
         while True:
-            if self._supply and self._has_ended():
+            if self._comm.size > 1 and self._has_ended():
                 raise ContractError("the run of this imap has ended, so it has no more results")
-            while self._busy() and self._comm.has_arrived(self._busy(), self._tag):
+            while dealer.hand.busy() and self._comm.has_arrived(dealer.hand.busy(), self._tag):
                 self._take_in()
             self._deal()
-            if self._ordered:
-                start = self._dealt[0] if self._dealt else None
-            else:
-                start = next(iter(self._done), None)
+            start = next(iter(self._dealt if self._ordered else self._done), None)
             if start in self._done:
-                self._dealt.remove(start)
-                self._chunks.make_room()
+                del self._dealt[start]
                 return self._done.pop(start)
-            if (own := self._draw()) is not None:
+            if dealer.hand.has_spare() and (own := dealer.take_own(self._may_draw)) is not None:
                 start, items = own
-                self._done[start] = _Done(*self._task.compute_until_error(items, start, self._comm))
-            elif self._busy() or not self._chunks.ended:
+                self._dealt[start] = None
+                self._done[start] = _Done(
+                    *dealer.task.compute_until_error(items, start, self._comm)
+                )
+            elif dealer.hand.busy() or not dealer.chunks.ended:
                 self._await_news()
-            elif self._error is not None:
-                raise self._error
+            elif dealer.error is not None:
+                raise dealer.error
             else:
                 return None
 
-    def _await_news(self) -> None:
-        """Wait for results, or for the source to go on."""
-        with self._comm.enter("receive"):
-            self._comm.await_any(self._has_news, self._busy(), "imap")
-
-    def _has_news(self) -> bool:
-        if self._may_draw() and self._chunks.has_news():
-            return True
-        return self._comm.first_sender(self._busy(), self._tag) is not None
-
-    def _busy(self) -> list[int]:
-        return [rank for rank, count in self._supply.items() if count]
+    def _deal(self) -> None:
+        for start, error in self._dealer.offer(self._may_draw):
+            self._dealt[start] = None
+            if error is not None:
+                self._done[start] = _Done([], error)
 
     def _may_draw(self) -> bool:
         """Whether not too much is under way."""
-        return len(self._dealt) < _WINDOW * self._comm.size
+        most = _FIRST_AHEAD
+        if self._came:  # as many as fill the board with results such as these
+            most = _BOARD_BYTES * self._came // (self._bytes * self._comm.size)
+            most = min(max(_LEAST_AHEAD, most), _MOST_AHEAD)
+        return len(self._dealt) < most * self._comm.size
 
-    def _draw(self) -> tuple[int, Any] | None:
-        """A new chunk, if there is one and not too much is under way."""
-        if self._chunks.ended or not self._may_draw():
-            return None
-        try:
-            chunk = self._chunks.take()
-        except Exception as error:  # of the user's iterator
-            self._error, self._chunks.ended = error, True
-            return None
-        if chunk is not None:
-            self._dealt.append(chunk[0])
-        return chunk
+    def _await_news(self) -> None:
+        """Wait for results, or for the iterator to go on."""
+        busy = [self._comm.members[rank] for rank in self._dealer.hand.busy()]
+        with self._comm.enter("receive"):
+            self._comm.await_any(self._has_news, busy, "imap")
 
-    def _deal(self) -> None:
-        for level in range(_AHEAD):
-            for rank in [rank for rank, count in self._supply.items() if count == level]:
-                if (chunk := self._draw()) is None:
-                    return
-                try:
-                    self._send(rank, chunk)
-                except PackingError as error:
-                    self._done[chunk[0]] = _Done([], error)
-                else:
-                    self._supply[rank] += 1
-
-    def _send(self, rank: int, chunk: tuple[int, Any] | None) -> None:
-        with self._comm.enter("send"):
-            self._comm.send(_pack(chunk, "a chunk of imap", self._comm), rank, self._tag)
+    def _has_news(self) -> bool:
+        if self._may_draw() and self._dealer.chunks.has_news():
+            return True
+        return self._comm.first_sender(self._dealer.hand.busy(), self._tag) is not None
 
     def _take_in(self) -> None:
+        hand = self._dealer.hand
         with self._comm.enter("receive"):
-            rank, message = self._comm.receive_any(self._busy(), self._tag, "imap")
+            rank, message = self._comm.receive_any(hand.busy(), self._tag, "imap")
             start, results, failure = _unpack(message, f"what rank {rank} sends to imap")
+        self._came += 1
+        self._bytes += message.nbytes
         self._done[start] = _Done(results, failure and failure.exception())
-        self._supply[rank] -= 1
+        self._dealer.forget(start)
+        hand.hear(rank)
 
 
 class _Done(NamedTuple):

@@ -2004,7 +2004,7 @@ def takes_from_an_endless_one(ordered: bool, *, parallelizer: Par) -> Any:
     again = parallelizer.map(square, range(5))
     if not parallelizer.on_main:
         return None
-    few = next(drawn) <= 40 + 4 * parallelizer.nprocs  # drawn ahead of what was taken
+    few = next(drawn) <= 40 + 104 * parallelizer.nprocs  # drawn ahead of what was taken
     right = len(set(first)) == 40 and all(round(x**0.5) ** 2 == x for x in first)
     return few, right and (not ordered or first == [x * x for x in range(40)]), again
 
@@ -2116,7 +2116,7 @@ def test_who_has_a_part_in_a_stream_may_not_run_amid_it(p: Par) -> None:
 
 
 def takes_too_late(*, parallelizer: Par) -> Any:
-    stream = parallelizer.imap(square, range(60))
+    stream = parallelizer.imap(square, itertools.count())
     if parallelizer.on_main:
         LEFT[:] = [stream]
         return next(stream)
@@ -4036,6 +4036,133 @@ def ends_with(fault: str, main: int, item: int) -> int:
     if fault == "interrupt":
         os.kill(main, signal.SIGINT)
     return item
+
+
+class Loaded:
+    """An item that each process counts when it unpickles it."""
+
+    count = 0
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return load_one, (self.number,)
+
+
+def load_one(number: int) -> Loaded:
+    Loaded.count += 1
+    return Loaded(number)
+
+
+def number_of(item: Loaded) -> tuple[int, int]:
+    return item.number, os.getpid()
+
+
+def counts_what_it_loads(verb: str, *, parallelizer: Par) -> Any:
+    Loaded.count = 0
+    items = [Loaded(number) for number in range(90)] if parallelizer.on_main else None
+    results = getattr(parallelizer, verb)(number_of, items)
+    results = list(results) if parallelizer.on_main else []
+    return parallelizer.gather((os.getpid(), Loaded.count)), results
+
+
+@pytest.mark.parametrize("verb", ["map", "imap"])
+def test_a_process_unpickles_what_it_computes_and_no_more(p: Par, verb: str) -> None:
+    found = p.run(counts_what_it_loads, verb)
+    if p.on_main:
+        loaded, results = found
+        assert [number for number, _ in results] == [*range(90)]
+        computed = collections.Counter(pid for _, pid in results)
+        for pid, count in loaded[1:]:
+            assert count == computed[pid]
+
+
+def twice(block: np.ndarray[Any, Any]) -> Any:
+    return block[:2] * 2
+
+
+def test_chunks_may_be_larger_than_the_place_for_them() -> None:
+    blocks = [np.full(MIB, number, float) for number in range(20)]
+    blocks[7] = np.full(10 * MIB, 7.0)
+    wanted = [[2.0 * number] * 2 for number in range(20)]
+    with MultiprocessingParallelizer(3) as par:
+        for _ in range(2):
+            assert [list(pair) for pair in par.map(twice, blocks)] == wanted
+            assert [list(pair) for pair in par.imap(twice, iter(blocks))] == wanted
+
+
+def gives_up_and_goes_on(*, parallelizer: Par) -> Any:
+    right = []
+    for number in range(60):
+        imap = parallelizer.imap_unordered if number % 2 else parallelizer.imap
+        stream = imap(square, itertools.count() if number % 3 else range(number))
+        for _ in range(number % 7):
+            next(stream, None)
+        del stream
+        right.append(parallelizer.map(square, range(number)) == [x * x for x in range(number)])
+    return all(right) if parallelizer.on_main else None
+
+
+@BOTH_WAYS
+def test_nothing_of_a_stream_that_is_given_up_is_met_later(p: Par, way: Any) -> None:
+    expect(p, way(p, gives_up_and_goes_on), True)
+
+
+def waits_on_main_for_others(main: int, folder: Path, item: int) -> int:
+    if os.getpid() != main:
+        (folder / str(item)).touch()
+        return item
+    deadline = time.monotonic() + 30
+    while len(list(folder.iterdir())) < 40:
+        assert time.monotonic() < deadline, "nobody computes while main does"
+        time.sleep(0.01)
+    return item
+
+
+@pytest.mark.parametrize("verb", ["map", "imap", "imap_unordered", "with callback"])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_others_compute_while_main_does(method: str, verb: str, tmp_path: Path) -> None:
+    func = functools.partial(waits_on_main_for_others, os.getpid(), tmp_path)
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        if verb == "with callback":
+            results = par.map(func, range(60), 1, callback=abs)
+        else:
+            results = sorted(getattr(par, verb)(func, range(60), chunksize=1))
+    assert results == [*range(60)]
+
+
+def is_refused_and_goes_on(*, parallelizer: Par) -> Any:
+    for verb in (parallelizer.map, parallelizer.imap):
+        with pytest.raises(PackingError):
+            list(verb(square, range(9), extra_kwargs={"x": threading.Lock()}))
+    return parallelizer.map(square, range(9))
+
+
+def test_after_a_map_that_is_refused_the_next_one_is_not(p: Par) -> None:
+    if p.nprocs > 1:
+        expect(p, p.run(is_refused_and_goes_on), [x * x for x in range(9)])
+
+
+def dies_once(main: int, flag: Path, number: int) -> int:
+    """On the first worker that comes here."""
+    if os.getpid() == main:
+        wait_for_file(flag)
+    with contextlib.suppress(FileExistsError):
+        flag.touch(exist_ok=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("verb", ["map", "imap", "imap_unordered"])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_death_amid_a_chunk(method: str, verb: str, tmp_path: Path) -> None:
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        for flag in (tmp_path / "first", tmp_path / "second"):
+            func = functools.partial(dies_once, os.getpid(), flag)
+            with pytest.raises(WorkerDied, match="SIGKILL"):
+                list(getattr(par, verb)(func, range(900), chunksize=4))
+            assert par.map(square, range(9)) == [x * x for x in range(9)]
 
 
 def test_streams_outside_run(p: Par) -> None:
