@@ -1963,6 +1963,7 @@ class Communicator(abc.ABC):
         self.account = _Account()
         self._entered_at = 0.0  # the call of a verb that goes on, if one does
         self._postponed: list[Callable[[], object]] = []  # until the next one
+        self._tag = -1  # of the latest map; those of `send` are not negative
         self._watch = _Watch(process)
         self.items: list[Any] = []  # of the chunk that is being computed
         self.gone = False  # whether this is a forked child, which takes no part
@@ -2109,10 +2110,7 @@ class Communicator(abc.ABC):
         """The message, when all of it has come from `process`."""
         self._wait_until(parcel.done, lambda: [process])
         if parcel.failure is not None:
-            raise MemoryError(
-                f"rank {self.process} is out of memory for what rank {process} has sent: "
-                f"{_summary(parcel.failure)}"
-            ) from parcel.failure
+            raise self.out_of_memory(process, parcel.failure) from parcel.failure
         assert parcel.message is not None
         return parcel.message
 
@@ -2584,9 +2582,23 @@ class Communicator(abc.ABC):
         """Have `_progress` return; called by another thread than the one that waits."""
         self._tell_control(self.process, "wake", self.process, 0, ())  # of no wait
 
-    def await_any(self, ready: Callable[[], object], processes: Sequence[int], doing: str) -> None:
-        """Wait until `ready`; without limit where that is up to none of the others."""
-        self._wait_until(ready, lambda: processes, doing, idle=not processes)
+    def out_of_memory(self, process: int, why: BaseException) -> MemoryError:
+        """What is to be raised where there is too little for what `process` has sent."""
+        return MemoryError(
+            f"rank {self.process} is out of memory for what rank {process} has sent: "
+            f"{_summary(why)}"
+        )
+
+    def next_tag(self) -> int:
+        """On main: for the messages of a map, and of no other one, also in nested runs."""
+        self._tag -= 1
+        return self._tag
+
+    def await_any(
+        self, ready: Callable[[], object], awaited: Callable[[], Sequence[int]], doing: str
+    ) -> None:
+        """Wait until `ready`; without limit where that is up to none of the other processes."""
+        self._wait_until(ready, awaited, doing, idle=not awaited())
 
     def forget_mail(self, tag: int) -> None:
         """Let go of what has come by a tag and is of no interest any more."""
@@ -2800,9 +2812,9 @@ class _Board:
 
     Main puts a chunk into the memory and its ticket into a pipe, which hands out each ticket once,
     whoever dies. The memory is a ring. Before each chunk there is a byte that its reader sets when
-    it has copied the chunk, and at the start of the memory there is a counter for each process: how
-    often it has left the board. Main begins to deal anew when all have left, so that no late one
-    takes a ticket that is not meant for it.
+    it has copied the chunk, and at the start of the memory there are two counters for each process:
+    how often it has left the board, and how many chunks it has taken since. Main begins to deal
+    anew when all have left, so that no late one takes a ticket that is not meant for it.
     """
 
     _TICKET = struct.Struct("<qqqq")
@@ -2812,20 +2824,22 @@ class _Board:
         self._reader, self._writer = context.Pipe(duplex=False)
         for connection in (self._reader, self._writer):
             os.set_blocking(connection.fileno(), False)
-        self._first = -(-8 * nprocs // self._ALIGNED) * self._ALIGNED  # behind the counters
+        self._first = -(-16 * nprocs // self._ALIGNED) * self._ALIGNED  # behind the counters
         self._file = _anonymous_file(_BOARD_AT_FIRST)
-        self._map_file()
         self._run = -1
         self._expected = np.zeros(nprocs, np.int64)  # what the counters will be when all have left
         # On main: where chunks lie that may be unread, oldest first, and where the next one goes.
         self._unread: collections.deque[tuple[int, int]] = collections.deque()
         self._next = self._first
+        self._map_file()
 
     def _map_file(self) -> None:
-        self._size = os.fstat(self._file).st_size
-        self._map = mmap.mmap(self._file, self._size)
+        size = os.fstat(self._file).st_size
+        self._map = mmap.mmap(self._file, size)
+        self._size = size
         self._memory = np.frombuffer(self._map, np.uint8)
-        self._left = np.frombuffer(self._memory.data, np.int64, self._first // 8)
+        counters = np.frombuffer(self._memory.data, np.int64, 2 * len(self._expected))
+        self._left, self.taken = counters.reshape(2, -1)
 
     @property
     def handle(self) -> int:
@@ -2840,7 +2854,7 @@ class _Board:
             self._run = run
             self._left[:] = self._expected[:] = 0
             self._unread.clear()
-        return np.flatnonzero(self._left[: len(self._expected)] < self._expected).tolist()
+        return np.flatnonzero(self._left < self._expected).tolist()
 
     def clear(self) -> None:
         """Make ready to deal anew, when all have left."""
@@ -2855,6 +2869,7 @@ class _Board:
     def begin(self, processes: Sequence[int]) -> None:
         """These have been called to the board."""
         self._expected[list(processes)] += 1
+        self.taken[:] = 0
 
     def put(self, start: int, message: Message) -> bool:
         """Offer a chunk; False if there is no room for it now."""
@@ -2962,14 +2977,14 @@ class _Board:
     def close(self) -> None:
         for connection in (self._reader, self._writer):
             connection.close()
-        del self._left, self._memory, self._map
+        del self._left, self.taken, self._memory, self._map
         os.close(self._file)
 
     def __getstate__(self) -> dict[str, Any]:
         from multiprocessing.reduction import DupFd
 
         state = {**vars(self), "_file": DupFd(self._file)}
-        del state["_left"], state["_memory"], state["_map"]
+        del state["_left"], state["taken"], state["_memory"], state["_map"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -5296,6 +5311,8 @@ class Parallelizer:
     @_context
     def _reserved(self, what: str) -> Iterator[None]:
         """Within, nothing else is run: by no other thread, nor by an imap that goes on."""
+        if self._comm is not None:
+            _Reader.refuse(self._comm)
         stream = self._stream()
         if stream is not None and threading.current_thread() in stream.threads:
             raise ContractError(
@@ -5898,6 +5915,8 @@ class Parallelizer:
 
     def _main_is_alone(self) -> bool:
         """Whether main calls what all processes call inside `run`."""
+        if self._comm is not None:
+            _Reader.refuse(self._comm)
         if self._runs_here():
             return False
         return self._comm is None or self._drives_workers or self._comm.drives_others
@@ -6433,6 +6452,7 @@ class _Task:
 
     func: Callable[..., Any]  # each process's own, and not among what main says
     pace: float | None = None  # seconds that an item has taken here of late
+    tag = 0  # of the messages that belong to it
 
     def __init__(
         self,
@@ -6507,12 +6527,15 @@ class _Task:
         # What main computes from, and what comes of it, are copies, because they are on all other
         # processes: nobody can tell from a result who computed it.
         copied = comm.rank == 0 and comm.size > 1
-        if comm.rank == 0:
-            items = _private(items) if copied else _laid_out(items)
         task, function = comm.in_task, comm.in_function
         results: list[Any] = []
-        error = None
+        error: Exception | None = None
+        unfit = None
         try:
+            if copied:
+                items, unfit = _private(items)
+            elif comm.rank == 0:
+                items = _laid_out(items)
             comm.in_task = threading.get_ident()
             comm.mark_function(executing=True)  # it is not yet, where main alone calls imap
             comm.items = list(items)
@@ -6520,6 +6543,7 @@ class _Task:
                 begun = time.perf_counter()
                 self._call_items(comm.items, start, results, keep=keep)
                 self.pace = (time.perf_counter() - begun) / (len(results) or 1)
+            error = unfit
         except Exception as why:
             error = why
         finally:
@@ -6527,8 +6551,13 @@ class _Task:
             comm.in_task = task
             comm.mark_function(executing=function)
         comm.account.tasks += len(results)
-        if comm.rank == 0:
-            results = _as_sent(results) if copied else _laid_out(results)
+        if copied:
+            try:
+                results = _as_sent(results)
+            except PackingError as why:
+                return _as_sent(_that_can_be_packed(results)), why
+        elif comm.rank == 0:
+            results = _laid_out(results)
         return results, error
 
     def _call_items(self, items: Any, start: int, results: list[Any], *, keep: bool) -> None:
@@ -6592,11 +6621,9 @@ def _map_in_run(
             task.choose_chunksize(items.hint, comm.size)
         else:
             items = _blockwise(data) if task.vectorized else _sized(data)
-        _hand(comm, tag).clear()
-        return task
+        return _called_to(task, comm)
 
     with parallelizer._calling("map") as comm:
-        tag = -2 - comm.call.number  # of its own, so that nothing of another map is taken for its
         task = parallelizer._from_main(comm, prepare)
     task.func = func
     if task.vectorized:
@@ -6605,7 +6632,7 @@ def _map_in_run(
         stream = _imap_in_run(func, True, lambda: task, items, parallelizer=parallelizer)
         results = _call_back(task, stream)
         return results if comm.rank == 0 else Parallelizer.InWorkerProcess
-    return _map_items(task, items, tag, parallelizer)
+    return _map_items(task, items, parallelizer)
 
 
 def _blockwise(data: Any) -> Any:
@@ -6626,13 +6653,14 @@ def _can_be_cut(data: Any) -> bool:
     return isinstance(data, (list, tuple, range, str, bytes, np.ndarray))
 
 
-def _call_back(task: _Task, stream: Iterable[Any]) -> list[Any]:
+def _call_back(task: _Task, stream: Any) -> list[Any]:
     results = []
-    for result in stream:
-        assert task.callback is not None
-        with _UsersCode():
-            task.callback(result)
-        results.append(result)
+    with contextlib.closing(stream):  # a traceback may hold it
+        for result in stream:
+            assert task.callback is not None
+            with _UsersCode():
+                task.callback(result)
+            results.append(result)
     return results
 
 
@@ -6655,8 +6683,18 @@ def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
     return combined
 
 
-def _map_items(task: _Task, data: Any, tag: int, parallelizer: Parallelizer) -> Any:
-    comm = parallelizer._communicator()
+def _called_to(task: _Task, comm: Communicator) -> _Task:
+    """On main, before all are called to it: the task, with nothing in its way."""
+    if task.progress:
+        _tqdm()
+    task.tag = comm.next_tag()
+    if not task.vectorized:
+        _hand(comm, task.tag).clear()
+    return task
+
+
+def _map_items(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
+    comm, tag = parallelizer._communicator(), task.tag
     done: list[Any] = []
     if comm.rank == 0:
         dealer = _Dealer(task, _Chunks(_guided(data, comm, task)), tag, comm)
@@ -6668,7 +6706,7 @@ def _map_items(task: _Task, data: Any, tag: int, parallelizer: Parallelizer) -> 
         for start, items in hand.chunks():
             done.append((start, task.compute(items, start, comm)))
             hand.tell_done()
-    with parallelizer._calling("gather"):
+    with parallelizer._calling("map"):
         gathered = parallelizer._gather(comm, done, False, is_sent=True)
     if comm.rank > 0:
         return gathered
@@ -6677,9 +6715,17 @@ def _map_items(task: _Task, data: Any, tag: int, parallelizer: Parallelizer) -> 
     return list(itertools.chain.from_iterable(results for _, results in in_order))
 
 
-def _private(items: Any) -> Any:
-    """Main's items, copied as the workers' are, so that it is all one who computes which."""
-    return items if _are_plain(items) else _sent(items)
+def _private(items: Any) -> tuple[Any, PackingError | None]:
+    """Main's items, copied as the workers' are, so that it is all one who computes which.
+
+    If one cannot be, only those before it, and why.
+    """
+    if _are_plain(items):
+        return items, None
+    try:
+        return _sent(items), None
+    except PackingError as why:
+        return _sent(_that_can_be_packed(items)), why
 
 
 def _packed_chunk(chunk: tuple[int, Any], comm: Communicator) -> Message:
@@ -6716,18 +6762,22 @@ def _guided(data: Any, comm: Communicator, task: _Task) -> Iterator[tuple[int, A
         start += size
 
 
+def _tqdm() -> Any:
+    try:
+        return importlib.import_module("tqdm").tqdm
+    except ModuleNotFoundError as why:
+        raise ModuleNotFoundError(
+            "progress=True shows a bar by tqdm, which is not installed: pip install tqdm"
+        ) from why
+
+
 @_context
 def _bar(total: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
     """A bar of so many items, and the function that says how many have been reached."""
     if not shown:
         yield lambda _: None
         return
-    try:
-        tqdm = importlib.import_module("tqdm").tqdm
-    except ModuleNotFoundError as why:
-        raise ModuleNotFoundError(
-            "progress=True shows a bar by tqdm, which is not installed: pip install tqdm"
-        ) from why
+    tqdm = _tqdm()
     # Without the thread that tqdm would start, as fork is not used while threads run.
     quiet = type("Bar", (tqdm,), {"monitor_interval": 0})
     with quiet(total=total, disable=None) as bar:
@@ -6748,8 +6798,10 @@ class _Source:
 
     def __init__(self, data: Any) -> None:
         self._items = iter(data)  # once, and at once, to refuse what cannot be iterated over
-        self.total = len(data) if hasattr(data, "__len__") else None
         self.hint = operator.length_hint(data)
+        self.total: int | None = None
+        with contextlib.suppress(TypeError):  # also of what has a length at times
+            self.total = len(data)
         self._cut = data if _can_be_cut(data) else None
 
     def chunks(self, chunksize: int, comm: Communicator) -> _Chunks:
@@ -6790,10 +6842,14 @@ class _Chunks:
     def __init__(self, chunks: Iterator[tuple[int, Any]]) -> None:
         self._chunks = chunks
         self.ended = False
+        self.error: BaseException | None = None  # of the user's iterator, by which it has ended
 
     def take(self) -> tuple[int, Any] | None:
         """The next; None where there is none yet, or none any more."""
-        chunk = next(self._chunks, None)
+        try:
+            chunk = next(self._chunks, None)
+        except Exception as error:
+            chunk, self.error = None, error
         self.ended = chunk is None
         return chunk
 
@@ -6803,6 +6859,26 @@ class _Chunks:
 
     def close(self) -> None:
         """Read no more."""
+
+
+class _Reader(threading.Thread):
+    """The thread that reads ahead for a communicator, and has no other part in its calls."""
+
+    def __init__(self, comm: Communicator, read: Callable[[], None]) -> None:
+        # The user's numpy.errstate and decimal context hold there as well.
+        run, name = contextvars.copy_context().run, f"parallelizer-reader-{comm.process}"
+        super().__init__(target=run, args=(read,), name=name, daemon=True)
+        self.comm = comm
+
+    @staticmethod
+    def refuse(comm: Communicator | None = None) -> None:
+        """An error on the thread that reads for `comm`, or without it on any that reads."""
+        thread = threading.current_thread()
+        if isinstance(thread, _Reader) and comm in (None, thread.comm):
+            raise ContractError(
+                "an iterator that imap reads has used the parallelizer that reads it, which "
+                "waits for the iterator: take what it needs before, or by another parallelizer"
+            )
 
 
 class _ReadAhead(_Chunks):
@@ -6815,11 +6891,7 @@ class _ReadAhead(_Chunks):
         self._room = threading.Semaphore(_LEAST_AHEAD * comm.size)
         self._wake = comm.wake
         self._closed = False
-        # The user's numpy.errstate and decimal context hold there as well.
-        run = contextvars.copy_context().run
-        name = f"parallelizer-reader-{comm.process}"
-        self._thread = threading.Thread(target=run, args=(self._run,), name=name, daemon=True)
-        self._thread.start()
+        self._thread = _Reader(comm, self._run)
 
     def _run(self) -> None:
         end: BaseException | None = None
@@ -6836,15 +6908,17 @@ class _ReadAhead(_Chunks):
     def _tell(self, news: tuple[int, Any] | BaseException | None) -> None:
         self._read.append(news)
         if not self._closed:
-            self._wake()
+            with contextlib.suppress(OSError):  # where the processes have ended meanwhile
+                self._wake()
 
     def take(self) -> tuple[int, Any] | None:
-        if not self.has_news():
+        if self._thread.ident is None:
+            self._thread.start()
+        if not self._read:
             return None
         chunk = self._read.popleft()
         if isinstance(chunk, BaseException):
-            self.ended = True
-            raise chunk
+            chunk, self.error = None, chunk
         self.ended = chunk is None
         self._room.release()
         return chunk
@@ -6855,7 +6929,9 @@ class _ReadAhead(_Chunks):
     def close(self) -> None:
         self._closed = True
         self._room.release()
-        self._thread.join(_SETTLING)  # in vain where the iterator waits for what will not come
+        if self._thread.ident is not None:
+            # In vain where the iterator waits for what will not come.
+            self._thread.join(_SETTLING)
 
 
 def _imap_in_run(
@@ -6874,15 +6950,13 @@ def _imap_in_run(
         assert make_task is not None
         task = make_task()
         source = data if isinstance(data, _Source) else _Source(data)
-        _hand(comm, tag).clear()
-        return task
+        return _called_to(task, comm)
 
     comm = parallelizer._communicator()
     with comm.enter("imap"):
-        # Of its own, so that what an imap before this one has left is not taken for this one's.
-        tag = -2 - comm.call.number
         task = parallelizer._from_main(comm, prepare)
     task.func = func
+    tag = task.tag
     if comm.rank == 0:
         dealer = _Dealer(task, source.chunks(task.chunksize or 1, comm), tag, comm)
         results = _Results(dealer, ordered, tag).all(source.total)
@@ -6892,19 +6966,31 @@ def _imap_in_run(
         message = _packed_results(task, items, start, comm)
         with comm.enter("send"):
             comm.send(message, 0, tag)
-    return iter(())
+    return (result for result in list[Any]())  # which can be closed
 
 
 def _packed_results(task: _Task, items: Any, start: int, comm: Communicator) -> Message:
     """The results of a chunk, or of its first items and what the next one has raised."""
+    what = "what imap's function returned"
     results, error = task.compute_until_error(items, start, comm)
-    if error is None:
-        try:
-            return _pack((start, results, None), "what imap's function returned", comm)
-        except PackingError as why:
-            results, error = [], why
-    failure = Failure.of(error, comm.process, comm.world_size)
-    return _pack((start, results, failure), "what imap's function returned", comm)
+    try:
+        return _pack((start, results, error and _failure_of(error, comm)), what, comm)
+    except PackingError as why:
+        return _pack((start, _that_can_be_packed(results), _failure_of(why, comm)), what, comm)
+
+
+def _failure_of(error: Exception, comm: Communicator) -> Failure:
+    return Failure.of(error, comm.process, comm.world_size)
+
+
+def _that_can_be_packed(values: Iterable[Any]) -> list[Any]:
+    """Those before the first one that cannot."""
+    found: list[Any] = []
+    with contextlib.suppress(PackingError):
+        for value in values:
+            _pack(value, "one of several")
+            found.append(value)
+    return found
 
 
 class _Stream:
@@ -6920,14 +7006,24 @@ class _Stream:
         return self
 
     def __next__(self) -> Any:
-        with self._turn:
+        with self._taking_turns():
             self.threads.add(threading.current_thread())
             return next(self._results)
 
     def close(self) -> None:
         """Give up what has not come yet."""
-        with self._turn:
+        with self._taking_turns():
             self._results.close()
+
+    @_context
+    def _taking_turns(self) -> Iterator[None]:
+        if not self._turn.acquire(blocking=False):
+            _Reader.refuse()  # it may be the one that whoever has the turn waits for
+            self._turn.acquire()
+        try:
+            yield
+        finally:
+            self._turn.release()
 
 
 class _Mail:
@@ -7027,8 +7123,9 @@ class _Pull(_Mail):
 
     def clear(self) -> None:
         comm, board = self._pipes, self._board
-        if late := board.who_is_late(comm.run):
-            comm.await_any(lambda: not board.who_is_late(comm.run), late, "a map")
+        late = functools.partial(board.who_is_late, comm.run)
+        if late():
+            comm.await_any(lambda: not late(), late, "a map")
         board.clear()
 
     def begin(self) -> None:
@@ -7043,10 +7140,17 @@ class _Pull(_Mail):
         return offered
 
     def busy(self) -> list[int]:
-        return [*self._supply] if self._offered else []
+        if not self._offered:
+            return []
+        taken = self._board.taken[list(self._comm.members)]
+        # Those that idle wait for main, and are none to wait for.
+        return [rank for rank, heard in self._supply.items() if taken[rank] > heard] or [
+            *self._supply
+        ]
 
     def hear(self, rank: int) -> None:
         self._offered -= 1
+        self._supply[rank] += 1  # how many have been computed, here
 
     def hear_all(self) -> None:
         """The workers say nothing."""
@@ -7065,7 +7169,8 @@ class _Pull(_Mail):
     def await_room(self) -> None:
         """On main, where all that there is room for has been taken, but not yet been read."""
         with self._comm.enter("receive"):
-            self._comm.await_any(self._board.has_room_again, self._comm.members[1:], "a map")
+            # They read what they have taken, whatever else they may wait for.
+            self._comm.await_any(self._board.has_room_again, list, "a map")
 
     def end(self) -> bool:
         return self._board.end()
@@ -7083,7 +7188,11 @@ class _Pull(_Mail):
                         ticket = comm.await_ticket("a map")
                 if not ticket.nbytes:
                     return
-                message = board.read(ticket)
+                board.taken[comm.process] += 1
+                try:
+                    message = board.read(ticket)
+                except (MemoryError, OSError) as why:  # mmap raises the latter
+                    raise comm.out_of_memory(0, why) from why
                 if message.nbytes > _SLOT_BYTES:
                     comm.wake_main()  # which may wait for that room
                 yield _unpack(message, "a chunk")
@@ -7109,7 +7218,6 @@ class _Dealer:
         self.chunks = chunks
         self.comm = comm
         self.hand = _hand(comm, tag)
-        self.error: Exception | None = None  # of the user's iterator, behind all that it has given
         self._items: dict[int, Any] = {}  # of chunks that are not known to be computed elsewhere
         self._waiting: tuple[int, Message] | None = None  # until there is room for it
         self._told = False  # whether all know that there are no more
@@ -7117,13 +7225,7 @@ class _Dealer:
 
     def draw(self) -> tuple[int, Any] | None:
         """A new chunk, if there is one now."""
-        if self.chunks.ended:
-            return None
-        try:
-            return self.chunks.take()
-        except Exception as error:
-            self.error, self.chunks.ended = error, True
-            return None
+        return None if self.chunks.ended else self.chunks.take()
 
     def offer(self, may_draw: Callable[[], bool]) -> Iterator[tuple[int, PackingError | None]]:
         """Offer what there is room for; each chunk's first item, and why it cannot be sent."""
@@ -7132,18 +7234,28 @@ class _Dealer:
                 chunk = self.draw() if may_draw() else None
                 if chunk is None:
                     break
-                self._items[chunk[0]] = chunk[1]
-                try:
-                    self._waiting = chunk[0], _packed_chunk(chunk, self.comm)
-                except PackingError as why:
-                    yield chunk[0], why
+                yield from self._pack(*chunk)
+                if self._waiting is None:
                     continue
-                yield chunk[0], None
             if not self.hand.offer(*self._waiting):
                 return
             self._waiting = None
         if self.chunks.ended and self._waiting is None and not self._told:
             self._told = self.hand.end()
+
+    def _pack(self, start: int, items: Any) -> Iterator[tuple[int, PackingError | None]]:
+        error = None
+        try:
+            message = _packed_chunk((start, items), self.comm)
+        except PackingError as why:
+            error, items = why, _that_can_be_packed(items)
+            message = _packed_chunk((start, items), self.comm)
+        if len(items):
+            self._waiting = start, message
+            self._items[start] = items
+            yield start, None
+        if error is not None:
+            yield start + len(items), error
 
     def take_own(self, may_draw: Callable[[], bool]) -> tuple[int, Any] | None:
         """A chunk for main, a new one if possible, which need not be packed."""
@@ -7255,8 +7367,8 @@ class _Results:
                 )
             elif dealer.hand.busy() or not dealer.chunks.ended:
                 self._await_news()
-            elif dealer.error is not None:
-                raise dealer.error
+            elif dealer.chunks.error is not None:
+                raise dealer.chunks.error
             else:
                 return None
 
@@ -7276,7 +7388,10 @@ class _Results:
 
     def _await_news(self) -> None:
         """Wait for results, or for the iterator to go on."""
-        busy = [self._comm.members[rank] for rank in self._dealer.hand.busy()]
+
+        def busy() -> list[int]:
+            return [self._comm.members[rank] for rank in self._dealer.hand.busy()]
+
         with self._comm.enter("receive"):
             self._comm.await_any(self._has_news, busy, "imap")
 

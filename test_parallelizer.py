@@ -4165,6 +4165,152 @@ def test_a_death_amid_a_chunk(method: str, verb: str, tmp_path: Path) -> None:
             assert par.map(square, range(9)) == [x * x for x in range(9)]
 
 
+def one_long_item(*, parallelizer: Par) -> Any:
+    """Longer than it takes to find out that others, which idle, wait for main."""
+    return [*parallelizer.imap(sleeps, [2.5])], [*parallelizer.imap_unordered(sleeps, [2.5, 0.0])]
+
+
+def sleeps(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+@BOTH_WAYS
+def test_idle_workers_are_not_waited_for(p: Par, way: Any) -> None:
+    found = way(p, one_long_item)
+    expect(p, found, ([2.5], [0.0, 2.5] if p.nprocs > 1 else [2.5, 0.0]))
+
+
+def is_left_early(*, parallelizer: Par) -> Any:
+    stream = parallelizer.imap_unordered(sleeps, [0.1, 0.1, 2.5])
+    if parallelizer.on_main:
+        next(stream)
+    del stream
+    return parallelizer.map(abs, [0, 1])
+
+
+def test_who_is_late_from_an_earlier_stream_is_waited_for(p: Par) -> None:
+    expect(p, p.run(is_left_early), [0, 1])
+
+
+def tells(word: str, item: int) -> tuple[str, int]:
+    time.sleep(0.002)
+    return word, item
+
+
+def streams_in_nested_runs(*, parallelizer: Par) -> Any:
+    everybody = range(parallelizer.nprocs)
+    parallelizer.run(leaves_one_of_thirty, comm=everybody)
+    return parallelizer.run(takes_all_thirty, comm=everybody)
+
+
+def leaves_one_of_thirty(*, parallelizer: Par) -> None:
+    stream = parallelizer.imap(functools.partial(tells, "old"), range(30))
+    if parallelizer.on_main:
+        next(stream)
+
+
+def takes_all_thirty(*, parallelizer: Par) -> Any:
+    return [*parallelizer.imap(functools.partial(tells, "new"), range(30))]
+
+
+def test_no_result_of_an_earlier_stream_is_taken_for_one_of_this(p: Par) -> None:
+    expect(p, p.run(streams_in_nested_runs), [("new", item) for item in range(30)])
+
+
+def uses_its_reader(how: str, parallelizer: Par) -> Iterator[int]:
+    yield 1
+    if how == "map":
+        yield sum(parallelizer.map(abs, range(5)))
+    else:
+        yield from parallelizer.imap(abs, range(5))
+
+
+@pytest.mark.parametrize("how", ["map", "imap"])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_an_iterator_cannot_use_who_reads_it(method: str, how: str) -> None:
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        with pytest.raises(ContractError, match="an iterator that imap reads has used the"):
+            list(par.imap(abs, uses_its_reader(how, par)))
+        with pytest.raises(ContractError, match="an iterator that imap reads has used the"):
+            list(par.imap(abs, par.imap(abs, range(10))))
+        with MultiprocessingParallelizer(2, start_method=method) as other:
+            assert list(par.imap(abs, other.imap(abs, range(10)))) == [*range(10)]
+        expect_to_work(par)
+
+
+def lock_or_item(item: int) -> Any:
+    return threading.Lock() if item == 21 else item
+
+
+def locks_at(place: int) -> list[Any]:
+    return [threading.Lock() if number == place else number for number in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("func", "data"), [(lock_or_item, range(30)), (repr, locks_at(21))], ids=["result", "item"]
+)
+@pytest.mark.parametrize("chunksize", [1, 4])
+def test_what_comes_before_what_cannot_be_packed_is_yielded(
+    p: Par, func: Any, data: Any, chunksize: int
+) -> None:
+    results, error = yields_before_it_fails(func, lambda: data, chunksize, parallelizer=p)
+    wanted = (30, type(None)) if p.nprocs == 1 else (21, PackingError)
+    expect(p, (len(results), type(error)), wanted)
+    expect_to_work(p)
+
+
+def ends_by(kind: type[BaseException]) -> Iterator[int]:
+    yield from range(5)
+    raise kind
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_however_an_iterator_ends_what_it_gave_is_yielded(
+    method: str, kind: type[BaseException]
+) -> None:
+    found: list[int] = []
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        with pytest.raises(kind):
+            found.extend(par.imap(abs, ends_by(kind)))
+        expect_to_work(par)
+    assert found == [*range(5)]
+
+
+def raises_value_error(_: object) -> None:
+    raise ValueError
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_after_a_callback_has_raised_the_pool_is_free(method: str) -> None:
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        try:
+            par.map(abs, range(100), callback=raises_value_error)
+        except ValueError:
+            assert par.map(abs, range(3)) == [0, 1, 2]  # while the traceback lives
+
+
+@pytest.mark.parametrize("verb", ["map", "imap", "with callback"])
+def test_what_cannot_tell_its_length_is_iterated_over(p: Par, verb: str) -> None:
+    found = drive(p, iterates_without_length, verb)
+    expect(p, found, [1, 2, 3])
+
+
+def iterates_without_length(verb: str, *, parallelizer: Par) -> Any:
+    class Dataset:
+        def __iter__(self) -> Iterator[int]:
+            return iter([1, 2, 3])
+
+        def __len__(self) -> int:
+            raise TypeError("of an iterable dataset")
+
+    if verb == "with callback":
+        return parallelizer.map(abs, Dataset(), callback=abs)
+    results = getattr(parallelizer, verb)(abs, Dataset())
+    return list(results) if parallelizer.on_main else None
+
+
 def test_streams_outside_run(p: Par) -> None:
     """Which under MPI all ranks call, before the first run and between two of them."""
     for _ in range(2):
@@ -6729,6 +6875,11 @@ def is_broadcast_twice(value: Any = None, *, parallelizer: Par) -> Any:
     return parallelizer.gather(os.getpid())
 
 
+def lasts_long_on_workers(_: object, main: int) -> None:
+    """So that rank 1 gets an item, too."""
+    time.sleep(0.05 if os.getpid() == main else 1)
+
+
 LARGE: dict[str, Callable[[], Any]] = {
     "array": lambda: np.zeros(128 * MIB, np.uint8),
     "pickle": lambda: b"x" * (128 * MIB),
@@ -6736,8 +6887,8 @@ LARGE: dict[str, Callable[[], Any]] = {
 RECEIVED: dict[str, Callable[[Par, Any], object]] = {
     "argument": lambda par, value: par.run(is_given, value),
     "message": lambda par, value: par.run(is_sent, main_kwargs={"value": [value]}),
-    "item": lambda par, value: par.map(len, [value] * 3, chunksize=1),
-    "stream": lambda par, value: [*par.imap(len, [value] * 3)],
+    "item": lambda par, value: par.map(lasts_long_on_workers, [value] * 6, (os.getpid(),)),
+    "stream": lambda par, value: [*par.imap(lasts_long_on_workers, [value] * 6, 1, (os.getpid(),))],
 }
 
 
