@@ -5871,8 +5871,9 @@ class Parallelizer:
         there are several processes, all but lists, tuples, ranges, texts and arrays are read by a
         thread of main's, so that the next item may wait for results. To that thread belongs, then,
         what can be used by one thread alone, as a cursor of a database: open it in the generator
-        that reads it. What an item or `data` raises comes in its place, behind the results of what
-        is before it.
+        that reads it. If it waits for an item that never comes, it stays to the end of the program,
+        and pools that are started meanwhile do not fork. What an item or `data` raises comes in its
+        place, behind the results of what is before it.
 
         The iterator that main gets must be exhausted or closed before anything else is run on this
         parallelizer; to leave its loop early closes it. Any thread may do these, as one of asyncio
