@@ -7002,29 +7002,33 @@ class _Stream:
         self.threads = weakref.WeakSet([threading.current_thread()])
         self._results = results
         self._turn = threading.RLock()  # as no thread may enter where another one is
+        self._latest = threading.current_thread()  # who has had the turn
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        with self._taking_turns():
-            self.threads.add(threading.current_thread())
+        self._take_turn()
+        try:
+            if (thread := threading.current_thread()) is not self._latest:
+                self._latest = thread
+                self.threads.add(thread)
             return next(self._results)
+        finally:
+            self._turn.release()
 
     def close(self) -> None:
         """Give up what has not come yet."""
-        with self._taking_turns():
+        self._take_turn()
+        try:
             self._results.close()
+        finally:
+            self._turn.release()
 
-    @_context
-    def _taking_turns(self) -> Iterator[None]:
+    def _take_turn(self) -> None:
         if not self._turn.acquire(blocking=False):
             _Reader.refuse()  # it may be the one that whoever has the turn waits for
             self._turn.acquire()
-        try:
-            yield
-        finally:
-            self._turn.release()
 
 
 class _Mail:
