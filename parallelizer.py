@@ -1956,7 +1956,6 @@ class Communicator(abc.ABC):
         self._end = self._ends[0]  # of the current run
         self._unheard = False  # whether main may not know yet that this process has failed
         self.spokesman: int | None = None  # who has failed, where all agree on that
-        self.calls = 0  # of verbs, in all
         self.runner: int | None = None  # the thread that executes a run
         self.drives_others = False  # on main, for as long as they serve
         self.in_task: int | None = None  # the thread on which a function that `map` calls executes
@@ -2481,7 +2480,6 @@ class Communicator(abc.ABC):
         while self._postponed:
             self._postponed.pop()()
         self.interruptible = False
-        self.calls += 1
         self._entered_at = time.perf_counter()
         self._raise_failure()
         if self._broken:
@@ -2893,7 +2891,7 @@ class _Board:
 
     def count_unread(self) -> int:
         """How many chunks have not been read, or lie behind such a one."""
-        while self._unread and self._memory[self._unread[0][0]]:
+        while self._unread and self.has_room_again():
             self._unread.popleft()
         return len(self._unread)
 
@@ -2930,7 +2928,7 @@ class _Board:
     def withdraw(self) -> None:
         """Take back what nobody has taken."""
         while (ticket := self.take()) is not None and ticket.nbytes:
-            self._memory[ticket.offset] = 1
+            self.forget(ticket)
 
     def _write(self, ticket: _Ticket) -> bool:
         try:
@@ -7115,26 +7113,27 @@ class _Mail:
 class _Pull(_Mail):
     """Where all share memory: the chunks lie there, and each process takes its next one."""
 
+    _comm: PipeCommunicator
+
     def __init__(self, comm: PipeCommunicator, tag: int) -> None:
         super().__init__(comm, tag)
-        self._pipes = comm
         self._offered = 0  # on main: chunks that are not known to have been computed
 
     @property
     def _board(self) -> _Board:
-        board = self._pipes.board  # which a forked child is cut off from
+        board = self._comm.board  # which a forked child is cut off from
         assert board is not None
         return board
 
     def clear(self) -> None:
-        comm, board = self._pipes, self._board
+        comm, board = self._comm, self._board
         late = functools.partial(board.who_is_late, comm.run)
         if late():
             comm.await_any(lambda: not late(), late, "a map")
         board.clear()
 
     def begin(self) -> None:
-        self._board.begin(self._pipes.members[1:])
+        self._board.begin(self._comm.members[1:])
 
     def has_room(self) -> bool:
         return self._board.count_unread() < self.ahead * len(self._supply)
@@ -7184,7 +7183,7 @@ class _Pull(_Mail):
         self._board.withdraw()
 
     def chunks(self) -> Iterator[tuple[int, Any]]:
-        comm, board = self._pipes, self._board
+        comm, board = self._comm, self._board
         try:
             while True:
                 ticket = board.take()
@@ -7225,7 +7224,7 @@ class _Dealer:
         self.hand = _hand(comm, tag)
         self._items: dict[int, Any] = {}  # of chunks that are not known to be computed elsewhere
         self._waiting: tuple[int, Message] | None = None  # until there is room for it
-        self._told = False  # whether all know that there are no more
+        self.told = False  # whether all know that there are no more
         self.hand.begin()
 
     def draw(self) -> tuple[int, Any] | None:
@@ -7245,8 +7244,8 @@ class _Dealer:
             if not self.hand.offer(*self._waiting):
                 return
             self._waiting = None
-        if self.chunks.ended and self._waiting is None and not self._told:
-            self._told = self.hand.end()
+        if self.chunks.ended and self._waiting is None and not self.told:
+            self.told = self.hand.end()
 
     def _pack(self, start: int, items: Any) -> Iterator[tuple[int, PackingError | None]]:
         error = None
@@ -7273,15 +7272,11 @@ class _Dealer:
         """The chunk has been computed elsewhere."""
         self._items.pop(start, None)
 
-    def is_over(self) -> bool:
-        """Whether all has been dealt, and all know."""
-        return self._told
-
     def stop(self) -> None:
         """Have nobody begin with another chunk."""
         self.hand.withdraw()
-        if not self._told:
-            self._told = self.hand.end()
+        if not self.told:
+            self.told = self.hand.end()
 
 
 def _always() -> bool:
@@ -7304,7 +7299,7 @@ def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object])
             done.append((start, dealer.task.compute(items, start, dealer.comm)))
             dealer.hand.ahead = _MOST_AHEAD
             reached(start + len(items))
-        elif dealer.is_over():
+        elif dealer.told:
             return done
         elif isinstance(dealer.hand, _Pull):
             dealer.hand.await_room()

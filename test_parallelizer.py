@@ -7386,8 +7386,7 @@ def mpi_handled() -> None:
 @pytest.mark.timeout(100)
 def test_a_handled_fault_does_not_end_the_mpi_job() -> None:
     call = "import test_parallelizer as t; t.mpi_handled()"
-    code, out, err = finish("-c", call, ranks=3, limit=60)
-    assert (code, out) == (0, "all handled\n"), err
+    assert run_program("-c", call, ranks=3, limit=60) == "all handled\n"
 
 
 def late(parallelizer: Par) -> Any:
@@ -7424,8 +7423,7 @@ def mpi_late_and_absent() -> None:
 @pytest.mark.timeout(100)
 def test_ranks_that_are_late_or_absent_under_mpi() -> None:
     call = "import test_parallelizer as t; t.mpi_late_and_absent()"
-    code, out, err = finish("-c", call, ranks=3, limit=60)
-    assert (code, out) == (0, "all told\n"), err
+    assert run_program("-c", call, ranks=3, limit=60) == "all told\n"
 
 
 def mpi_meetings() -> None:
@@ -7478,8 +7476,7 @@ def catches(*, parallelizer: Par) -> None:
 @pytest.mark.timeout(100)
 def test_ranks_that_are_in_another_run() -> None:
     call = "import test_parallelizer as t; t.mpi_meetings()"
-    code, out, err = finish("-c", call, ranks=4, limit=60)
-    assert (code, out) == (0, "all met\n"), err
+    assert run_program("-c", call, ranks=4, limit=60) == "all met\n"
 
 
 def mpi_early_end(verb: str) -> None:
@@ -7559,8 +7556,8 @@ def print_on_main(result: object, par: Par) -> None:
 @pytest.mark.parametrize("late", [1, 2])
 def test_who_has_done_its_part_may_end_its_program(late: int) -> None:
     call = f"import test_parallelizer as t; t.mpi_late({late})"
-    code, out, err = finish("-c", call, ranks=3, limit=60)
-    assert (code, out) == (0, "[[0], [1], [2]]\n" if late == 1 else "[0, 1, 2]\n"), err
+    wanted = "[[0], [1], [2]]\n" if late == 1 else "[0, 1, 2]\n"
+    assert run_program("-c", call, ranks=3, limit=60) == wanted
 
 
 def mpi_half(fault: str, whole: bool) -> None:
@@ -7765,8 +7762,7 @@ def mpi_finalize(how: str) -> None:
 @pytest.mark.parametrize("how", ["by the program", "at exit"])
 def test_a_program_may_finalize_mpi_itself(how: str) -> None:
     call = f"import test_parallelizer as t; t.mpi_finalize({how!r})"
-    code, out, err = finish("-c", call, ranks=3, limit=60)
-    assert (code, out) == (0, "well\n"), err
+    assert run_program("-c", call, ranks=3, limit=60) == "well\n"
 
 
 def mpi_uninitialized() -> None:
@@ -7782,8 +7778,7 @@ def mpi_uninitialized() -> None:
 
 def test_mpi_that_is_not_initialized_is_told() -> None:
     call = "import test_parallelizer as t; t.mpi_uninitialized()"
-    code, out, err = finish("-c", call, ranks=2, limit=60)
-    assert (code, out) == (0, "[0, 1]\n"), err
+    assert run_program("-c", call, ranks=2, limit=60) == "[0, 1]\n"
 
 
 def mpi_other_ends() -> None:
@@ -7801,8 +7796,7 @@ def mpi_other_ends() -> None:
 
 def test_an_exit_that_does_not_end_the_program_does_not_end_the_mpi_job() -> None:
     call = "import test_parallelizer as t; t.mpi_other_ends()"
-    code, out, err = finish("-c", call, ranks=2, limit=60)
-    assert (code, out) == (0, "well\n"), err
+    assert run_program("-c", call, ranks=2, limit=60) == "well\n"
 
 
 def leaves_mail(*, parallelizer: Par) -> Any:
@@ -7836,8 +7830,7 @@ def mpi_free(rounds: int) -> None:
 @pytest.mark.timeout(200)
 def test_free_of_a_communicator_frees_what_was_made_for_it() -> None:
     call = "import test_parallelizer as t; t.mpi_free(1030)"  # MPICH has 2048
-    code, out, err = finish("-c", call, ranks=3, limit=180)
-    assert (code, out) == (0, "well\n"), err
+    assert run_program("-c", call, ranks=3, limit=180) == "well\n"
 
 
 def mpi_free_alone() -> None:
@@ -8126,8 +8119,7 @@ def maps_with(func: Callable[..., Any], count: int, *, parallelizer: Par) -> Any
 @pytest.mark.timeout(100)
 def test_who_is_late_takes_no_items_of_the_next_run() -> None:
     call = "import test_parallelizer as t; t.mpi_tickets()"
-    code, out, err = finish("-c", call, ranks=3, limit=60)
-    assert (code, out) == (0, "True\n"), err
+    assert run_program("-c", call, ranks=3, limit=60) == "True\n"
 
 
 def test_the_others_that_failed_are_noted(p: Par, monkeypatch: pytest.MonkeyPatch) -> None:
