@@ -2816,6 +2816,7 @@ class _Board:
     """
 
     _TICKET = struct.Struct("<qqqq")
+    _MOST_UNWRITTEN = _PACKET // _TICKET.size  # of which a write takes all or none
     _ALIGNED = 64
 
     def __init__(self, context: Any, nprocs: int) -> None:
@@ -2829,6 +2830,7 @@ class _Board:
         # On main: where chunks lie that may be unread, oldest first, and where the next one goes.
         self._unread: collections.deque[tuple[int, int]] = collections.deque()
         self._next = self._first
+        self._unwritten: list[_Ticket] = []
         self._map_file()
 
     def _map_file(self) -> None:
@@ -2852,6 +2854,7 @@ class _Board:
             self._run = run
             self._left[:] = self._expected[:] = 0
             self._unread.clear()
+            self._unwritten.clear()
         return np.flatnonzero(self._left < self._expected).tolist()
 
     def clear(self) -> None:
@@ -2870,7 +2873,9 @@ class _Board:
         self.taken[:] = 0
 
     def put(self, start: int, message: Message) -> bool:
-        """Offer a chunk; False if there is no room for it now."""
+        """Lay down a chunk, to be taken from the next `flush` on; False if there is no room now."""
+        if len(self._unwritten) == self._MOST_UNWRITTEN and not self.flush():
+            return False
         head = message.head()
         nbytes = len(head) + sum(buffer.nbytes for buffer in message.buffers)
         offset = self._place(nbytes + self._ALIGNED)
@@ -2883,11 +2888,20 @@ class _Board:
         for part in message.buffers:
             self._memory[place : place + part.nbytes] = part
             place += part.nbytes
-        if not self._write(_Ticket(start, offset, len(head), nbytes)):
-            return False
+        self._unwritten.append(_Ticket(start, offset, len(head), nbytes))
         self._next = -(-place // self._ALIGNED) * self._ALIGNED
         self._unread.append((offset, self._next))
         return True
+
+    def count_unwritten(self) -> int:
+        """How many chunks cannot be taken yet."""
+        return len(self._unwritten)
+
+    def flush(self) -> bool:
+        """Let all that has been put be taken; False if there is no room for its tickets now."""
+        if self._unwritten and self._write(*self._unwritten):
+            self._unwritten.clear()
+        return not self._unwritten
 
     def count_unread(self) -> int:
         """How many chunks have not been read, or lie behind such a one."""
@@ -2923,16 +2937,19 @@ class _Board:
 
     def end(self) -> bool:
         """Offer no more; False if there is no room for that word now."""
-        return self._write(_Ticket(0, 0, 0, 0))
+        return self.flush() and self._write(_Ticket(0, 0, 0, 0))
 
     def withdraw(self) -> None:
         """Take back what nobody has taken."""
         while (ticket := self.take()) is not None and ticket.nbytes:
             self.forget(ticket)
+        for ticket in self._unwritten:
+            self.forget(ticket)
+        self._unwritten.clear()
 
-    def _write(self, ticket: _Ticket) -> bool:
+    def _write(self, *tickets: _Ticket) -> bool:
         try:
-            os.write(self._writer.fileno(), self._TICKET.pack(*ticket))
+            os.write(self._writer.fileno(), b"".join(self._TICKET.pack(*each) for each in tickets))
         except BlockingIOError:
             return False
         return True
@@ -6628,8 +6645,7 @@ def _map_in_run(
     if task.vectorized:
         return _map_blocks(task, items, parallelizer)
     if task.is_stream:
-        stream = _imap_in_run(func, True, lambda: task, items, parallelizer=parallelizer)
-        results = _call_back(task, stream)
+        results = _call_back(task, _dealt_as_stream(task, items, True, comm))
         return results if comm.rank == 0 else Parallelizer.InWorkerProcess
     return _map_items(task, items, parallelizer)
 
@@ -6955,6 +6971,13 @@ def _imap_in_run(
     with comm.enter("imap"):
         task = parallelizer._from_main(comm, prepare)
     task.func = func
+    return _dealt_as_stream(task, source, ordered, comm)
+
+
+def _dealt_as_stream(
+    task: _Task, source: Any, ordered: bool, comm: Communicator
+) -> Generator[Any, None, None]:
+    """The results on main, and on a worker nothing, when it has computed its part of them."""
     tag = task.tag
     if comm.rank == 0:
         dealer = _Dealer(task, source.chunks(task.chunksize or 1, comm), tag, comm)
@@ -7058,6 +7081,9 @@ class _Mail:
         self._supply[rank] += 1
         return True
 
+    def flush(self) -> None:
+        """Let all that has been offered be taken."""
+
     def busy(self) -> list[int]:
         """The workers that have chunks."""
         return [rank for rank, count in self._supply.items() if count]
@@ -7118,6 +7144,7 @@ class _Pull(_Mail):
     def __init__(self, comm: PipeCommunicator, tag: int) -> None:
         super().__init__(comm, tag)
         self._offered = 0  # on main: chunks that are not known to have been computed
+        self._flushed = 0.0  # when
 
     @property
     def _board(self) -> _Board:
@@ -7139,9 +7166,17 @@ class _Pull(_Mail):
         return self._board.count_unread() < self.ahead * len(self._supply)
 
     def offer(self, start: int, message: Message) -> bool:
+        # Each write wakes all who idle. That there is a ticket for each of them is worth a moment.
+        waited = time.perf_counter() - self._flushed
+        if self._board.count_unwritten() >= len(self._supply) or waited > _LEAST_SECONDS:
+            self.flush()
         offered = self._board.put(start, message)
         self._offered += offered
         return offered
+
+    def flush(self) -> None:
+        self._board.flush()
+        self._flushed = time.perf_counter()
 
     def busy(self) -> list[int]:
         if not self._offered:
@@ -7224,27 +7259,42 @@ class _Dealer:
         self.hand = _hand(comm, tag)
         self._items: dict[int, Any] = {}  # of chunks that are not known to be computed elsewhere
         self._waiting: tuple[int, Message] | None = None  # until there is room for it
+        self.recalled: collections.deque[tuple[int, Any]] = collections.deque()
+        self.may_draw: Callable[[], bool] = lambda: True
         self.told = False  # whether all know that there are no more
         self.hand.begin()
 
     def draw(self) -> tuple[int, Any] | None:
-        """A new chunk, if there is one now."""
+        """A chunk that nobody has been offered, if there is one now."""
+        if not self.may_draw():
+            return None
+        if self.recalled:
+            return self.recalled.popleft()
         return None if self.chunks.ended else self.chunks.take()
 
-    def offer(self, may_draw: Callable[[], bool]) -> Iterator[tuple[int, PackingError | None]]:
+    def has_news(self) -> bool:
+        """Whether `draw` has something to say."""
+        return self.may_draw() and (bool(self.recalled) or self.chunks.has_news())
+
+    def has_ended(self) -> bool:
+        """Whether there is nothing more to draw."""
+        return self.chunks.ended and not self.recalled
+
+    def offer(self) -> Iterator[tuple[int, PackingError | None]]:
         """Offer what there is room for; each chunk's first item, and why it cannot be sent."""
         while self.hand.has_room():
             if self._waiting is None:
-                chunk = self.draw() if may_draw() else None
+                chunk = self.draw()
                 if chunk is None:
                     break
                 yield from self._pack(*chunk)
                 if self._waiting is None:
                     continue
             if not self.hand.offer(*self._waiting):
-                return
+                break
             self._waiting = None
-        if self.chunks.ended and self._waiting is None and not self.told:
+        self.hand.flush()
+        if self.has_ended() and self._waiting is None and not self.told:
             self.told = self.hand.end()
 
     def _pack(self, start: int, items: Any) -> Iterator[tuple[int, PackingError | None]]:
@@ -7261,9 +7311,14 @@ class _Dealer:
         if error is not None:
             yield start + len(items), error
 
-    def take_own(self, may_draw: Callable[[], bool]) -> tuple[int, Any] | None:
+    def recall(self) -> None:
+        """Take back what nobody has begun with."""
+        for start in iter(self.hand.take_own, None):
+            self.recalled.append((start, self._items.pop(start)))
+
+    def take_own(self) -> tuple[int, Any] | None:
         """A chunk for main, a new one if possible, which need not be packed."""
-        if self._waiting is None and may_draw() and (chunk := self.draw()) is not None:
+        if self._waiting is None and (chunk := self.draw()) is not None:
             return chunk
         start = self.hand.take_own()
         return None if start is None else (start, self._items.pop(start))
@@ -7279,10 +7334,6 @@ class _Dealer:
             self.told = self.hand.end()
 
 
-def _always() -> bool:
-    return True
-
-
 def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object]) -> list[Any]:
     """Main's part in a map whose results stay where they are: its own, by chunks."""
     done = []
@@ -7290,10 +7341,10 @@ def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object])
         dealer.hand.ahead = _FIRST_AHEAD  # until it is known how long an item takes
     while True:
         dealer.hand.hear_all()
-        for _, error in dealer.offer(_always):
+        for _, error in dealer.offer():
             if error is not None:
                 raise error
-        own = dealer.take_own(_always)
+        own = dealer.take_own()
         if own is not None:
             start, items = own
             done.append((start, dealer.task.compute(items, start, dealer.comm)))
@@ -7310,6 +7361,7 @@ class _Results:
 
     def __init__(self, dealer: _Dealer, ordered: bool, tag: int) -> None:
         self._dealer = dealer
+        dealer.may_draw = lambda: self._room() > 0
         self._comm = dealer.comm
         self._ordered = ordered
         self._tag = tag
@@ -7318,7 +7370,7 @@ class _Results:
         self._done: dict[int, _Done] = {}  # results by the first item of their chunk
         self._came = self._bytes = 0  # results, by chunks, and what they take
 
-    def all(self, total: int | None) -> Iterator[Any]:
+    def all(self, total: int | None) -> Generator[Any, None, None]:
         with _bar(total, self._dealer.task.progress) as reached:
             count = 0
             try:
@@ -7359,13 +7411,13 @@ class _Results:
             if start in self._done:
                 del self._dealt[start]
                 return self._done.pop(start)
-            if dealer.hand.has_spare() and (own := dealer.take_own(self._may_draw)) is not None:
+            if dealer.hand.has_spare() and (own := dealer.take_own()) is not None:
                 start, items = own
                 self._dealt[start] = None
                 self._done[start] = _Done(
                     *dealer.task.compute_until_error(items, start, self._comm)
                 )
-            elif dealer.hand.busy() or not dealer.chunks.ended:
+            elif dealer.hand.busy() or not dealer.has_ended():
                 self._await_news()
             elif dealer.chunks.error is not None:
                 raise dealer.chunks.error
@@ -7373,18 +7425,18 @@ class _Results:
                 return None
 
     def _deal(self) -> None:
-        for start, error in self._dealer.offer(self._may_draw):
+        for start, error in self._dealer.offer():
             self._dealt[start] = None
             if error is not None:
                 self._done[start] = _Done([], error)
 
-    def _may_draw(self) -> bool:
-        """Whether not too much is under way."""
+    def _room(self) -> int:
+        """How many more chunks may be under way; below 0, if there are too many."""
         most = _FIRST_AHEAD
         if self._came:  # as many as fill the board with results such as these
             most = _BOARD_BYTES * self._came // (self._bytes * self._comm.size)
             most = min(max(_LEAST_AHEAD, most), _MOST_AHEAD)
-        return len(self._dealt) < most * self._comm.size
+        return most * self._comm.size - (len(self._dealt) - len(self._dealer.recalled))
 
     def _await_news(self) -> None:
         """Wait for results, or for the iterator to go on."""
@@ -7396,7 +7448,7 @@ class _Results:
             self._comm.await_any(self._has_news, busy, "imap")
 
     def _has_news(self) -> bool:
-        if self._may_draw() and self._dealer.chunks.has_news():
+        if self._dealer.has_news():
             return True
         return self._comm.first_sender(self._dealer.hand.busy(), self._tag) is not None
 
@@ -7410,6 +7462,8 @@ class _Results:
         self._done[start] = _Done(results, failure and failure.exception())
         self._dealer.forget(start)
         hand.hear(rank)
+        if self._room() < 0:  # the results are larger than they might have been
+            self._dealer.recall()
 
 
 class _Done(NamedTuple):
