@@ -2017,6 +2017,33 @@ def test_imap_takes_endless_data_and_may_be_left_early(p: Par, way: Any, ordered
     expect_to_work(p)
 
 
+def waits_for_the_others_or_gives_much(item: int, file: str) -> int | np.ndarray:
+    if item > 0:
+        with Path(file).open("a") as computed:
+            computed.write(".")
+        return np.full(2**20, float(item))
+    size = -1
+    while size < (size := Path(file).stat().st_size):  # until the others come to rest
+        time.sleep(0.5)
+    return size
+
+
+def streams_what_is_large(file: str, *, parallelizer: Par) -> Any:
+    stream = parallelizer.imap(waits_for_the_others_or_gives_much, range(100), extra_args=(file,))
+    results = list(stream)
+    return results and (results[0], [result[0] for result in results[1:]])
+
+
+@BOTH_WAYS
+def test_large_results_are_not_piled_up_behind_a_slow_one(p: Par, way: Any, tmp_path: Any) -> None:
+    (tmp_path / "computed").write_text("")
+    found = way(p, streams_what_is_large, str(tmp_path / "computed"))
+    if p.on_main:
+        ahead, numbers = found
+        assert ahead < 40  # before the first result has come, 16 are dealt to each
+        assert numbers == list(range(1, 100))
+
+
 def streams_into_a_failure(*, parallelizer: Par) -> Any:
     return list(parallelizer.imap(fails_at_five, range(50)))
 
