@@ -2475,6 +2475,17 @@ class Communicator(abc.ABC):
         self._raise_failure()
         self.interruptible = self.in_function
 
+    @_context
+    def undisturbed(self) -> Iterator[None]:
+        """Within, no news breaks off what imports: half a module would be left for later runs."""
+        self.interruptible = False
+        try:
+            yield
+        finally:
+            self.interruptible = self.in_function
+        if self.news:
+            self.heed_news()
+
     def enter(self, verb: str) -> Communicator:
         """Begin a call of a verb; the result is the context that ends it."""
         while self._postponed:
@@ -6332,9 +6343,11 @@ def _raise_final(communicator: Communicator, error: BaseException) -> NoReturn:
 def _run_packed(
     packed: Message, threads: dict[str, int] | None, *, parallelizer: Parallelizer
 ) -> Any:
-    settings, work = _unpack(packed, "the function of a run, or its arguments,")
+    comm = parallelizer._communicator()
+    with comm.undisturbed():
+        settings, work = _unpack(packed, "the function of a run, or its arguments,")
     # Now, because unpacking has imported the modules of the function.
-    limit = parallelizer._communicator().limit
+    limit = comm.limit
     if limit is not None:
         _take_thread_numbers(threads or limit.state.numbers)
     with _Arithmetic(settings):
@@ -7282,6 +7295,8 @@ class _Dealer:
 
     def offer(self) -> Iterator[tuple[int, PackingError | None]]:
         """Offer what there is room for; each chunk's first item, and why it cannot be sent."""
+        if self.told:
+            return
         while self.hand.has_room():
             if self._waiting is None:
                 chunk = self.draw()
@@ -7294,7 +7309,7 @@ class _Dealer:
                 break
             self._waiting = None
         self.hand.flush()
-        if self.has_ended() and self._waiting is None and not self.told:
+        if self.has_ended() and self._waiting is None:
             self.told = self.hand.end()
 
     def _pack(self, start: int, items: Any) -> Iterator[tuple[int, PackingError | None]]:
@@ -7312,7 +7327,9 @@ class _Dealer:
             yield start + len(items), error
 
     def recall(self) -> None:
-        """Take back what nobody has begun with."""
+        """Take back what nobody has begun with, unless who finds nothing more has left."""
+        if self.told:
+            return
         for start in iter(self.hand.take_own, None):
             self.recalled.append((start, self._items.pop(start)))
 

@@ -2028,20 +2028,23 @@ def waits_for_the_others_or_gives_much(item: int, file: str) -> int | np.ndarray
     return size
 
 
-def streams_what_is_large(file: str, *, parallelizer: Par) -> Any:
-    stream = parallelizer.imap(waits_for_the_others_or_gives_much, range(100), extra_args=(file,))
+def streams_what_is_large(count: int, file: str, *, parallelizer: Par) -> Any:
+    stream = parallelizer.imap(waits_for_the_others_or_gives_much, range(count), extra_args=(file,))
     results = list(stream)
     return results and (results[0], [result[0] for result in results[1:]])
 
 
+@pytest.mark.parametrize("count", [30, 100])  # all of 30 are dealt before one result has come
 @BOTH_WAYS
-def test_large_results_are_not_piled_up_behind_a_slow_one(p: Par, way: Any, tmp_path: Any) -> None:
+def test_large_results_are_not_piled_up_behind_a_slow_one(
+    p: Par, way: Any, count: int, tmp_path: Any
+) -> None:
     (tmp_path / "computed").write_text("")
-    found = way(p, streams_what_is_large, str(tmp_path / "computed"))
+    found = way(p, streams_what_is_large, count, str(tmp_path / "computed"))
     if p.on_main:
         ahead, numbers = found
         assert ahead < 40  # before the first result has come, 16 are dealt to each
-        assert numbers == list(range(1, 100))
+        assert numbers == list(range(1, count))
 
 
 def streams_into_a_failure(*, parallelizer: Par) -> Any:
@@ -4190,6 +4193,63 @@ def test_a_death_amid_a_chunk(method: str, verb: str, tmp_path: Path) -> None:
             with pytest.raises(WorkerDied, match="SIGKILL"):
                 list(getattr(par, verb)(func, range(900), chunksize=4))
             assert par.map(square, range(9)) == [x * x for x in range(9)]
+
+
+SLOW_MODULE = """
+import pathlib, time
+pathlib.Path(__file__).with_suffix(".begun").touch()
+time.sleep(0.5)
+"""
+
+
+REMEMBERED: dict[str, int] = {}
+
+
+def remembers_its_rank(*, parallelizer: Par) -> None:
+    REMEMBERED["rank"] = parallelizer.id
+
+
+def imports_on_rank_one(folder: str) -> None:
+    if REMEMBERED["rank"] == 1:
+        sys.path.insert(0, folder)
+        importlib.import_module("slow_module")
+
+
+class ImportsOnRankOne:
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> Any:
+        return imports_on_rank_one, (self.folder,)
+
+
+def fails_while_another_imports(_: Any, begun: Path, *, parallelizer: Par) -> None:
+    if parallelizer.id == 2:
+        wait_for_file(begun)
+        raise JobError("not well", 2)
+    parallelizer.wait()
+
+
+def what_is_imported(*, parallelizer: Par) -> Any:
+    return parallelizer.gather((os.getpid(), "slow_module" in sys.modules))
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_failure_elsewhere_breaks_off_no_import(method: str, tmp_path: Path) -> None:
+    """What is left of a module can mostly not be imported again: `name '_abc' is not defined`."""
+    (tmp_path / "slow_module.py").write_text(SLOW_MODULE)
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        par.run(remembers_its_rank)
+        before = par.run(what_is_imported)
+        with pytest.raises(JobError):
+            par.run(
+                fails_while_another_imports,
+                ImportsOnRankOne(tmp_path),
+                tmp_path / "slow_module.begun",
+            )
+        after = par.run(what_is_imported)
+    assert [pid for pid, _ in after] == [pid for pid, _ in before]
+    assert [imported for _, imported in after] == [False, True, False]
 
 
 def one_long_item(*, parallelizer: Par) -> Any:
