@@ -7272,26 +7272,31 @@ class _Dealer:
         self.hand = _hand(comm, tag)
         self._items: dict[int, Any] = {}  # of chunks that are not known to be computed elsewhere
         self._waiting: tuple[int, Message] | None = None  # until there is room for it
-        self.recalled: collections.deque[tuple[int, Any]] = collections.deque()
-        self.may_draw: Callable[[], bool] = lambda: True
+        self._recalled: collections.deque[tuple[int, Any]] = collections.deque()
+        self.dealt: dict[int, None] = {}  # chunks whose results have not been yielded, in order
+        self.most: float = math.inf  # how many of them may be under way
         self.told = False  # whether all know that there are no more
         self.hand.begin()
 
     def draw(self) -> tuple[int, Any] | None:
         """A chunk that nobody has been offered, if there is one now."""
-        if not self.may_draw():
+        if self.room() <= 0:
             return None
-        if self.recalled:
-            return self.recalled.popleft()
+        if self._recalled:
+            return self._recalled.popleft()
         return None if self.chunks.ended else self.chunks.take()
+
+    def room(self) -> float:
+        """How many more chunks may be under way; below 0, if there are too many."""
+        return self.most - (len(self.dealt) - len(self._recalled))
 
     def has_news(self) -> bool:
         """Whether `draw` has something to say."""
-        return self.may_draw() and (bool(self.recalled) or self.chunks.has_news())
+        return self.room() > 0 and (bool(self._recalled) or self.chunks.has_news())
 
     def has_ended(self) -> bool:
         """Whether there is nothing more to draw."""
-        return self.chunks.ended and not self.recalled
+        return self.chunks.ended and not self._recalled
 
     def offer(self) -> Iterator[tuple[int, PackingError | None]]:
         """Offer what there is room for; each chunk's first item, and why it cannot be sent."""
@@ -7331,7 +7336,7 @@ class _Dealer:
         if self.told:
             return
         for start in iter(self.hand.take_own, None):
-            self.recalled.append((start, self._items.pop(start)))
+            self._recalled.append((start, self._items.pop(start)))
 
     def take_own(self) -> tuple[int, Any] | None:
         """A chunk for main, a new one if possible, which need not be packed."""
@@ -7378,12 +7383,11 @@ class _Results:
 
     def __init__(self, dealer: _Dealer, ordered: bool, tag: int) -> None:
         self._dealer = dealer
-        dealer.may_draw = lambda: self._room() > 0
+        dealer.most = _FIRST_AHEAD * dealer.comm.size
         self._comm = dealer.comm
         self._ordered = ordered
         self._tag = tag
         self._begun = self._comm.run, self._comm.is_running()  # under MPI perhaps between two runs
-        self._dealt: dict[int, None] = {}  # chunks not yet yielded, in order
         self._done: dict[int, _Done] = {}  # results by the first item of their chunk
         self._came = self._bytes = 0  # results, by chunks, and what they take
 
@@ -7424,13 +7428,13 @@ class _Results:
             while dealer.hand.busy() and self._comm.has_arrived(dealer.hand.busy(), self._tag):
                 self._take_in()
             self._deal()
-            start = next(iter(self._dealt if self._ordered else self._done), None)
+            start = next(iter(self._dealer.dealt if self._ordered else self._done), None)
             if start in self._done:
-                del self._dealt[start]
+                del self._dealer.dealt[start]
                 return self._done.pop(start)
             if dealer.hand.has_spare() and (own := dealer.take_own()) is not None:
                 start, items = own
-                self._dealt[start] = None
+                self._dealer.dealt[start] = None
                 self._done[start] = _Done(
                     *dealer.task.compute_until_error(items, start, self._comm)
                 )
@@ -7443,17 +7447,9 @@ class _Results:
 
     def _deal(self) -> None:
         for start, error in self._dealer.offer():
-            self._dealt[start] = None
+            self._dealer.dealt[start] = None
             if error is not None:
                 self._done[start] = _Done([], error)
-
-    def _room(self) -> int:
-        """How many more chunks may be under way; below 0, if there are too many."""
-        most = _FIRST_AHEAD
-        if self._came:  # as many as fill the board with results such as these
-            most = _BOARD_BYTES * self._came // (self._bytes * self._comm.size)
-            most = min(max(_LEAST_AHEAD, most), _MOST_AHEAD)
-        return most * self._comm.size - (len(self._dealt) - len(self._dealer.recalled))
 
     def _await_news(self) -> None:
         """Wait for results, or for the iterator to go on."""
@@ -7476,10 +7472,13 @@ class _Results:
             start, results, failure = _unpack(message, f"what rank {rank} sends to imap")
         self._came += 1
         self._bytes += message.nbytes
+        # As many as fill the board with results such as these.
+        most = _BOARD_BYTES * self._came // (self._bytes * self._comm.size)
+        self._dealer.most = min(max(_LEAST_AHEAD, most), _MOST_AHEAD) * self._comm.size
         self._done[start] = _Done(results, failure and failure.exception())
         self._dealer.forget(start)
         hand.hear(rank)
-        if self._room() < 0:  # the results are larger than they might have been
+        if self._dealer.room() < 0:  # the results are larger than they might have been
             self._dealer.recall()
 
 
