@@ -26,8 +26,9 @@ How it is built: one contract, one transport per backend, every verb written onc
          |              |              |
    SerialCommunicator  PipeCommunicator  MPICommunicator
                         |              |
-              pipes, shared slots,     mpi4py buffers
-              a board for `map`
+              a board in shared        mpi4py buffers
+              memory, pipes, a
+              queue for `map`
 
 The file reads top to bottom: errors; splitting and combining; packing; shared arrays;
 communicators; the `Parallelizer`; the three backends; `ClientServerRunner`; the self-test and the
@@ -902,6 +903,8 @@ def _pack(obj: Any, what: str, comm: Communicator | None = None) -> Message:
 
     `what` names it in the `PackingError`.
     """
+    if type(obj) in _ATOMS:
+        return Message(pickle.dumps(obj, 5), ())
     if type(obj) is np.ndarray and _is_raw(obj) and not _lies_in(obj, _PLACES):
         spec, data = _raw(obj)
         return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data], not _is_laid_out(obj))
@@ -986,6 +989,9 @@ _PLAIN_TYPES = frozenset(
     [int, float, complex, bool, str, bytes, type(None), range]
     + [kind for kind in np.sctypeDict.values() if not issubclass(kind, (np.void, np.object_))]
 )
+
+
+_ATOMS = frozenset([int, float, complex, bool, str, bytes, type(None)])
 
 
 def _is_plain(value: Any) -> bool:
@@ -1579,10 +1585,26 @@ _SETTLING = 0.05
 
 _WORDS = ("control", "return", "failed", "abort", "over")  # short, and heard as soon as whole
 _VERBS = (
-    *_WORDS, "run", "stop",
+    *_WORDS, "run", "stop", "more of an earlier call", "run(comm=...)",
     "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "imap",
     "share", "send",
 )  # fmt: skip
+
+
+_CODES = {verb: code for code, verb in enumerate(_VERBS)}
+_SIT, _MORE = _CODES["run(comm=...)"], _CODES["more of an earlier call"]
+
+# A word is the number of a round, in 48 bits, which last for decades; below it are the last 4 bits
+# of the number of the call, 5 of how deep its group is nested, 6 of the verb, and one for whether
+# more is brought than a slot holds.
+_BITS, _DEPTH = 16, 7
+_REST = 2**_BITS - 1
+_RETURNED = 1 << _DEPTH | _CODES["return"] << 1  # from the function of the run
+
+
+def _is_failed_exit(word: int) -> bool:
+    """Whether it tells of an error by which a member leaves its group."""
+    return word & 127 == _CODES["return"] << 1 | 1
 
 
 class RankStats(NamedTuple):
@@ -1641,8 +1663,9 @@ class Call(NamedTuple):
     def __str__(self) -> str:
         where = f" of a run nested {self.depth - 1} deep" if self.depth > 1 else ""
         if self.verb == "return":
-            return f"returned after {self.number - 1} collective calls{where}"
-        return f"called {self.verb} #{self.number}{where}"
+            after = f" after {self.number - 1} collective calls" if self.number else ""
+            return f"returned{after}{where}"
+        return f"called {self.verb}{f' #{self.number}' if self.number else ''}{where}"
 
 
 class _Wait(NamedTuple):
@@ -1925,6 +1948,7 @@ class Communicator(abc.ABC):
     spmd: ClassVar = False  # whether every process calls `run` itself, and there is no command
     # Whether what the reducers of multiprocessing make of a connection is of use to the others.
     passes_handles: ClassVar = False
+    one_round: ClassVar = False  # whether all get what all have in the time that main gets it
 
     def __init__(self, process: int, size: int, timeout: float | None = None) -> None:
         self.process = process
@@ -1939,6 +1963,8 @@ class Communicator(abc.ABC):
         self.news = False  # a signal has come, and has not been heeded yet
         self.in_function = False
         self._broken = False
+        self._base = 0  # the number of the round before the current run, where there are rounds
+        self._final: Exception | None = None  # by which this process has left a round for good
         # What has come: collective messages by sender, those of `send` by sender, tag and run.
         self._arrived: collections.defaultdict[int, collections.deque[Parcel]]
         self._arrived = collections.defaultdict(collections.deque)
@@ -2042,6 +2068,22 @@ class Communicator(abc.ABC):
         if places is not None:
             places[0][:] = message.buffers[0]
         return [message, *(self._complete(parcel, process) for process, parcel in others.items())]
+
+    def allgather(self, message: Message, plan: GatherPlan) -> list[Message]:
+        """All messages in rank order on every rank; `plan` may place the buffers."""
+        gathered = self.gather(message, GatherPlan(False))
+        joint = None
+        if gathered is not None:
+            heads = [(one.pickled, len(one.buffers)) for one in gathered]
+            buffers = [buffer for one in gathered for buffer in one.buffers]
+            joint = Message(pickle.dumps(heads), buffers)
+        joint = self.broadcast(joint)
+        rest = iter(joint.buffers)
+        messages = [
+            Message(pickled, list(itertools.islice(rest, count)))
+            for pickled, count in pickle.loads(joint.pickled)
+        ]
+        return messages if self.rank > 0 else [messages[0].copy(), *messages[1:]]
 
     def gather_in_turn(self, message: Message) -> Generator[Message, None, None]:
         """The other ranks' messages on rank 0, each moved when it is asked for; none elsewhere."""
@@ -2229,6 +2271,7 @@ class Communicator(abc.ABC):
             if parcel.call.verb != "run":
                 continue  # left over from a run that ended early
             self._next_run(parcel.run)
+            self._begin_rounds(parcel.tag)
             self._in_run = True
             try:
                 return self._complete(parcel, 0)
@@ -2245,6 +2288,9 @@ class Communicator(abc.ABC):
             yield
         finally:
             self._idle = False
+
+    def _begin_rounds(self, number: int) -> None:  # noqa: B027 - not all transports have them
+        """The rounds of a run that begins are counted from this number, which is main's."""
 
     def sit_out(self) -> None:
         """Count a run that this process takes no part in."""
@@ -2278,6 +2324,7 @@ class Communicator(abc.ABC):
         """Before the function: begin to count anew; main sends the command on its way."""
         self._history.clear()
         self._broken = self._unheard = False
+        self._final = None
         self.spokesman = self.in_task = None
         self.account = _Account()
         command, self._command = self._command, None
@@ -2297,7 +2344,7 @@ class Communicator(abc.ABC):
         self._told = set(others)
         groups = [others] if len(command) == 1 else [(process,) for process in others]
         for group, message in zip(groups, command, strict=True):
-            self._transmit(group, Parcel(self.run, self.call, message))
+            self._transmit(group, Parcel(self.run, self.call, message, self._base))
 
     def finish_run(self, report: bytes) -> list[bytes]:
         """Return when every member has returned from the function; on rank 0 all their reports.
@@ -2441,6 +2488,17 @@ class Communicator(abc.ABC):
             self._set_members(members)
             self.call = call
 
+    def is_in_step(self) -> bool:
+        """Whether this process has not left a call for good."""
+        return self._final is None
+
+    def in_group(self, ranks: Sequence[int], work: Callable[[], _R]) -> _R | Any:
+        """What `work` gives, among these of the present ranks; the others have no part in it."""
+        if self.rank not in ranks:
+            return Parallelizer.InWorkerProcess
+        with self.restricted_to(ranks):
+            return work()
+
     def limiting(self) -> contextlib.AbstractContextManager[None]:
         """Within, this process has the number of threads on which all of them agree."""
         return contextlib.nullcontext() if self.limit is None else self.limit.counting()
@@ -2493,6 +2551,9 @@ class Communicator(abc.ABC):
         self.interruptible = False
         self._entered_at = time.perf_counter()
         self._raise_failure()
+        if self._final is not None:
+            self.interruptible = self.in_function
+            raise self._final
         if self._broken:
             self.interruptible = self.in_function
             raise ContractError(
@@ -2645,14 +2706,18 @@ class SerialCommunicator(Communicator):
         """Nothing can arrive; but a signal meant for another parallelizer may ask."""
 
 
-# -- multiprocessing: pipes for small packets, shared slots for all else ------------------------
+# -- multiprocessing: a board for collectives, pipes for all else --------------------------------
+#
+# To a collective each process comes by a word on the *board*, which lies in shared memory, beside
+# the slots for what it brings (see `PipeCommunicator`, rounds). All look at all words: nobody
+# relays, main is not special, and of a broadcast all read the same slot. Who waits long falls
+# asleep, and is woken by a packet.
 #
 # Every process owns an *inbox*, a pipe that all the others write to. A packet is at most
 # PIPE_BUF bytes, so that the kernel writes it whole or not at all: no lock is needed, and none
-# can be left behind by a killed writer. What does not fit into a packet goes through the
-# sender's own row of *slots* in shared memory: fill a slot, tell its readers, reuse it when all
-# of them have released it. The copies in and out overlap, and of a broadcast all readers read
-# the same slots, so that main copies it once, however many workers there are.
+# can be left behind by a killed writer. By packets go commands, failures, and messages of `send`.
+# What does not fit into one goes through two more slots of the sender: fill a slot, tell its
+# readers, reuse it when all of them have released it.
 #
 # To the life of a run this adds:
 #
@@ -2664,58 +2729,132 @@ class SerialCommunicator(Communicator):
 #                 end of: its end-of-file kills w, by the kernel where that can be asked for
 #                 (Linux), else at the next wait of w.
 #
-# When run n + 1 begins, every living process has left run n, so all slots are free.
+# When run n + 1 begins, every living process has left run n, so all slots are free; its rounds are
+# counted from the largest number that any process has come to.
 
 _POSIX = os.name == "posix"
 _PACKET = min(4096, select.PIPE_BUF) if _POSIX else 4096
 _SLOT_BYTES = 1 << 21
 _SLOTS = 2  # per sender: one is filled while the other is read
-_BOARD_AT_FIRST, _BOARD_BYTES = 1 << 20, 1 << 26  # of chunks that wait; a larger one waits alone
+_QUEUE_AT_FIRST, _QUEUE_BYTES = 1 << 20, 1 << 26  # of chunks that wait; a larger one waits alone
 
 _START, _DATA, _RELEASE, _WAKE = range(4)
 _PACKET_HEAD = struct.Struct("<HBHI")  # bytes of the packet, kind, source, run
 _START_HEAD = struct.Struct("<IBIBqI")  # stream, depth, number, verb, tag, bytes of the head
 _DATA_HEAD = struct.Struct("<IHI")  # stream, slot or _INLINE, bytes
 _RELEASE_HEAD = struct.Struct("<H")  # slot
+_LAID = struct.Struct("<QQQ")  # messages in a slot; of each, its bytes and those of its head
+_WAKE_PACKET = _PACKET_HEAD.pack(_PACKET_HEAD.size, _WAKE, 0, 0)
 _INLINE = 0xFFFF
 _INLINE_BYTES = _PACKET - _PACKET_HEAD.size - max(_START_HEAD.size, _DATA_HEAD.size)
 
 
-class _SharedSlots:
-    """Anonymous shared memory, one row of slots per process; pages cost nothing until used."""
+class _Board:
+    """Shared memory by which the processes of a pool meet; pages cost nothing until used.
 
-    def __init__(self, rows: int) -> None:
-        self._size = rows * _SLOTS * _SLOT_BYTES
+    For each process there are two *words*, one for rounds of even number and one for odd ones, and
+    as many *slots* for what it brings to them; a byte that says whether it is asleep; and two slots
+    for what it sends to one process alone. Words lie in the order of the ranks of a run, so that
+    one look takes in those of all its members.
+    """
+
+    def __init__(self, nprocs: int) -> None:
+        self._nprocs = nprocs
+        # While others may come, to look again and again takes less time than to fall asleep. Where
+        # they may wait for this very CPU, they get it between two looks.
+        self.crowded = nprocs > _available_cpus() and hasattr(os, "sched_yield")
+        self.looks = 20 if self.crowded else 2000
+        self._words_at = -(-nprocs // 64) * 64
+        self._slots_at = -(-(self._words_at + 16 * nprocs) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._size = self._slots_at + nprocs * (2 + _SLOTS) * _SLOT_BYTES
         self._tag = f"parallelizer-{os.urandom(16).hex()}" if sys.platform == "win32" else ""
         self._file = -1 if self._tag else _anonymous_file(self._size)
         self._map()
 
     def _map(self) -> None:
         if sys.platform == "win32":
-            self._memory = mmap.mmap(-1, self._size, tagname=self._tag)
+            self.memory = mmap.mmap(-1, self._size, tagname=self._tag)
         else:
-            self._memory = mmap.mmap(self._file, self._size)
-        self._view = np.frombuffer(self._memory, np.uint8)
+            self.memory = mmap.mmap(self._file, self._size)
+        self._view = np.frombuffer(self.memory, np.uint8)
+        words = memoryview(self.memory)[self._words_at : self._words_at + 16 * self._nprocs]
+        self._words = words.cast("Q")
+        self._held = threading.Lock()
+        self._held.acquire()
 
-    def slot(self, row: int, index: int) -> _Bytes:
-        start = (row * _SLOTS + index) * _SLOT_BYTES
+    # To release a lock that is held, and then to acquire it, is a fence on every machine: what was
+    # written before is seen by all others before anything that is read or written afterwards. It
+    # stands between what lies in a slot and the word that tells of it, and between a word and the
+    # look at who is asleep, which even x86 would turn around.
+
+    def _fence(self) -> None:
+        if self._held.locked():  # else a signal has come between the two
+            self._held.release()
+        self._held.acquire(blocking=False)
+
+    def show(self, parity: int, place: int, word: int) -> None:
+        """Let the others see a word, and before it what lies in this process's slot."""
+        self._fence()
+        self._words[parity * self._nprocs + place] = word
+        self._fence()
+
+    def look(self, parity: int, count: int) -> bytes:
+        """The words of the first `count` places."""
+        start = self._words_at + 8 * parity * self._nprocs
+        return self.memory[start : start + 8 * count]
+
+    def words(self, parity: int, count: int) -> list[int]:
+        start = parity * self._nprocs
+        return self._words[start : start + count].tolist()
+
+    def take_up(self) -> None:
+        """Between the look at the words and what lies in the slots."""
+        self._fence()
+
+    def latest(self) -> int:
+        """The largest number of a round in any word."""
+        return max(self._words) >> _BITS
+
+    def sleepers(self) -> bytes:
+        """For each process whether it is asleep."""
+        return self.memory[: self._nprocs]
+
+    def fall_asleep(self, process: int) -> None:
+        """To be followed by a look at the words, so that no word can be missed."""
+        self.memory[process] = 1
+        self._fence()
+
+    def wake_up(self, process: int) -> None:
+        self.memory[process] = 0
+
+    def place(self, process: int, parity: int) -> int:
+        """Where a process's slot for rounds of this parity begins."""
+        return self._slots_at + (process * (2 + _SLOTS) + parity) * _SLOT_BYTES
+
+    def slot(self, process: int, parity: int) -> _Bytes:
+        start = self.place(process, parity)
         return self._view[start : start + _SLOT_BYTES]
+
+    def mail_slot(self, process: int, index: int) -> _Bytes:
+        return self.slot(process, 2 + index)
 
     def close(self) -> None:
         # The mapping itself goes with the last view of it.
-        del self._view, self._memory
+        del self._view, self._words, self.memory
         if self._file >= 0:
             os.close(self._file)
 
-    def __getstate__(self) -> tuple[int, str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         from multiprocessing.reduction import DupFd
 
-        file = DupFd(self._file) if self._file >= 0 else None
-        return self._size, self._tag, file
+        state = {**vars(self), "_file": DupFd(self._file) if self._file >= 0 else None}
+        for name in ("_view", "_words", "memory", "_held"):
+            del state[name]
+        return state
 
-    def __setstate__(self, state: tuple[int, str, Any]) -> None:
-        self._size, self._tag, file = state
-        self._file = file.detach() if file is not None else -1
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._file = state["_file"].detach() if state["_file"] is not None else -1
         self._map()
 
 
@@ -2808,7 +2947,7 @@ class _WindowsPort(_Port):
 
 
 class _Ticket(NamedTuple):
-    """Of a chunk, where it lies on the board; the one without bytes says that there are no more."""
+    """Of a chunk, where it lies in the queue; the one without bytes says that there are no more."""
 
     start: int  # number of the chunk's first item
     offset: int
@@ -2816,13 +2955,13 @@ class _Ticket(NamedTuple):
     nbytes: int
 
 
-class _Board:
+class _ChunkQueue:
     """Chunks in shared memory, from which each process takes its next one by itself.
 
     Main puts a chunk into the memory and its ticket into a pipe, which hands out each ticket once,
     whoever dies. The memory is a ring. Before each chunk there is a byte that its reader sets when
     it has copied the chunk, and at the start of the memory there are two counters for each process:
-    how often it has left the board, and how many chunks it has taken since. Main begins to deal
+    how often it has left the queue, and how many chunks it has taken since. Main begins to deal
     anew when all have left, so that no late one takes a ticket that is not meant for it.
     """
 
@@ -2835,7 +2974,7 @@ class _Board:
         for connection in (self._reader, self._writer):
             os.set_blocking(connection.fileno(), False)
         self._first = -(-16 * nprocs // self._ALIGNED) * self._ALIGNED  # behind the counters
-        self._file = _anonymous_file(_BOARD_AT_FIRST)
+        self._file = _anonymous_file(_QUEUE_AT_FIRST)
         self._run = -1
         self._expected = np.zeros(nprocs, np.int64)  # what the counters will be when all have left
         # On main: where chunks lie that may be unread, oldest first, and where the next one goes.
@@ -2874,12 +3013,12 @@ class _Board:
         with contextlib.suppress(BlockingIOError):
             while os.read(self.handle, self._TICKET.size):
                 pass  # the last one of the time before
-        if not self._unread and self._size > _BOARD_BYTES:  # give back what huge chunks needed
-            os.ftruncate(self._file, _BOARD_AT_FIRST)
+        if not self._unread and self._size > _QUEUE_BYTES:  # give back what huge chunks needed
+            os.ftruncate(self._file, _QUEUE_AT_FIRST)
             self._map_file()
 
     def begin(self, processes: Sequence[int]) -> None:
-        """These have been called to the board."""
+        """These have been called to the queue."""
         self._expected[list(processes)] += 1
         self.taken[:] = 0
 
@@ -2921,7 +3060,7 @@ class _Board:
         return len(self._unread)
 
     def _place(self, nbytes: int) -> int | None:
-        """Where so many bytes fit; the ring grows up to `_BOARD_BYTES`, or what one chunk needs."""
+        """Where so many bytes fit; the ring grows up to `_QUEUE_BYTES`, or what one chunk needs."""
         if not self._unread:
             self._next = self._first
         oldest = self._unread[0][0] if self._unread else self._size
@@ -2930,7 +3069,7 @@ class _Board:
         if self._next + nbytes > self._size:
             if self._unread and self._first + nbytes < oldest:
                 return self._first
-            if self._unread and self._next + nbytes > _BOARD_BYTES:
+            if self._unread and self._next + nbytes > _QUEUE_BYTES:
                 return None
             self._grow(max(2 * self._size, self._next + nbytes))
         return self._next
@@ -3073,9 +3212,13 @@ class _Incoming(Parcel):
                 self._unfilled[0] = target[count:]
         return data
 
+    def hold(self) -> None:
+        """Do not place the buffers before it is said where."""
+        self._held = True
+
     def take_in(self) -> None:
         self._held = False
-        if self.pickled:
+        if self.pickled and self.message is None:
             self.place(None)
 
     def place(self, buffers: Sequence[_Bytes] | None) -> None:
@@ -3090,35 +3233,105 @@ class _Incoming(Parcel):
                 release()
 
 
+class _Laid(NamedTuple):
+    """Where a message lies in what a process brings to a round, all in bytes."""
+
+    start: int
+    nbytes: int
+    head_bytes: int
+    total: int  # of all that the process brings
+
+
+class _Inflow:
+    """A message that is read from a process's slot, a chunk in each round."""
+
+    def __init__(self, comm: PipeCommunicator, process: int, laid: _Laid) -> None:
+        self._comm = comm
+        self._process = process
+        self._next, self._stop = laid.start, laid.start + laid.nbytes
+        self._head_bytes = laid.head_bytes
+        self._parcel = _Incoming(comm.run, comm.call, 0, laid.head_bytes, held=False)
+
+    def read_head(self) -> bytes:
+        """The pickle, where it lies in the first chunk."""
+        self._parcel.hold()
+        self._read_until(0, min(self._next + self._head_bytes, _SLOT_BYTES))
+        return self._parcel.pickled
+
+    def place(self, buffer: _Bytes) -> None:
+        """Where the message's only buffer is to be written."""
+        self._parcel.place([buffer])
+
+    def read(self, number: int) -> None:
+        """Take up what lies in the chunk of this number."""
+        if number == 0 and self._parcel.failure is None:
+            try:
+                self._parcel.take_in()
+            except MemoryError as why:
+                self.give_up(why)
+        self._read_until(number, (number + 1) * _SLOT_BYTES)
+
+    def give_up(self, why: MemoryError) -> None:
+        """Read no more of it, which is told where the message is waited for."""
+        self._parcel.failure = why
+
+    def _read_until(self, number: int, stop: int) -> None:
+        start, stop = self._next, min(self._stop, stop)
+        if start >= stop:
+            return
+        self._next = stop
+        if self._parcel.failure is None:
+            before = number * _SLOT_BYTES
+            slot = self._comm.slot(self._process)
+            try:
+                self._parcel.feed(slot[start - before : stop - before])
+            except MemoryError as why:
+                self.give_up(why)
+
+    def message(self) -> Message:
+        if self._parcel.failure is not None:
+            why = self._parcel.failure
+            raise self._comm.out_of_memory(self._process, why) from why
+        assert self._parcel.message is not None
+        return self._parcel.message
+
+
 class PipeCommunicator(Communicator):
     """The transport of multiprocessing, on main (process 0) and on the workers alike."""
 
     passes_handles = True
+    one_round = True
 
     def __init__(
         self,
         process: int,
         port: _Port,
-        slots: _SharedSlots,
-        board: _Board | None,
+        board: _Board,
+        queue: _ChunkQueue | None,
         timeout: float | None,
     ) -> None:
         super().__init__(process, len(port.outboxes), timeout)
         self._port = port
-        self._slots = slots
-        self._board = board  # None on Windows, whose pipes cannot be read without blocking
-        self._at_board = False
+        self._board = board
+        self._queue = queue  # None on Windows, whose pipes cannot be read without blocking
+        self._at_queue = False
         self._stream = 0
         self._streams: dict[tuple[int, int], _Incoming] = {}
         self._outbox: dict[int, collections.deque[bytes]] = {
             member: collections.deque() for member in self.members
         }
         self._readers: list[set[int]] = [set() for _ in range(_SLOTS)]
+        self._round = 0  # the number of the latest round, for the life of the board
+        self._place = 0  # of this process's words on the board
+        self._sitting = False  # while a group that this process is not in does something
+        # How deep a group was that all have left because of the failure of another member.
+        self._group_end: tuple[int, BaseException] | None = None
+        self._adrift = False  # whether this process has left a round before it was complete
 
     def cut_off(self) -> None:
         super().cut_off()
         no_way: Any = _NoWay(self.process)
-        self._port = self._board = no_way
+        self._port = self._queue = self._board = no_way
 
     def _next_run(self, run: int) -> None:
         super()._next_run(run)
@@ -3132,22 +3345,504 @@ class PipeCommunicator(Communicator):
             current = self._streams.items()
             self._streams = {key: item for key, item in current if item.run > self.run}
 
+    # -- rounds -------------------------------------------------------------------------------
+    #
+    # Every collective is a round, to which each process of the run brings a word, which says the
+    # number of the round, the call that it makes, and whether it has more to say than its slot
+    # holds. Nobody leaves a round before all have shown the same call, but for good: who raises
+    # anything else shows no word any more, so that late ones see what others have shown.
+    #
+    # Whatever is written into a slot of this round has been read by all when they show the word of
+    # the next one, so that a slot may be written to again two rounds later.
+
+    def _begin_rounds(self, number: int) -> None:
+        self._round = self._base = number
+
+    def _begin_on_others(self, command: Sequence[Message]) -> None:
+        # Where a run has failed, the processes may have counted differently.
+        self._begin_rounds(self._board.latest())
+        super()._begin_on_others(command)
+
+    def begin_run(self) -> None:
+        self._place = self.members.index(self.process)
+        self._sitting = self._adrift = False
+        self._group_end = None
+        super().begin_run()
+
+    def _meet(self, code: int | None = None, *, large: bool = False) -> Sequence[int]:
+        """Return when all processes of the run have come to this round; who brings more to it."""
+        if self._final is not None:
+            raise self._final
+        board, count = self._board, len(self._everyone)
+        self._adrift = True  # until the round is complete
+        word = self._show(self._own_code() if code is None else code, large=large)
+        parity, wanted = self._round & 1, self._wanted(word)
+        try:
+            for turn in range(board.looks):
+                if board.look(parity, count) == wanted:
+                    break
+                if board.crowded:
+                    os.sched_yield()
+                if turn & 31 == 31 and self._have_come(word):
+                    break
+            else:
+                self._await_round(word)
+        except ContractError as error:
+            self._final = error
+            self._ring(self._everyone)  # who waits in this round sees the same
+            raise
+        except Exception as error:
+            self._final = error
+            raise
+        self._adrift = False
+        if any(board.sleepers()):
+            self._ring(self._everyone)
+        board.take_up()
+        if not large and board.look(parity, count) == wanted:
+            return ()
+        shown = zip(self._everyone, board.words(parity, count), strict=True)
+        brought = [process for process, other in shown if other & 1]
+        self._heed_failed_groups(word)
+        return brought
+
+    def _heed_failed_groups(self, word: int) -> None:
+        """Leave the groups that another member has left by an error in this round."""
+        # At each depth there is one group at a time, because all others sit it out.
+        words = self._board.words(self._round & 1, len(self._everyone))
+        failed = [
+            (other >> _DEPTH & 31, process)
+            for process, other in zip(self._everyone, words, strict=True)
+            if _is_failed_exit(other)
+        ]
+        if failed and min(failed)[0] <= self.call.depth and min(failed)[1] != self.process:
+            depth, process = min(failed)
+            failure: Failure = pickle.loads(self._peek(process).pickled)
+            self._group_end = depth, failure.exception()
+            if not _is_failed_exit(word):
+                raise self._group_end[1]
+
+    def _show(self, code: int, *, large: bool = False) -> int:
+        self._round += 1
+        word = self._round << _BITS | code << 1 | large
+        self._board.show(self._round & 1, self._place, word)
+        return word
+
+    def _wanted(self, word: int) -> bytes:
+        """The words of all, if they agree and nobody brings more than its slot holds."""
+        if self.size == len(self._everyone):
+            return (word & ~1).to_bytes(8, sys.byteorder) * self.size
+        if self._sitting:
+            return b""  # what the others do is for them to agree on
+        wanted = [self._word_wanted(process, word) for process in self._everyone]
+        return struct.pack(f"={len(wanted)}Q", *wanted)
+
+    def _word_wanted(self, process: int, word: int) -> int:
+        return word & ~1 if process in self.members else word >> _BITS << _BITS | _SIT << 1
+
+    def _have_come(self, word: int) -> bool:
+        """Whether all have come to this round; an error where one makes another call."""
+        missing = False
+        shown = self._board.words(self._round & 1, len(self._everyone))
+        for process, other in zip(self._everyone, shown, strict=True):
+            if other >> _BITS != word >> _BITS:
+                missing = True
+            elif not (
+                (other ^ self._word_wanted(process, word)) < 2
+                # Who has failed in a group tells so by the round to which the others come as well.
+                or (self._sitting or _is_failed_exit(word) or _is_failed_exit(other))
+            ):
+                raise self._disagreement(process, self._call_of(other))
+        return not missing
+
+    def _own_code(self) -> int:
+        """Of the present call: its number, how deep its group is nested, and the verb."""
+        number, depth, verb = self.call.number, self.call.depth, self.call.verb
+        return (number & 15) << 11 | depth << 6 | _CODES[verb]
+
+    def _exit_code(self, deeper: int = 0) -> int:
+        """Of the word by which the members of a group, or of the run, leave it."""
+        return self.call.depth + deeper << 6 | _CODES["return"]
+
+    def _call_of(self, word: int) -> Call:
+        """What another process of this round has called; its number is near to the present one."""
+        depth, verb = word >> _DEPTH & 31, _VERBS[word >> 1 & 63]
+        if depth != self.call.depth or verb in ("return", _VERBS[_MORE]):
+            return Call(depth or 1, 0, verb)
+        ahead = (word >> 12) - self.call.number & 15
+        return Call(depth, self.call.number + (ahead if ahead < 8 else ahead - 16), verb)
+
+    def _who_shows(self, processes: Sequence[int], *rests: int) -> list[int]:
+        shown = self._board.words(self._round & 1, len(self._everyone))
+        words = dict(zip(self._everyone, shown, strict=True))
+        return [process for process in processes if words[process] & _REST in rests]
+
+    def in_group(self, ranks: Sequence[int], work: Callable[[], _R]) -> _R | Any:
+        # Who is not in the group comes to its rounds, too, so that what goes wrong in it is known
+        # to all in the same one.
+        group = tuple(self.members[rank] for rank in ranks)
+        with self.enter("run(comm=...)"):
+            if self.process not in group:
+                self._sit_out(group)
+                return Parallelizer.InWorkerProcess
+        if len(group) == self.size:
+            return work()
+        if self.call.depth == 31:
+            raise ContractError("run(comm=...) is nested more than 30 deep")
+        with self.restricted_to(ranks):
+            error: BaseException | None = None
+            result = None
+            try:
+                result = work()
+            except Exception as why:
+                error = why
+            if self._final is None and self._group_end is None:
+                try:
+                    self._leave_group(error)
+                except Exception as why:
+                    error = error or why
+            if self._group_end is not None:
+                depth, failure = self._group_end
+                error = error or failure
+                if depth == self.call.depth:
+                    self._group_end = None
+            if error is not None:
+                raise error
+            return result
+
+    def enter(self, verb: str) -> Communicator:
+        if (
+            self._group_end is not None
+        ):  # who catches that inside of the group is not in it any more
+            raise self._group_end[1]
+        return super().enter(verb)
+
+    def _sit_out(self, group: Sequence[int]) -> None:
+        """Come to rounds until the group is left."""
+        well, failed = (self._exit_code(deeper=1) << 1 | failed for failed in (0, 1))
+        self._sitting = True
+        try:
+            while True:
+                self._meet(_SIT)
+                left = self._who_shows(group, well)
+                if self._who_shows(group, failed) or len(left) == len(group):
+                    return
+        finally:
+            self._sitting = False
+
+    def _leave_group(self, error: BaseException | None) -> None:
+        """Leave the group with all others, if need be by the error of one."""
+        with self.enter("return"):
+            if error is not None:
+                failure = Failure.of(error, self.process, self.world_size)
+                if len(pickled := pickle.dumps(failure)) > _SLOT_BYTES // 2:
+                    failure = Failure.in_words(error, self.process, self.world_size)
+                    text = failure.traceback[-_SLOT_BYTES // 8 :]
+                    summary = failure.summary[: _SLOT_BYTES // 8]
+                    pickled = pickle.dumps(failure._replace(traceback=text, summary=summary))
+                self._lay(Message(pickled, []))
+            self._meet(self._exit_code(), large=error is not None)
+
+    def finish_run(self, report: bytes) -> list[bytes]:
+        self.enter("return")
+        self._lay(Message(report, []))
+        if self.process > 0:
+            self._show_return()
+            reports = [report]
+        else:
+            self._meet(self._exit_code())
+            reports = [self._peek(process).pickled for process in self.members]
+            while self._take_packets():
+                pass  # of what nobody has received, which would be kept until the next run
+        self._finish()
+        return reports
+
+    def _show_return(self) -> None:
+        """Main waits until all have come to this round, but nobody else needs to."""
+        word = self._show(self._exit_code())
+        try:
+            complete = self._have_come(word)
+        except ContractError as error:
+            self._final = error
+            self._ring(self._everyone)
+            raise
+        self._ring(self._everyone if complete else [0])
+
+    def _inside(self) -> list[int]:
+        places = range(len(self._everyone))
+        shown = itertools.chain(
+            self._board.words(0, len(places)), self._board.words(1, len(places))
+        )
+        returned = {
+            self._everyone[place]
+            for place, word in zip((*places, *places), shown, strict=True)
+            if word >> _BITS > self._base and word & _REST == _RETURNED
+        }
+        return sorted(set(super()._inside()) - returned)
+
+    def listen(self, seconds: float, ready: Callable[[], object]) -> bool:
+        self._board.fall_asleep(self.process)  # of a return, main is told by a word
+        try:
+            return super().listen(seconds, ready)
+        finally:
+            self._board.wake_up(self.process)
+
+    def _missing(self) -> list[int]:
+        shown = self._board.words(self._round & 1, len(self._everyone))
+        pairs = zip(self._everyone, shown, strict=True)
+        return [process for process, word in pairs if word >> _BITS != self._round]
+
+    def _await_round(self, word: int) -> None:
+        self._board.fall_asleep(self.process)
+        try:
+            self._wait_until(lambda: self._have_come(word), self._missing)
+        finally:
+            self._board.wake_up(self.process)
+
+    def _ring(self, processes: Iterable[int]) -> None:
+        """Wake those who sleep; whose inbox is full does not."""
+        sleepers = self._board.sleepers()
+        for process in processes:
+            if sleepers[process] and process != self.process:
+                self._port.write(process, _WAKE_PACKET)
+
+    # -- what is brought to a round -------------------------------------------------------------
+
+    def _lay(self, *messages: Message) -> Iterator[list[_Bytes]] | None:
+        """Write messages into this process's slot of the coming round; chunks that do not fit."""
+        heads = [message.head() for message in messages]
+        table: list[int] = []
+        parts: list[Any] = []
+        for message, head in zip(messages, heads, strict=True):
+            buffers = message.buffers
+            table += [len(head) + sum(buffer.nbytes for buffer in buffers), len(head)]
+            parts += [head, *buffers]
+        self.account.bytes_sent += sum(table[::2])
+        parts.insert(0, struct.pack(f"<{1 + len(table)}Q", len(messages), *table))
+        place = self._board.place(self.process, self._round + 1 & 1)
+        nbytes = len(parts[0]) + sum(table[::2])
+        if nbytes <= _INLINE_BYTES:
+            self._board.memory[place : place + nbytes] = b"".join(parts)
+            return None
+        chunks = _chunks(map(_as_bytes, parts), _SLOT_BYTES)
+        self._fill_slot(next(chunks))
+        return chunks if nbytes > _SLOT_BYTES else None
+
+    def _fill_slot(self, chunk: Iterable[_Bytes]) -> None:
+        """Write a chunk into this process's slot of the coming round."""
+        slot, position = self._board.slot(self.process, self._round + 1 & 1), 0
+        for piece in chunk:
+            slot[position : position + piece.nbytes] = piece
+            position += piece.nbytes
+
+    def _find(self, process: int, index: int, parity: int) -> _Laid:
+        """The message of this index, or the only one, in what a process brings."""
+        memory, place = self._board.memory, self._board.place(process, parity)
+        count, nbytes, head_bytes = _LAID.unpack_from(memory, place)
+        if count == 1:
+            return _Laid(_LAID.size, nbytes, head_bytes, _LAID.size + nbytes)
+        table = struct.unpack_from(f"<{2 * count}Q", memory, place + 8)
+        sizes, begin = table[::2], 8 + 16 * count
+        start = begin + sum(sizes[:index])
+        return _Laid(start, sizes[index], table[2 * index + 1], begin + sum(sizes))
+
+    def _peek(self, process: int, index: int = 0, parity: int | None = None) -> Message:
+        """A message that lies in a process's slot, as do the buffers of the result."""
+        parity = self._round & 1 if parity is None else parity
+        start, _, head_bytes, _ = self._find(process, index, parity)
+        place = self._board.place(process, parity) + start
+        sizes, pickled = _parse_head(self._board.memory[place : place + head_bytes])
+        if not sizes:
+            return Message(pickled, ())
+        slot = self._board.slot(process, parity)
+        ends = itertools.accumulate(sizes, initial=start + head_bytes)
+        return Message(pickled, [slot[begin:end] for begin, end in itertools.pairwise(ends)])
+
+    def _copy(self, message: Message, process: int) -> Message:
+        """The same in memory of its own."""
+        try:
+            return message.copy() if message.buffers else message
+        except MemoryError as why:
+            raise self.out_of_memory(process, why) from why
+
+    def _take_up(self, process: int, index: int = 0) -> _Inflow:
+        """Begin to read a message of which a slot does not hold all."""
+        return _Inflow(self, process, self._find(process, index, self._round & 1))
+
+    def _carry_on(
+        self,
+        sources: Iterable[int],
+        chunks: Iterator[list[_Bytes]] | None,
+        inflows: Sequence[_Inflow],
+    ) -> None:
+        """Move what does not fit into a slot, a chunk in each round, to which all come."""
+        parity = self._round & 1
+        most = max((self._find(source, 0, parity).total for source in sources), default=1)
+        longest = -(-most // _SLOT_BYTES)
+        for number in range(longest):
+            if chunks is not None and (chunk := next(chunks, None)) is not None:
+                self._fill_slot(chunk)  # the next one, while others read this one
+            for inflow in inflows:
+                inflow.read(number)
+            if number < longest - 1:
+                self._meet(_MORE)
+
+    def broadcast(self, message: Message | None) -> Message:
+        return self._from_root([] if message is None else [message])
+
+    def scatter(self, messages: Sequence[Message] | None) -> Message:
+        return self._from_root(messages[1:] if messages else [])
+
+    def _from_root(self, messages: Sequence[Message]) -> Message:
+        """On all but rank 0, its only message or the one of several that is for this rank."""
+        root = self.members[0]
+        chunks = self._lay(*messages) if messages else None
+        large = self._meet(large=chunks is not None)
+        if not large:
+            return messages[0] if messages else self._copy(self._peek(root, self.rank - 1), root)
+        inflows = [] if messages else [self._take_up(root, self.rank - 1)]
+        self._carry_on(large, chunks, inflows)
+        return messages[0] if messages else inflows[0].message()
+
+    def gather(self, message: Message, plan: GatherPlan) -> list[Message] | None:
+        chunks = self._lay(message) if self.rank > 0 else None
+        large = self._meet(large=chunks is not None)
+        if self.rank == 0:
+            return self._taken_in(message, plan, large, chunks)
+        self._carry_on(large, chunks, [])
+        return None
+
+    def allgather(self, message: Message, plan: GatherPlan) -> list[Message]:
+        chunks = self._lay(message)
+        large = self._meet(large=chunks is not None)
+        messages = self._taken_in(message, plan, large, chunks)
+        if plan.result is None:
+            messages[self.rank] = self._copy(message, self.process)
+        return messages
+
+    def _taken_in(
+        self,
+        message: Message,
+        plan: GatherPlan,
+        large: Sequence[int],
+        chunks: Iterator[list[_Bytes]] | None,
+    ) -> list[Message]:
+        """The messages of all, this process's own among them, in rank order."""
+        others = [process for process in self.members if process != self.process]
+        if large:
+            return self._large_ones(
+                message, plan, [self._take_up(p) for p in others], large, chunks
+            )
+        messages = [self._peek(process) for process in others]
+        messages.insert(self.rank, message)
+        places = plan.place([one.pickled for one in messages])
+        if places is None:
+            copies = [self._copy(self._peek(process), process) for process in others]
+            return [*copies[: self.rank], message, *copies[self.rank :]]
+        for place, one in zip(places, messages, strict=True):
+            place[:] = one.buffers[0]
+        return messages
+
+    def _large_ones(
+        self,
+        message: Message,
+        plan: GatherPlan,
+        inflows: list[_Inflow],
+        large: Sequence[int],
+        chunks: Iterator[list[_Bytes]] | None,
+    ) -> list[Message]:
+        heads = [inflow.read_head() for inflow in inflows]
+        heads.insert(self.rank, message.pickled)
+        places = None
+        try:
+            places = plan.place(heads)
+        except MemoryError as why:  # the others go on
+            for inflow in inflows:
+                inflow.give_up(why)
+        if places is not None:
+            places.pop(self.rank)[:] = message.buffers[0]
+            for inflow, place in zip(inflows, places, strict=True):
+                inflow.place(place)
+        self._carry_on(large, chunks, inflows)
+        messages = [inflow.message() for inflow in inflows]
+        messages.insert(self.rank, message)
+        return messages
+
+    def gather_in_turn(self, message: Message) -> Generator[Message, None, None]:
+        chunks = self._lay(message) if self.rank > 0 else None
+        large = self._meet(large=chunks is not None)
+        moved = self._take_turns(large, chunks)
+        next(moved)
+        if self.rank > 0:
+            for _ in moved:
+                pass
+        return moved
+
+    def _take_turns(
+        self, large: Sequence[int], chunks: Iterator[list[_Bytes]] | None
+    ) -> Generator[Any, None, None]:
+        """Main gets one message after the other; to what is large, all come."""
+        parity = self._round & 1
+        waiting = list(self.members[1:])
+        try:
+            yield None  # begun, so that it ends in what is below
+            while waiting:
+                process = waiting.pop(0)
+                if process in large:
+                    yield from self._take_turn(process, parity, chunks)
+                elif self.rank == 0:
+                    yield self._copy(self._peek(process, parity=parity), process)
+        finally:
+            # Where it is given up, too, as the others go on.
+            if not self._adrift:
+                for process in waiting:
+                    if process in large:
+                        for _ in self._take_turn(process, parity, chunks):
+                            pass
+                self._align(parity)
+
+    def _take_turn(
+        self, process: int, parity: int, chunks: Iterator[list[_Bytes]] | None
+    ) -> Iterator[Message]:
+        self._align(parity)
+        inflows = [self._take_up(process)] if self.rank == 0 else []
+        self._carry_on([process], chunks if process == self.process else None, inflows)
+        for inflow in inflows:
+            yield inflow.message()
+
+    def _align(self, parity: int) -> None:
+        """Go on in a round of this parity, so that a slot that lies unread is not written to."""
+        if self._round & 1 != parity:
+            self._meet(_MORE)
+
+    def barrier(self) -> None:
+        self._meet()
+
+    def slot(self, process: int) -> _Bytes:
+        """What a process has written for this round."""
+        return self._board.slot(process, self._round & 1)
+
     # -- packets in ---------------------------------------------------------------------------
 
     def _progress(self, seconds: float) -> None:
         writers = [process for process, queue in self._outbox.items() if queue]
-        board = [self._board.handle] if self._board is not None and self._at_board else []
-        for handle in self._port.wait([*self._handles(), *board], writers, seconds):
-            if handle not in board:
+        tickets = [self._queue.handle] if self._queue is not None and self._at_queue else []
+        for handle in self._port.wait([*self._handles(), *tickets], writers, seconds):
+            if handle not in tickets:
                 self._on_handle(handle)
         for process in writers:
             self._flush(process)
-        for packet in self._port.read():
+        self._take_packets()
+
+    def _take_packets(self) -> bool:
+        """Take in packets; False where there are none."""
+        packets = self._port.read()
+        for packet in packets:
             self._on_packet(packet)
+        return bool(packets)
 
     def wake(self) -> None:
         # Where its own inbox is full, it wakes without this.
-        self._port.write(self.process, _PACKET_HEAD.pack(_PACKET_HEAD.size, _WAKE, 0, 0))
+        self._port.write(self.process, _WAKE_PACKET)
 
     def _handles(self) -> Iterable[int]:
         """What to wait for beside the inbox."""
@@ -3169,9 +3864,7 @@ class PipeCommunicator(Communicator):
     def _on_start(self, source: int, run: int, body: bytes) -> None:
         stream, depth, number, verb, tag, head_bytes = _START_HEAD.unpack_from(body)
         call = Call(depth, number, _VERBS[verb])
-        # What comes to main in a collective is a gather's.
-        held = self.process == 0 and call.verb not in ("send", *_WORDS)
-        incoming = _Incoming(run, call, tag, head_bytes, held)
+        incoming = _Incoming(run, call, tag, head_bytes, held=False)
         self._streams[source, stream] = incoming
         if call.verb not in _WORDS:
             self._deliver(source, incoming)
@@ -3189,7 +3882,7 @@ class PipeCommunicator(Communicator):
         if incoming is None:  # of a run that has ended, or there was no memory for it
             release()
             return
-        data = self._slots.slot(source, slot)[:size]
+        data = self._board.mail_slot(source, slot)[:size]
         self._feed(source, stream, incoming, data, release)
 
     def _feed(
@@ -3253,7 +3946,7 @@ class PipeCommunicator(Communicator):
 
     def _transmit_chunk(self, processes: Sequence[int], stream: int, chunk: list[_Bytes]) -> None:
         index = self._free_slot()
-        slot, position = self._slots.slot(self.process, index), 0
+        slot, position = self._board.mail_slot(self.process, index), 0
         for piece in chunk:
             slot[position : position + piece.nbytes] = piece
             position += piece.nbytes
@@ -3280,25 +3973,25 @@ class PipeCommunicator(Communicator):
             self._wait_until(lambda: not queue, lambda: [process], "send")
 
     @property
-    def board(self) -> _Board | None:
+    def queue(self) -> _ChunkQueue | None:
         """For the chunks of a map whose members main leads."""
-        return self._board if self.members[0] == 0 else None
+        return self._queue if self.members[0] == 0 else None
 
     def await_ticket(self, doing: str) -> _Ticket:
-        """On a worker: the next ticket of main's board."""
-        assert self._board is not None
+        """On a worker: the next ticket of main's queue."""
+        assert self._queue is not None
         tickets: list[_Ticket] = []
 
         def is_there() -> bool:
-            ticket = self._board and self._board.take()
+            ticket = self._queue and self._queue.take()
             tickets.extend([ticket] if ticket else [])
             return bool(tickets)
 
-        self._at_board = True
+        self._at_queue = True
         try:
             self._wait_until(lambda: tickets or is_there(), lambda: [0], doing, idle=True)
         finally:
-            self._at_board = False
+            self._at_queue = False
         return tickets[0]
 
     def wake_main(self) -> None:
@@ -3333,7 +4026,7 @@ class _WorkerEnd(PipeCommunicator):
     """The communicator of a worker."""
 
     def __init__(self, setup: _WorkerSetup) -> None:
-        super().__init__(setup.process, setup.port, setup.slots, setup.board, setup.timeout)
+        super().__init__(setup.process, setup.port, setup.board, setup.queue, setup.timeout)
         self.limit = setup.limit
         self._main_pid = setup.main_pid
         self._life = setup.life.fileno()
@@ -3357,7 +4050,7 @@ class _MainEnd(PipeCommunicator):
     """The communicator of main, which also watches over the workers."""
 
     def __init__(self, workers: _Workers, timeout: float | None) -> None:
-        super().__init__(0, workers.port, workers.slots, workers.board, timeout)
+        super().__init__(0, workers.port, workers.board, workers.queue, timeout)
         self.limit = workers.limit
         self._workers = workers
         _listen(self)
@@ -3366,8 +4059,7 @@ class _MainEnd(PipeCommunicator):
         return self._workers.sentinels
 
     def _on_handle(self, handle: int) -> None:
-        for packet in self._port.read():  # its last words
-            self._on_packet(packet)
+        self._take_packets()  # its last words
         if handle not in self._workers.sentinels:
             return  # buried by its other one
         process = self._workers.sentinels[handle]
@@ -3479,8 +4171,8 @@ class _WorkerSetup(NamedTuple):
     parallelizer: bytes  # pickled here, because its class may be of `__main__`
     process: int
     port: _Port
-    slots: _SharedSlots
-    board: _Board | None
+    board: _Board
+    queue: _ChunkQueue | None
     life: Connection
     main_pid: int
     timeout: float | None
@@ -3517,15 +4209,15 @@ class _Workers:
         self._guard: _Guard | None = None
         try:
             pipes = [context.Pipe(duplex=False) for _ in range(nprocs)]
-            self.slots = _shared_slots(nprocs)
-            self.board = _Board(context, nprocs) if _POSIX else None
+            self.board = _new_board(nprocs)
+            self.queue = _ChunkQueue(context, nprocs) if _POSIX else None
             self.limit = _ThreadLimit.of_pool(parallelizer.threads_per_process, nprocs, method)
         except OSError as why:
             _explain_start(nprocs, why)
             raise
         self._ports = [_new_port(reader, [writer for _, writer in pipes]) for reader, _ in pipes]
         self.port = self._ports[0]
-        if self.board is not None:
+        if self.queue is not None:
             for port in self._ports:
                 port.make_nonblocking()
         _POOLS.add(self)
@@ -3572,7 +4264,7 @@ class _Workers:
                     pass  # what its dead predecessor has left unread
                 self._ports[process].forget_partial()
                 self._start(_WorkerSetup(
-                    pickled, process, self._ports[process], self.slots, self.board,
+                    pickled, process, self._ports[process], self.board, self.queue,
                     guard.life, os.getpid(), self._timeout, self.limit, self._method,
                 ))  # fmt: skip
                 if may_harm and not _is_single_threaded():
@@ -3685,9 +4377,9 @@ class _Workers:
                 connection.close()
             for port in self._ports:
                 port.inbox.close()
-            if self.board is not None:
-                self.board.close()
-            self.slots.close()
+            if self.queue is not None:
+                self.queue.close()
+            self.board.close()
             self.limit.lift()  # last, because it opens files, and there may have been too many
 
 
@@ -4132,9 +4824,9 @@ def _no_shared_memory(need: str, why: Exception) -> ParallelizerError:
     )
 
 
-def _shared_slots(nprocs: int) -> _SharedSlots:
+def _new_board(nprocs: int) -> _Board:
     try:
-        return _SharedSlots(nprocs)
+        return _Board(nprocs)
     except (OSError, ValueError) as why:
         if isinstance(why, OSError) and why.errno in (errno.EMFILE, errno.ENFILE):
             raise
@@ -5289,7 +5981,9 @@ class Parallelizer:
             Must accept the keyword `parallelizer`, and be picklable for multiprocessing.
         comm : sequence of int, optional
             The ranks that take part, 0 among them; inside, their ids count from 0. The others
-            sit it out and get `InWorkerProcess`.
+            get `InWorkerProcess`. Inside a run they call it, too, and wait until those that take
+            part are through (under MPI they do not wait yet). An exception that leaves the
+            function of one of these leaves that of all, in the same call.
         main_kwargs : mapping, optional
             Further keywords for main's call only; they never leave main.
 
@@ -5313,17 +6007,15 @@ class Parallelizer:
         with contextlib.nullcontext() if nested else self._running():
             communicator = self._communicator()
             ranks = _checked_ranks(comm, communicator.size)
-            if communicator.rank not in ranks:
-                if not nested:
-                    communicator.sit_out()
-                return Parallelizer.InWorkerProcess  # type: ignore[return-value]
-            if not nested:
-                self._command(communicator, ranks, work)
             own = functools.partial(work, **(main_kwargs or {})) if communicator.rank == 0 else work
-            if not nested:
-                return self._execute(communicator, ranks, own)  # type: ignore[no-any-return]
-            with contextlib.nullcontext() if comm is None else communicator.restricted_to(ranks):
-                return own(parallelizer=self)
+            if nested:
+                own = functools.partial(own, parallelizer=self)
+                return own() if comm is None else communicator.in_group(ranks, own)
+            if communicator.rank not in ranks:
+                communicator.sit_out()
+                return Parallelizer.InWorkerProcess  # type: ignore[return-value]
+            self._command(communicator, ranks, work)
+            return self._execute(communicator, ranks, own)  # type: ignore[no-any-return]
 
     def apply(self, func: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
         """`run` on a parallelizer that is already up; else a `ContractError`."""
@@ -5477,6 +6169,9 @@ class Parallelizer:
 
     def _speaking(self, verb: str) -> Communicator:
         """The communicator, for a verb that all processes call together."""
+        comm, thread = self._comm, threading.get_ident()
+        if comm is not None and comm.runner == thread != comm.in_task and not self._absent:
+            return comm
         if self._comm is not None and self._comm.size > 1 and self._in_task():
             raise ContractError(
                 f"{verb} was called by a function that map calls for an item, where not all "
@@ -5522,7 +6217,8 @@ class Parallelizer:
                 value = _unpack(message.copy(), what)
             messages = _for_each(message, value, what, comm, comm.size - 1)
         except Exception as why:
-            comm.broadcast(_refuse(why, comm))
+            if comm.is_in_step():
+                comm.broadcast(_refuse(why, comm))
             raise
         if len(messages) > 1:  # where a receiver cannot tell the two from each other
             comm.scatter([message, *messages])
@@ -5622,8 +6318,44 @@ class Parallelizer:
     def allgather(self, data: Any, *, concatenate: bool | None = None) -> Any:
         """As `gather`, with the result on every process."""
         with self._calling("allgather") as comm:
-            values = self._gather(comm, data, False)
-            return self._from_main(comm, lambda: _combine(values, concatenate))
+            if comm.size == 1:
+                return self._gather(comm, data, concatenate)
+            data = _own(data)
+            if type(data) is np.ndarray and data.ndim > 0 and concatenate is not False:
+                data = np.ascontiguousarray(data)
+            plan = GatherPlan(concatenate)
+            messages = self._allgather(comm, data, f"what rank {comm.rank} gathers", plan)
+            if messages is None:
+                values = self._gather(comm, data, False)
+                return self._from_main(comm, lambda: _combine(values, concatenate))
+            if plan.result is not None:
+                return plan.result
+            return _combine(_unpacked(messages, "gathered"), concatenate)
+
+    @staticmethod
+    def _allgather(
+        comm: Communicator, data: Any, what: str, plan: GatherPlan
+    ) -> list[Message] | None:
+        """Everybody's message; None where one is for a single receiver."""
+        packed = _pack(data, what)
+        messages = comm.allgather(_OTHERWISE if packed.kept else packed, plan)
+        return None if any(one.pickled == _OTHERWISE.pickled for one in messages) else messages
+
+    @staticmethod
+    def _allgathered_to_fold(
+        comm: Communicator, data: Any, op: str | Callable[[Any, Any], Any]
+    ) -> tuple[str, list[Any]] | None:
+        """Main's `op`, and everybody's value; None where main is to fold them."""
+        packed = _pack(data, f"what rank {comm.rank} reduces")
+        if isinstance(op, str) and packed.nbytes <= _SMALL_BYTES and not packed.kept:
+            packed = packed._replace(pickled=bytes([_OPS.index(op)]) + packed.pickled)
+        else:
+            packed = _OTHERWISE
+        messages = comm.allgather(packed, GatherPlan(False))
+        if any(one.pickled == _OTHERWISE.pickled for one in messages):
+            return None
+        values = _unpacked((one._replace(pickled=one.pickled[1:]) for one in messages), "reduces")
+        return _OPS[messages[0].pickled[0]], values
 
     def reduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
         """Fold every process's `data` on main: ``op(op(rank 0's, rank 1's), rank 2's)``, ...
@@ -5656,6 +6388,10 @@ class Parallelizer:
         """As `reduce`, with the result on every process."""
         _reduction(op)
         with self._calling("allreduce") as comm:
+            if comm.one_round:
+                found = self._allgathered_to_fold(comm, _own(data), op)
+                if found is not None:
+                    return _folded(*found)
             return self._from_main(comm, self._folding(comm, data, op))
 
     def _folding(
@@ -6256,11 +6992,8 @@ def _share_in_run(array: Any = None, *, parallelizer: Parallelizer) -> Any:
         hosts = parallelizer._gather(comm, _hostname(), False)
         hosts = parallelizer._from_main(comm, prepare)
     leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
-    handle = b""
-    if comm.rank in leaders:
-        with comm.restricted_to(leaders):
-            copy = _share(parallelizer.broadcast(array))
-        handle = _dumps(copy)
+    copy = comm.in_group(leaders, lambda: _share(parallelizer.broadcast(array)))
+    handle = _dumps(copy) if comm.rank in leaders else b""
     handles = parallelizer.allgather(handle)
     shared = _loads(handles[hosts.index(hosts[comm.rank])])
     parallelizer.wait()  # before it is attached to, nobody may let go
@@ -6294,24 +7027,41 @@ def _fold(
     op: str | Callable[[Any, Any], Any], own: Any, messages: Generator[Message, None, None]
 ) -> Any:
     """Main's `own` value and the others', in rank order."""
-    fold = _reduction(op)
     with contextlib.closing(messages):
-        result = own = _as_sent(own)
-        for rank, message in enumerate(messages, 1):
-            value = _unpack(message, f"what rank {rank} reduces")
-            if isinstance(op, str) and _shape(value) != _shape(own):
-                raise ValueError(
-                    f"op={op!r} folds values of one shape, but rank 0 has {_describe(own)} and "
-                    f"rank {rank} has {_describe(value)}, which numpy would stretch or refuse. "
-                    f"Blocks of scatter may differ in length: reduce each of them first, as by "
-                    f"block.sum(axis=0), or gather them; or give a function f(a, b)"
-                )
-            result = fold(result, value)
+        others = (
+            _unpack(message, f"what rank {rank} reduces")
+            for rank, message in enumerate(messages, 1)
+        )
+        return _folded(op, itertools.chain([_as_sent(own)], others))
+
+
+def _unpacked(messages: Iterable[Message], done: str) -> list[Any]:
+    return [_unpack(one, f"what rank {rank} {done}") for rank, one in enumerate(messages)]
+
+
+def _folded(op: str | Callable[[Any, Any], Any], values: Iterable[Any]) -> Any:
+    fold, values = _reduction(op), iter(values)
+    result = first = next(values)
+    for rank, value in enumerate(values, 1):
+        if isinstance(op, str) and _shape(value) != _shape(first):
+            raise ValueError(
+                f"op={op!r} folds values of one shape, but rank 0 has {_describe(first)} and "
+                f"rank {rank} has {_describe(value)}, which numpy would stretch or refuse. "
+                f"Blocks of scatter may differ in length: reduce each of them first, as by "
+                f"block.sum(axis=0), or gather them; or give a function f(a, b)"
+            )
+        result = fold(result, value)
     return result
 
 
 def _shape(value: Any) -> Any:
     return getattr(value, "shape", ())
+
+
+# Stands in an allgather for what cannot be sent to all in this way.
+_OTHERWISE = Message(b"otherwise", [])
+_OPS = ("sum", "prod", "min", "max")
+_SMALL_BYTES = 8192  # that are folded by each process, rather than by main
 
 
 class _Refusal(Failure):
@@ -7160,41 +7910,41 @@ class _Pull(_Mail):
         self._flushed = 0.0  # when
 
     @property
-    def _board(self) -> _Board:
-        board = self._comm.board  # which a forked child is cut off from
-        assert board is not None
-        return board
+    def _queue(self) -> _ChunkQueue:
+        queue = self._comm.queue  # which a forked child is cut off from
+        assert queue is not None
+        return queue
 
     def clear(self) -> None:
-        comm, board = self._comm, self._board
-        late = functools.partial(board.who_is_late, comm.run)
+        comm, queue = self._comm, self._queue
+        late = functools.partial(queue.who_is_late, comm.run)
         if late():
             comm.await_any(lambda: not late(), late, "a map")
-        board.clear()
+        queue.clear()
 
     def begin(self) -> None:
-        self._board.begin(self._comm.members[1:])
+        self._queue.begin(self._comm.members[1:])
 
     def has_room(self) -> bool:
-        return self._board.count_unread() < self.ahead * len(self._supply)
+        return self._queue.count_unread() < self.ahead * len(self._supply)
 
     def offer(self, start: int, message: Message) -> bool:
         # Each write wakes all who idle. That there is a ticket for each of them is worth a moment.
         waited = time.perf_counter() - self._flushed
-        if self._board.count_unwritten() >= len(self._supply) or waited > _LEAST_SECONDS:
+        if self._queue.count_unwritten() >= len(self._supply) or waited > _LEAST_SECONDS:
             self.flush()
-        offered = self._board.put(start, message)
+        offered = self._queue.put(start, message)
         self._offered += offered
         return offered
 
     def flush(self) -> None:
-        self._board.flush()
+        self._queue.flush()
         self._flushed = time.perf_counter()
 
     def busy(self) -> list[int]:
         if not self._offered:
             return []
-        taken = self._board.taken[list(self._comm.members)]
+        taken = self._queue.taken[list(self._comm.members)]
         # Those that idle wait for main, and are none to wait for.
         return [rank for rank, heard in self._supply.items() if taken[rank] > heard] or [
             *self._supply
@@ -7211,10 +7961,10 @@ class _Pull(_Mail):
         return self._offered > len(self._supply)
 
     def take_own(self) -> int | None:
-        ticket = self._board.take()
+        ticket = self._queue.take()
         if ticket is None or not ticket.nbytes:
             return None
-        self._board.forget(ticket)
+        self._queue.forget(ticket)
         self._offered -= 1
         return ticket.start
 
@@ -7222,34 +7972,34 @@ class _Pull(_Mail):
         """On main, where all that there is room for has been taken, but not yet been read."""
         with self._comm.enter("receive"):
             # They read what they have taken, whatever else they may wait for.
-            self._comm.await_any(self._board.has_room_again, list, "a map")
+            self._comm.await_any(self._queue.has_room_again, list, "a map")
 
     def end(self) -> bool:
-        return self._board.end()
+        return self._queue.end()
 
     def withdraw(self) -> None:
-        self._board.withdraw()
+        self._queue.withdraw()
 
     def chunks(self) -> Iterator[tuple[int, Any]]:
-        comm, board = self._comm, self._board
+        comm, queue = self._comm, self._queue
         try:
             while True:
-                ticket = board.take()
+                ticket = queue.take()
                 if ticket is None:
                     with comm.enter("receive"):
                         ticket = comm.await_ticket("a map")
                 if not ticket.nbytes:
                     return
-                board.taken[comm.process] += 1
+                queue.taken[comm.process] += 1
                 try:
-                    message = board.read(ticket)
+                    message = queue.read(ticket)
                 except (MemoryError, OSError) as why:  # mmap raises the latter
                     raise comm.out_of_memory(0, why) from why
                 if message.nbytes > _SLOT_BYTES:
                     comm.wake_main()  # which may wait for that room
                 yield _unpack(message, "a chunk")
         finally:
-            board.leave(comm.process)
+            queue.leave(comm.process)
             comm.wake_main()
 
     def tell_done(self) -> None:
@@ -7257,7 +8007,7 @@ class _Pull(_Mail):
 
 
 def _hand(comm: Communicator, tag: int) -> _Mail:
-    if isinstance(comm, PipeCommunicator) and comm.size > 1 and comm.board is not None:
+    if isinstance(comm, PipeCommunicator) and comm.size > 1 and comm.queue is not None:
         return _Pull(comm, tag)
     return _Mail(comm, tag)
 
@@ -7472,8 +8222,8 @@ class _Results:
             start, results, failure = _unpack(message, f"what rank {rank} sends to imap")
         self._came += 1
         self._bytes += message.nbytes
-        # As many as fill the board with results such as these.
-        most = _BOARD_BYTES * self._came // (self._bytes * self._comm.size)
+        # As many as fill the queue with results such as these.
+        most = _QUEUE_BYTES * self._came // (self._bytes * self._comm.size)
         self._dealer.most = min(max(_LEAST_AHEAD, most), _MOST_AHEAD) * self._comm.size
         self._done[start] = _Done(results, failure and failure.exception())
         self._dealer.forget(start)
