@@ -907,7 +907,10 @@ def _pack(obj: Any, what: str, comm: Communicator | None = None) -> Message:
         return Message(pickle.dumps(obj, 5), ())
     if type(obj) is np.ndarray and _is_raw(obj) and not _lies_in(obj, _PLACES):
         spec, data = _raw(obj)
-        return Message(_BARE_ARRAY + pickle.dumps(spec, 5), [data], not _is_laid_out(obj))
+        # Of other dtypes, some are equal that differ in what numpy does not compare.
+        simple = spec.dtype.isbuiltin == 1 and spec.dtype.metadata is None
+        packed = _packed_spec(spec) if simple else _packed_spec.__wrapped__(spec)
+        return Message(packed, [data], not _is_laid_out(obj))
     failure: Exception | None = None
     tried: list[_Pickler] = []
     lost = _main_is_lost_to_others()
@@ -956,11 +959,24 @@ def _for_each(
     return [_pack(obj, what, comm) for _ in range(receivers if comm.passes_handles else 1)]
 
 
-def _bare_spec(pickled: bytes) -> _ArraySpec | None:
-    if not pickled.startswith(_BARE_ARRAY):
-        return None
-    spec: _ArraySpec = pickle.loads(pickled[len(_BARE_ARRAY) :])
+# What comes again and again, to a solver for one, is not pickled anew each time, which takes longer
+# than to move a small array.
+
+
+@functools.lru_cache(maxsize=256)
+def _packed_spec(spec: _ArraySpec) -> bytes:
+    return _BARE_ARRAY + pickle.dumps(spec, 5)
+
+
+@functools.lru_cache(maxsize=256)
+def _unpacked_spec(packed: bytes) -> _ArraySpec:
+    spec: _ArraySpec = pickle.loads(packed[len(_BARE_ARRAY) :])
     return spec
+
+
+def _bare_spec(pickled: bytes) -> _ArraySpec | None:
+    """Of the pickle of a message that is no more than an array."""
+    return _unpacked_spec(pickled) if pickled.startswith(_BARE_ARRAY) else None
 
 
 # How this process unpickles: workers by `_loads_on_worker`.
