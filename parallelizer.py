@@ -3487,10 +3487,11 @@ class PipeCommunicator(Communicator):
         ahead = (word >> 12) - self.call.number & 15
         return Call(depth, self.call.number + (ahead if ahead < 8 else ahead - 16), verb)
 
-    def _who_shows(self, processes: Sequence[int], *rests: int) -> list[int]:
+    def _count_who_show(self, processes: Sequence[int], rest: int) -> int:
+        """How many of these have come to the round with the same `rest` of their words."""
         shown = self._board.words(self._round & 1, len(self._everyone))
         words = dict(zip(self._everyone, shown, strict=True))
-        return [process for process in processes if words[process] & _REST in rests]
+        return sum(words[process] & _REST == rest for process in processes)
 
     def in_group(self, ranks: Sequence[int], work: Callable[[], _R]) -> _R | Any:
         # Who is not in the group comes to its rounds, too, so that what goes wrong in it is known
@@ -3526,21 +3527,19 @@ class PipeCommunicator(Communicator):
             return result
 
     def enter(self, verb: str) -> Communicator:
-        if (
-            self._group_end is not None
-        ):  # who catches that inside of the group is not in it any more
+        if self._group_end is not None:  # and the function of the group has caught that
             raise self._group_end[1]
         return super().enter(verb)
 
     def _sit_out(self, group: Sequence[int]) -> None:
         """Come to rounds until the group is left."""
-        well, failed = (self._exit_code(deeper=1) << 1 | failed for failed in (0, 1))
+        well = self._exit_code(deeper=1) << 1
         self._sitting = True
         try:
             while True:
                 self._meet(_SIT)
-                left = self._who_shows(group, well)
-                if self._who_shows(group, failed) or len(left) == len(group):
+                left = self._count_who_show(group, well)
+                if left == len(group) or self._count_who_show(group, well | 1) > 0:
                     return
         finally:
             self._sitting = False
@@ -3584,13 +3583,12 @@ class PipeCommunicator(Communicator):
         self._ring(self._everyone if complete else [0])
 
     def _inside(self) -> list[int]:
-        places = range(len(self._everyone))
-        shown = itertools.chain(
-            self._board.words(0, len(places)), self._board.words(1, len(places))
-        )
         returned = {
-            self._everyone[place]
-            for place, word in zip((*places, *places), shown, strict=True)
+            process
+            for parity in (0, 1)
+            for process, word in zip(
+                self._everyone, self._board.words(parity, len(self._everyone)), strict=True
+            )
             if word >> _BITS > self._base and word & _REST == _RETURNED
         }
         return sorted(set(super()._inside()) - returned)
@@ -3706,10 +3704,11 @@ class PipeCommunicator(Communicator):
         return self._from_root([] if message is None else [message])
 
     def scatter(self, messages: Sequence[Message] | None) -> Message:
-        return self._from_root(messages[1:] if messages else [])
+        received = self._from_root(messages[1:] if messages else [])
+        return messages[0] if messages else received
 
     def _from_root(self, messages: Sequence[Message]) -> Message:
-        """On all but rank 0, its only message or the one of several that is for this rank."""
+        """On all but rank 0, its only message, or the one of several that is for this rank."""
         root = self.members[0]
         chunks = self._lay(*messages) if messages else None
         large = self._meet(large=chunks is not None)
@@ -3748,11 +3747,11 @@ class PipeCommunicator(Communicator):
             return self._large_ones(
                 message, plan, [self._take_up(p) for p in others], large, chunks
             )
-        messages = [self._peek(process) for process in others]
-        messages.insert(self.rank, message)
+        found = [self._peek(process) for process in others]
+        messages = [*found[: self.rank], message, *found[self.rank :]]
         places = plan.place([one.pickled for one in messages])
         if places is None:
-            copies = [self._copy(self._peek(process), process) for process in others]
+            copies = [self._copy(one, process) for one, process in zip(found, others, strict=True)]
             return [*copies[: self.rank], message, *copies[self.rank :]]
         for place, one in zip(places, messages, strict=True):
             place[:] = one.buffers[0]

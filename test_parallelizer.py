@@ -6237,6 +6237,203 @@ def test_what_multiprocessing_does_not_send_is_refused(method: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Rounds, by seeded schedules
+# ---------------------------------------------------------------------------------------------
+#
+# The ranks are threads, of which one runs at a time. Whenever it touches the board, or would sleep,
+# the schedule says who goes on: the same seed, the same order of loads and stores. Nobody sleeps by
+# the clock, so a wake-up that is lost is seen at once: all sleep.
+
+
+class Stalled(Exception):
+    """All ranks sleep, and nobody is left to wake them."""
+
+
+class Schedule:
+    def __init__(self, ranks: int, seed: int) -> None:
+        self._draw = np.random.default_rng(seed)
+        self._turns = threading.Condition()
+        self._until: dict[int, Callable[[], object]] = dict.fromkeys(range(ranks), lambda: True)
+        self._turn = 0
+        self._here = threading.local()
+
+    def run(self, rank: int, body: Callable[[], None]) -> None:
+        self._here.rank = rank
+        with self._turns:
+            self._turns.wait_for(lambda: self._turn == rank)
+        try:
+            body()
+        finally:
+            del self._until[rank]
+            self._pass_on()
+
+    def switch(self, until: Callable[[], object] = lambda: True) -> None:
+        """Let another rank go on, or this one, but not before this is true."""
+        rank = self._here.rank
+        self._until[rank] = until
+        self._pass_on()
+        with self._turns:
+            self._turns.wait_for(lambda: self._turn in (rank, -1))
+        if self._turn == -1:
+            raise Stalled
+
+    def _pass_on(self) -> None:
+        able = [rank for rank, until in self._until.items() if until()]
+        with self._turns:
+            self._turn = int(self._draw.choice(able)) if able else -1
+            self._turns.notify_all()
+
+
+class ScheduledBoard(internals._Board):  # type: ignore[misc]
+    """One that all ranks share, before each of whose loads and stores another rank may go on."""
+
+    def __init__(self, ranks: int, schedule: Schedule) -> None:
+        self._switch: Callable[[], None] = lambda: None
+        super().__init__(ranks)
+        self.looks, self.crowded = 3, False
+        self._switch = schedule.switch
+
+    def __getattribute__(self, name: str) -> Any:
+        loads_or_stores = ("show", "look", "words", "sleepers", "fall_asleep", "wake_up", "slot")
+        if name in (*loads_or_stores, "place", "memory"):
+            object.__getattribute__(self, "_switch")()
+        return super().__getattribute__(name)
+
+
+class ScheduledPort:
+    """The inboxes of all ranks, as lists."""
+
+    def __init__(self, rank: int, inboxes: list[list[bytes]], schedule: Schedule) -> None:
+        self.outboxes = inboxes
+        self._inbox = inboxes[rank]
+        self._schedule = schedule
+
+    def read(self) -> list[bytes]:
+        packets = list(self._inbox)
+        self._inbox.clear()
+        return packets
+
+    def write(self, process: int, packet: bytes) -> bool:
+        self._schedule.switch()
+        self.outboxes[process].append(packet)
+        return True
+
+    def wait(self, _others: object, _writers: object, seconds: float) -> list[int]:
+        if seconds > 0:
+            self._schedule.switch(lambda: self._inbox)
+        return []
+
+
+def brings(rank: int, step: int) -> Array:
+    """What a rank brings: none, few, or what takes several slots."""
+    return np.full([0, 3, 60, 100][(5 * step + 3 * rank) % 4], 100 * step + rank)
+
+
+def call_verb(comm: Any, verb: str, step: int) -> Any:
+    brought = internals._pack([brings(comm.rank, step)], "numbers")
+    plan = internals.GatherPlan(False)
+    with comm.enter(verb):
+        if verb == "wait":
+            return comm.barrier()
+        if verb == "broadcast":
+            messages = [comm.broadcast(brought if comm.rank == 0 else None)]
+        elif verb == "scatter":
+            several = [internals._pack([brings(r, step)], "numbers") for r in range(comm.size)]
+            messages = [comm.scatter(several if comm.rank == 0 else None)]
+        elif verb == "reduce":
+            messages = list(comm.gather_in_turn(brought))
+        else:
+            messages = getattr(comm, verb)(brought, plan) or []
+    return [internals._unpack(message, "numbers")[0].tolist() for message in messages]
+
+
+def expected(verb: str, step: int, rank: int, size: int) -> Any:
+    of_all = [brings(one, step).tolist() for one in range(size)]
+    return {
+        "wait": None,
+        "broadcast": of_all[:1],
+        "scatter": [of_all[rank]],
+        "reduce": of_all[1:] if rank == 0 else [],
+        "gather": of_all if rank == 0 else [],
+        "allgather": of_all,
+    }[verb]
+
+
+def plays(comm: Any, script: Sequence[str], told: list[Any]) -> None:
+    """Call verbs, catch what they raise, and go on; what each has given, and the return."""
+    with comm.restricted_to(range(comm.size)):
+        comm.begin_run()
+        calls = [functools.partial(call_verb, comm, v, s) for s, v in enumerate(script)]
+        for verb in (*calls, functools.partial(ends_well, comm)):
+            error = caught_from(lambda verb=verb: told.append(verb()))
+            if error is not None:
+                told.append(error)
+
+
+def ends_well(comm: Any) -> str:
+    comm.finish_run(b"report")
+    return "returned"
+
+
+def play(scripts: Sequence[Sequence[str]], seed: int) -> list[list[Any]]:
+    """What each rank is told on the schedule of this seed."""
+    ranks = len(scripts)
+    schedule = Schedule(ranks, seed)
+    board = ScheduledBoard(ranks, schedule)
+    inboxes: list[list[bytes]] = [[] for _ in scripts]
+    told: list[list[Any]] = [[] for _ in scripts]
+
+    def live(rank: int) -> None:
+        port: Any = ScheduledPort(rank, inboxes, schedule)
+        comm = internals.PipeCommunicator(rank, port, board, None, None)
+        try:
+            schedule.run(rank, lambda: plays(comm, scripts[rank], told[rank]))
+        except BaseException as error:  # for the test to see
+            told[rank].append(error)
+
+    threads = [threading.Thread(target=live, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return told
+
+
+def scripts_of(seed: int) -> list[list[str]]:
+    """One script for all ranks, in which, for every second seed, one of them makes a change."""
+    draw = np.random.default_rng(seed)
+    verbs = ["wait", "broadcast", "scatter", "gather", "allgather", "reduce"]
+    ranks = int(draw.integers(2, 5))
+    scripts = [draw.choice(verbs, 4).tolist()] * ranks
+    if seed % 2:
+        other = scripts[0][: draw.integers(4)] + draw.choice(verbs, draw.integers(3)).tolist()
+        scripts[draw.integers(ranks)] = other
+    return scripts
+
+
+@pytest.mark.parametrize("seeds", [range(first, first + 100) for first in range(0, 400, 100)])
+def test_rounds_on_seeded_schedules(seeds: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for ever; who is told no error is told the right thing; errors are for good."""
+    for name in ("_SLOT_BYTES", "_INLINE_BYTES"):
+        monkeypatch.setattr(internals, name, 256)
+    for seed in seeds:
+        scripts = scripts_of(seed)
+        alike = all(script == scripts[0] for script in scripts)
+        told = play(scripts, seed)
+        failed = False
+        for rank, (script, row) in enumerate(zip(scripts, told, strict=True)):
+            context = f"seed {seed}, rank {rank} of {scripts}: {row}"
+            wanted = [*(expected(v, s, rank, len(scripts)) for s, v in enumerate(script))]
+            errors = [one for one in row if isinstance(one, BaseException)]
+            assert all(type(one) is ContractError for one in errors), context
+            assert all(one is errors[0] for one in errors), context
+            assert row == [*wanted, "returned"][: len(row) - len(errors)] + errors, context
+            assert len(row) == len(script) + 1, context
+            failed = failed or bool(errors)
+        assert failed == (not alike), f"seed {seed}: {scripts}: {told}"
+
+
+# ---------------------------------------------------------------------------------------------
 # Faults: nothing hangs, nothing is lost
 # ---------------------------------------------------------------------------------------------
 
