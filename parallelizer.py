@@ -3339,7 +3339,7 @@ class PipeCommunicator(Communicator):
         self._readers: list[set[int]] = [set() for _ in range(_SLOTS)]
         self._round = 0  # the number of the latest round, for the life of the board
         self._place = 0  # of this process's words on the board
-        self._sitting = False  # while a group that this process is not in does something
+        self._sitting: Sequence[int] = ()  # the group of others that does something
         # How deep a group was that all have left because of the failure of another member.
         self._group_end: tuple[int, BaseException] | None = None
         self._adrift = False  # whether this process has left a round before it was complete
@@ -3381,7 +3381,7 @@ class PipeCommunicator(Communicator):
 
     def begin_run(self) -> None:
         self._place = self.members.index(self.process)
-        self._sitting = self._adrift = False
+        self._sitting, self._adrift = (), False
         self._group_end = None
         super().begin_run()
 
@@ -3449,26 +3449,38 @@ class PipeCommunicator(Communicator):
             return (word & ~1).to_bytes(8, sys.byteorder) * self.size
         if self._sitting:
             return b""  # what the others do is for them to agree on
-        wanted = [self._word_wanted(process, word) for process in self._everyone]
+        sitting = word >> _BITS << _BITS | _SIT << 1
+        wanted = [word & ~1 if process in self.members else sitting for process in self._everyone]
         return struct.pack(f"={len(wanted)}Q", *wanted)
-
-    def _word_wanted(self, process: int, word: int) -> int:
-        return word & ~1 if process in self.members else word >> _BITS << _BITS | _SIT << 1
 
     def _have_come(self, word: int) -> bool:
         """Whether all have come to this round; an error where one makes another call."""
-        missing = False
+        missing, agreed = False, 0 if self._sitting else word
         shown = self._board.words(self._round & 1, len(self._everyone))
         for process, other in zip(self._everyone, shown, strict=True):
             if other >> _BITS != word >> _BITS:
                 missing = True
-            elif not (
-                (other ^ self._word_wanted(process, word)) < 2
-                # Who has failed in a group tells so by the round to which the others come as well.
-                or (self._sitting or _is_failed_exit(word) or _is_failed_exit(other))
-            ):
-                raise self._disagreement(process, self._call_of(other))
+            elif not self._may_fail(word, other):
+                may_sit = self._sitting or process not in self.members
+                if may_sit and other & _REST == _SIT << 1:
+                    continue
+                agreed = agreed or other  # of those whom this process sits out
+                if not self._may_call(process, other) or (other ^ agreed) > 1:
+                    raise self._disagreement(process, self._call_of(other))
         return not missing
+
+    def _may_fail(self, word: int, other: int) -> bool:
+        """Whether one of these tells that its process leaves a group in which the other is, too."""
+        deepest, depth = self.call.depth + bool(self._sitting), other >> _DEPTH & 31
+        if _is_failed_exit(other):
+            return depth <= deepest
+        return _is_failed_exit(word) and (depth >= deepest or other & _REST == _SIT << 1)
+
+    def _may_call(self, process: int, other: int) -> bool:
+        """Whether it is in the group that calls verbs, and does so in the group."""
+        if not self._sitting:
+            return process in self.members
+        return process in self._sitting and other >> _DEPTH & 31 > self.call.depth
 
     def _own_code(self) -> int:
         """Of the present call: its number, how deep its group is nested, and the verb."""
@@ -3534,7 +3546,7 @@ class PipeCommunicator(Communicator):
     def _sit_out(self, group: Sequence[int]) -> None:
         """Come to rounds until the group is left."""
         well = self._exit_code(deeper=1) << 1
-        self._sitting = True
+        self._sitting = group
         try:
             while True:
                 self._meet(_SIT)
@@ -3542,7 +3554,7 @@ class PipeCommunicator(Communicator):
                 if left == len(group) or self._count_who_show(group, well | 1) > 0:
                     return
         finally:
-            self._sitting = False
+            self._sitting = ()
 
     def _leave_group(self, error: BaseException | None) -> None:
         """Leave the group with all others, if need be by the error of one."""
@@ -3698,7 +3710,7 @@ class PipeCommunicator(Communicator):
             for inflow in inflows:
                 inflow.read(number)
             if number < longest - 1:
-                self._meet(_MORE)
+                self._meet(self.call.depth << 6 | _MORE)
 
     def broadcast(self, message: Message | None) -> Message:
         return self._from_root([] if message is None else [message])
@@ -3827,7 +3839,7 @@ class PipeCommunicator(Communicator):
     def _align(self, parity: int) -> None:
         """Go on in a round of this parity, so that a slot that lies unread is not written to."""
         if self._round & 1 != parity:
-            self._meet(_MORE)
+            self._meet(self.call.depth << 6 | _MORE)
 
     def barrier(self) -> None:
         self._meet()
