@@ -7956,12 +7956,12 @@ class _Pull(_Mail):
         return self._queue.count_unread() < self.ahead * len(self._supply)
 
     def offer(self, start: int, message: Message) -> bool:
+        offered = self._queue.put(start, message)
+        self._offered += offered
         # Each write wakes all who idle. That there is a ticket for each of them is worth a moment.
         waited = time.perf_counter() - self._flushed
         if self._queue.count_unwritten() >= len(self._supply) or waited > _LEAST_SECONDS:
             self.flush()
-        offered = self._queue.put(start, message)
-        self._offered += offered
         return offered
 
     def flush(self) -> None:
