@@ -4065,12 +4065,13 @@ class _WorkerEnd(PipeCommunicator):
         os._exit(1)  # main is gone, and nobody is left to hear of it
 
     def next_command(self) -> Message | None:
-        if self._unheard:
-            # Main may be about to come to a verb, or to an exception of its own.
-            self._progress(_SETTLING)
-            if not self._arrived[0] and not self._end.called_off:
-                _interrupt(self._main_pid)
+        # Main may be about to come to a verb, or to an exception of its own.
+        if self._unheard and not self.listen(_SETTLING, self._main_has_spoken):
+            _interrupt(self._main_pid)
         return super().next_command()
+
+    def _main_has_spoken(self) -> bool:
+        return bool(self._arrived[0]) or self._end.called_off
 
 
 class _MainEnd(PipeCommunicator):
