@@ -6431,6 +6431,7 @@ def play(scripts: Sequence[Sequence[str | Group]], seed: int) -> list[list[Any]]
         thread.start()
     for thread in threads:
         thread.join()
+    board.close()
     return told
 
 
