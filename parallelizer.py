@@ -3416,18 +3416,16 @@ class PipeCommunicator(Communicator):
         board.take_up()
         if not large and board.look(parity, count) == wanted:
             return ()
-        shown = zip(self._everyone, board.words(parity, count), strict=True)
-        brought = [process for process, other in shown if other & 1]
+        brought = [process for process, other in self._shown(parity) if other & 1]
         self._heed_failed_groups(word)
         return brought
 
     def _heed_failed_groups(self, word: int) -> None:
         """Leave the groups that another member has left by an error in this round."""
         # At each depth there is one group at a time, because all others sit it out.
-        words = self._board.words(self._round & 1, len(self._everyone))
         failed = [
             (other >> _DEPTH & 31, process)
-            for process, other in zip(self._everyone, words, strict=True)
+            for process, other in self._shown(self._round & 1)
             if _is_failed_exit(other)
         ]
         if failed and min(failed)[0] <= self.call.depth and min(failed)[1] != self.process:
@@ -3443,6 +3441,11 @@ class PipeCommunicator(Communicator):
         self._board.show(self._round & 1, self._place, word)
         return word
 
+    def _shown(self, parity: int) -> Iterator[tuple[int, int]]:
+        """Each process of the run, and its latest word of this parity."""
+        words = self._board.words(parity, len(self._everyone))
+        return zip(self._everyone, words, strict=True)
+
     def _wanted(self, word: int) -> bytes:
         """The words of all, if they agree and nobody brings more than its slot holds."""
         if self.size == len(self._everyone):
@@ -3456,8 +3459,7 @@ class PipeCommunicator(Communicator):
     def _have_come(self, word: int) -> bool:
         """Whether all have come to this round; an error where one makes another call."""
         missing, agreed = False, 0 if self._sitting else word
-        shown = self._board.words(self._round & 1, len(self._everyone))
-        for process, other in zip(self._everyone, shown, strict=True):
+        for process, other in self._shown(self._round & 1):
             if other >> _BITS != word >> _BITS:
                 missing = True
             elif not self._may_fail(word, other):
@@ -3501,8 +3503,7 @@ class PipeCommunicator(Communicator):
 
     def _count_who_show(self, processes: Sequence[int], rest: int) -> int:
         """How many of these have come to the round with the same `rest` of their words."""
-        shown = self._board.words(self._round & 1, len(self._everyone))
-        words = dict(zip(self._everyone, shown, strict=True))
+        words = dict(self._shown(self._round & 1))
         return sum(words[process] & _REST == rest for process in processes)
 
     def in_group(self, ranks: Sequence[int], work: Callable[[], _R]) -> _R | Any:
@@ -3598,9 +3599,7 @@ class PipeCommunicator(Communicator):
         returned = {
             process
             for parity in (0, 1)
-            for process, word in zip(
-                self._everyone, self._board.words(parity, len(self._everyone)), strict=True
-            )
+            for process, word in self._shown(parity)
             if word >> _BITS > self._base and word & _REST == _RETURNED
         }
         return sorted(set(super()._inside()) - returned)
@@ -3613,9 +3612,8 @@ class PipeCommunicator(Communicator):
             self._board.wake_up(self.process)
 
     def _missing(self) -> list[int]:
-        shown = self._board.words(self._round & 1, len(self._everyone))
-        pairs = zip(self._everyone, shown, strict=True)
-        return [process for process, word in pairs if word >> _BITS != self._round]
+        shown = self._shown(self._round & 1)
+        return [process for process, word in shown if word >> _BITS != self._round]
 
     def _await_round(self, word: int) -> None:
         self._board.fall_asleep(self.process)
@@ -3642,10 +3640,11 @@ class PipeCommunicator(Communicator):
             buffers = message.buffers
             table += [len(head) + sum(buffer.nbytes for buffer in buffers), len(head)]
             parts += [head, *buffers]
-        self.account.bytes_sent += sum(table[::2])
+        nbytes = sum(table[::2])
+        self.account.bytes_sent += nbytes
         parts.insert(0, struct.pack(f"<{1 + len(table)}Q", len(messages), *table))
         place = self._board.place(self.process, self._round + 1 & 1)
-        nbytes = len(parts[0]) + sum(table[::2])
+        nbytes += len(parts[0])
         if nbytes <= _INLINE_BYTES:
             self._board.memory[place : place + nbytes] = b"".join(parts)
             return None
@@ -3655,10 +3654,7 @@ class PipeCommunicator(Communicator):
 
     def _fill_slot(self, chunk: Iterable[_Bytes]) -> None:
         """Write a chunk into this process's slot of the coming round."""
-        slot, position = self._board.slot(self.process, self._round + 1 & 1), 0
-        for piece in chunk:
-            slot[position : position + piece.nbytes] = piece
-            position += piece.nbytes
+        _write_pieces(self._board.slot(self.process, self._round + 1 & 1), chunk)
 
     def _find(self, process: int, index: int, parity: int) -> _Laid:
         """The message of this index, or the only one, in what a process brings."""
@@ -3973,10 +3969,7 @@ class PipeCommunicator(Communicator):
 
     def _transmit_chunk(self, processes: Sequence[int], stream: int, chunk: list[_Bytes]) -> None:
         index = self._free_slot()
-        slot, position = self._board.mail_slot(self.process, index), 0
-        for piece in chunk:
-            slot[position : position + piece.nbytes] = piece
-            position += piece.nbytes
+        position = _write_pieces(self._board.mail_slot(self.process, index), chunk)
         self._readers[index].update(processes)
         self._write_all(processes, _DATA, _DATA_HEAD.pack(stream, index, position))
 
@@ -4030,6 +4023,15 @@ def _inline(stream: int, chunk: list[_Bytes]) -> bytes:
     """A chunk as the body of a packet."""
     content = b"".join(piece.data for piece in chunk)
     return _DATA_HEAD.pack(stream, _INLINE, len(content)) + content
+
+
+def _write_pieces(slot: _Bytes, chunk: Iterable[_Bytes]) -> int:
+    """Copy the pieces of a chunk into a slot, one behind the other; bytes of them all."""
+    position = 0
+    for piece in chunk:
+        slot[position : position + piece.nbytes] = piece
+        position += piece.nbytes
+    return position
 
 
 def _chunks(parts: Iterable[_Bytes], most: int) -> Iterator[list[_Bytes]]:
@@ -7088,7 +7090,7 @@ def _shape(value: Any) -> Any:
 
 # Stands in an allgather for what cannot be sent to all in this way.
 _OTHERWISE = Message(b"otherwise", [])
-_OPS = ("sum", "prod", "min", "max")
+_OPS = tuple(_REDUCTIONS)
 _SMALL_BYTES = 8192  # that are folded by each process, rather than by main
 
 
