@@ -22,13 +22,13 @@ How it is built: one contract, one transport per backend, every verb written onc
                    Parallelizer            verbs, registry, decorators, `run`
                         |                  (written once, on the few calls below)
                    Communicator            broadcast / scatter / gather / send / receive / barrier
-          ______________|______________    of packed messages, root always rank 0
-         |              |              |
-   SerialCommunicator  PipeCommunicator  MPICommunicator
-                        |              |
-              a board in shared        mpi4py buffers
-              memory, pipes, a
-              queue for `map`
+          ______________|_______________   of packed messages, root always rank 0
+         |              |               |
+   SerialCommunicator  BoardCommunicator  MPICommunicator
+                        |               |
+              a board in shared         mpi4py buffers
+              memory, a queue
+              for `map`
 
 The file reads top to bottom: errors; splitting and combining; packing; shared arrays;
 communicators; the `Parallelizer`; the three backends; `ClientServerRunner`; the self-test and the
@@ -463,7 +463,7 @@ def _fitting(blocks: Sequence[Any]) -> tuple[Sequence[Any], np.dtype[Any], list[
 
 def _combine(values: list[Any], concatenate: bool | None) -> Any:
     """What `gather` makes of the values in rank order (see there)."""
-    if concatenate is False:
+    if concatenate is False or (type(values[0]) in _ATOMS and not concatenate):
         return values
     arrays = [np.asarray(v) if isinstance(v, np.memmap) else v for v in values]
     fitting = _fitting(arrays)
@@ -523,8 +523,9 @@ def _reduction(op: str | Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
 # ---------------------------------------------------------------------------------------------
 
 
-# Heads the pickle of a bare array's `_ArraySpec`; no pickle of protocol 2 or later begins so.
-_BARE_ARRAY = b"A"
+# Heads the pickle of a bare array's `_ArraySpec`, or of what imports nothing when it is unpickled;
+# no pickle of protocol 2 or later begins so.
+_BARE_ARRAY, _ATOM = b"A"[0], b"P"[0]
 
 # Up to here, numpy pickles an array inside an object, as to move its buffer apart costs more.
 _SMALL_BYTES = 1 << 12
@@ -553,8 +554,14 @@ class Message(NamedTuple):
 
     def head(self) -> bytes:
         """Number and sizes of the buffers, then the pickle: what must arrive first."""
+        if not self.buffers:
+            return _NO_BUFFERS + self.pickled
         sizes = [buffer.nbytes for buffer in self.buffers]
         return struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes) + self.pickled
+
+
+_BUFFERS_OF = operator.attrgetter("buffers")
+_NO_BUFFERS = bytes(4)  # how the head of a message without buffers begins
 
 
 def _parse_head(head: bytes) -> tuple[list[int], bytes]:
@@ -903,8 +910,8 @@ def _pack(obj: Any, what: str, comm: Communicator | None = None) -> Message:
 
     `what` names it in the `PackingError`.
     """
-    if type(obj) in _ATOMS:
-        return Message(pickle.dumps(obj, 5), ())
+    if type(obj) in _ATOMS or _is_of_atoms(obj):
+        return Message(b"P" + pickle.dumps(obj, 5), ())
     if type(obj) is np.ndarray and _is_raw(obj) and not _lies_in(obj, _PLACES):
         spec, data = _raw(obj)
         # Of other dtypes, some are equal that differ in what numpy does not compare.
@@ -965,18 +972,13 @@ def _for_each(
 
 @functools.lru_cache(maxsize=256)
 def _packed_spec(spec: _ArraySpec) -> bytes:
-    return _BARE_ARRAY + pickle.dumps(spec, 5)
+    return b"A" + pickle.dumps(spec, 5)
 
 
 @functools.lru_cache(maxsize=256)
 def _unpacked_spec(packed: bytes) -> _ArraySpec:
-    spec: _ArraySpec = pickle.loads(packed[len(_BARE_ARRAY) :])
+    spec: _ArraySpec = pickle.loads(packed[1:])
     return spec
-
-
-def _bare_spec(pickled: bytes) -> _ArraySpec | None:
-    """Of the pickle of a message that is no more than an array."""
-    return _unpacked_spec(pickled) if pickled.startswith(_BARE_ARRAY) else None
 
 
 # How this process unpickles: workers by `_loads_on_worker`.
@@ -986,10 +988,12 @@ _LOADS: list[Callable[..., Any]] = [pickle.loads]
 def _unpack(message: Message, what: str) -> Any:
     """The inverse of `_pack`; `what` names the object in the `PackingError`."""
     try:
-        spec = _bare_spec(message.pickled)
-        if spec is not None:
-            return spec.build(message.buffers[0])
-        return _LOADS[-1](message.pickled, buffers=message.buffers)
+        pickled, buffers = message.pickled, message.buffers
+        if pickled[0] == _ATOM:
+            return pickle.loads(memoryview(pickled)[1:])
+        if pickled[0] == _BARE_ARRAY:
+            return _unpacked_spec(pickled).build(buffers[0])
+        return _LOADS[-1](pickled, buffers=buffers)
     except MemoryError:
         raise
     except Exception as why:  # whatever a user's __setstate__ may raise
@@ -1008,6 +1012,16 @@ _PLAIN_TYPES = frozenset(
 
 
 _ATOMS = frozenset([int, float, complex, bool, str, bytes, type(None)])
+
+
+def _is_of_atoms(value: Any) -> bool:
+    """Whether it is a short list, tuple or dict that holds nothing else."""
+    kind = type(value)
+    if (kind is not dict and kind is not list and kind is not tuple) or len(value) > 64:
+        return False
+    return _ATOMS.issuperset(map(type, value)) and (
+        kind is not dict or _ATOMS.issuperset(map(type, value.values()))
+    )
 
 
 def _is_plain(value: Any) -> bool:
@@ -1035,7 +1049,7 @@ def _sent(value: Any) -> Any:
 
 def _as_sent(value: Any) -> Any:
     """What another process would get: `value` itself, where that is the same."""
-    return value if _is_plain(value) else _sent(value)
+    return value if type(value) in _ATOMS or _is_plain(value) else _sent(value)
 
 
 def _laid_out(value: Any) -> Any:
@@ -1200,10 +1214,10 @@ class GatherPlan:
 
     def place(self, pickles: Sequence[bytes]) -> list[_Bytes] | None:
         """One target for the single buffer of each message, or None for fresh memory."""
-        if self._concatenate is False:
+        if self._concatenate is False or any(pickled[:1] != b"A" for pickled in pickles):
             return None
-        specs = [spec for spec in map(_bare_spec, pickles) if spec]
-        fitting = _fitting(specs) if len(specs) == len(pickles) else None
+        specs = list(map(_unpacked_spec, pickles))
+        fitting = _fitting(specs)
         if fitting is None:
             return None
         filled, dtype, shape = fitting
@@ -1874,6 +1888,7 @@ def _heed_forks() -> None:
             workers.disown()
         _POOLS.clear()
         _LISTENING.clear()
+        _CTRL_C.forget()
         _fork_server.cache_clear()
 
     if hasattr(os, "register_at_fork"):
@@ -1973,14 +1988,15 @@ class Communicator(abc.ABC):
         self.timeout = timeout
         self.limit: _ThreadLimit | None = None  # of threads, where that is looked after
         self.call = Call(0, 0, "run")
+        self._code = (
+            0  # the same in 15 bits: the last 4 of the number, 5 of the depth, 6 of the verb
+        )
         self._history: collections.deque[Call] = collections.deque(maxlen=100)
         # Whether the user's function is executing: only then may a signal end it.
         self.interruptible = False
         self.news = False  # a signal has come, and has not been heeded yet
         self.in_function = False
-        self._broken = False
-        self._base = 0  # the number of the round before the current run, where there are rounds
-        self._final: Exception | None = None  # by which this process has left a round for good
+        self._final: BaseException | None = None  # by which this process has left a verb for good
         # What has come: collective messages by sender, those of `send` by sender, tag and run.
         self._arrived: collections.defaultdict[int, collections.deque[Parcel]]
         self._arrived = collections.defaultdict(collections.deque)
@@ -2235,7 +2251,7 @@ class Communicator(abc.ABC):
     ) -> tuple[int, Message]:
         """A message from one of `ranks`, as soon as there is one, and that rank."""
         self._wait_until(
-            lambda: self.first_sender(ranks, tag) is not None,
+            lambda: self.first_sender(ranks, tag) is not None or self._is_vain(ranks, tag, doing),
             lambda: [self.members[rank] for rank in ranks],
             doing,
             idle=idle,
@@ -2247,6 +2263,10 @@ class Communicator(abc.ABC):
         if not self._mail[key]:
             del self._mail[key]
         return rank, self._complete(parcel, self.members[rank])
+
+    def _is_vain(self, ranks: Sequence[int], tag: int, doing: str) -> bool:
+        """False; an error where it is known that none of these will send anything any more."""
+        return False
 
     def has_arrived(self, ranks: Sequence[int], tag: int) -> bool:
         """Whether `receive_any` would return at once."""
@@ -2287,7 +2307,6 @@ class Communicator(abc.ABC):
             if parcel.call.verb != "run":
                 continue  # left over from a run that ended early
             self._next_run(parcel.run)
-            self._begin_rounds(parcel.tag)
             self._in_run = True
             try:
                 return self._complete(parcel, 0)
@@ -2305,9 +2324,6 @@ class Communicator(abc.ABC):
         finally:
             self._idle = False
 
-    def _begin_rounds(self, number: int) -> None:  # noqa: B027 - not all transports have them
-        """The rounds of a run that begins are counted from this number, which is main's."""
-
     def sit_out(self) -> None:
         """Count a run that this process takes no part in."""
         self._next_run(self.run + 1)
@@ -2315,6 +2331,7 @@ class Communicator(abc.ABC):
     def _next_run(self, run: int) -> None:
         """Forget the runs before; what a quick sibling has already sent for this one stays."""
         self.run = run
+        self._final = None
         self._forget_before(run)
         for earlier in [number for number in self._ends if number < run]:
             del self._ends[earlier]
@@ -2339,8 +2356,7 @@ class Communicator(abc.ABC):
     def begin_run(self) -> None:
         """Before the function: begin to count anew; main sends the command on its way."""
         self._history.clear()
-        self._broken = self._unheard = False
-        self._final = None
+        self._unheard = False
         self.spokesman = self.in_task = None
         self.account = _Account()
         command, self._command = self._command, None
@@ -2360,7 +2376,7 @@ class Communicator(abc.ABC):
         self._told = set(others)
         groups = [others] if len(command) == 1 else [(process,) for process in others]
         for group, message in zip(groups, command, strict=True):
-            self._transmit(group, Parcel(self.run, self.call, message, self._base))
+            self._transmit(group, Parcel(self.run, self.call, message))
 
     def finish_run(self, report: bytes) -> list[bytes]:
         """Return when every member has returned from the function; on rank 0 all their reports.
@@ -2433,21 +2449,21 @@ class Communicator(abc.ABC):
     def _make_all_leave(self, error: BaseException) -> None:
         """On main: return when all have left the run, or have not within the time they get."""
         self.listen(_SETTLING, lambda: not self._inside())
-        # Who has failed under MPI waits for a word that main knows.
-        for process in self.members[1:] if self.spmd else self._inside():
-            self._tell(process, "abort")
-            self._hurry(process)
-        if not self.listen(_GRACE, lambda: not self._inside()):
+        if not self._see_all_leave():
             _logger().warning(
                 "rank(s) %s did not leave a failed run within %s s", self._inside(), _GRACE
             )
 
+    def _see_all_leave(self) -> bool:
+        """On main: call the run off; whether all have left it within the time they get."""
+        # Who has failed under MPI waits for a word that main knows.
+        for process in self.members[1:] if self.spmd else self._inside():
+            self._tell(process, "abort")
+        return self.listen(_GRACE, lambda: not self._inside())
+
     def _inside(self) -> list[int]:
         """On main: who has not left the run."""
         return sorted(self._told - self._end.left)
-
-    def _hurry(self, process: int) -> None:  # noqa: B027 - not all transports can
-        """Make a process that computes look for what has arrived."""
 
     def _tell_verdict(self, first: Failure | BaseException | None) -> None:
         """On main, at the end of a run whose other processes wait for its word."""
@@ -2469,7 +2485,7 @@ class Communicator(abc.ABC):
 
     def _leave_early(self, error: BaseException) -> BaseException:
         """Elsewhere: tell main; return what is to be raised, which under MPI main decides."""
-        if self._ends_own_run(error) or self._end.called_off:
+        if self._ends_own_run(error) or self._is_called_off():
             self._tell(0, "return", b"-")  # main only waits for this process to leave
         else:
             self._unheard = True
@@ -2489,8 +2505,11 @@ class Communicator(abc.ABC):
 
     def _raise_failure(self) -> None:
         """Raise where the current run is known to have failed."""
-        if self._in_run and self._end.called_off:
+        if self._in_run and self._is_called_off():
             raise RunEnded(self)
+
+    def _is_called_off(self) -> bool:
+        return self._end.called_off
 
     @_context
     def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
@@ -2539,8 +2558,8 @@ class Communicator(abc.ABC):
         """Say that the user's function begins or ends on this process."""
         # Not restored to what they were: a signal may come between the two assignments.
         self.interruptible = self.in_function = executing and _on_main_thread()
-        if self.news and executing:
-            self.heed_news()
+        if executing:
+            self._heed_signals()
 
     def heed_news(self) -> None:
         """After a signal: see whether the run has failed elsewhere, and if so, leave it."""
@@ -2548,6 +2567,13 @@ class Communicator(abc.ABC):
         self._handle_all()
         self._raise_failure()
         self.interruptible = self.in_function
+
+    def _heed_signals(self) -> None:
+        """Do what has waited until the user's function may be interrupted."""
+        if self.news:
+            self.heed_news()
+        if _CTRL_C.pending and self.interruptible:
+            _CTRL_C.heed()
 
     @_context
     def undisturbed(self) -> Iterator[None]:
@@ -2557,8 +2583,7 @@ class Communicator(abc.ABC):
             yield
         finally:
             self.interruptible = self.in_function
-        if self.news:
-            self.heed_news()
+        self._heed_signals()
 
     def enter(self, verb: str) -> Communicator:
         """Begin a call of a verb; the result is the context that ends it."""
@@ -2566,19 +2591,15 @@ class Communicator(abc.ABC):
             self._postponed.pop()()
         self.interruptible = False
         self._entered_at = time.perf_counter()
-        self._raise_failure()
         if self._final is not None:
             self.interruptible = self.in_function
             raise self._final
-        if self._broken:
-            self.interruptible = self.in_function
-            raise ContractError(
-                f"{verb} was called after an earlier call had been interrupted, so what it would "
-                f"receive is unknown; let the exception end the run"
-            )
+        self._raise_failure()
         if verb not in ("send", "receive"):
-            self.call = Call(self.call.depth, self.call.number + 1, verb)
-            self._history.append(self.call)
+            depth, number, _ = self.call
+            self.call = call = Call(depth, number + 1, verb)
+            self._code = (call.number & 15) << 11 | depth << 6 | _CODES[verb]
+            self._history.append(call)
         return self
 
     def __enter__(self) -> Communicator:
@@ -2590,12 +2611,12 @@ class Communicator(abc.ABC):
         # What a signal raises, a KeyboardInterrupt or the end of an outer run, may have come
         # between two steps of the protocol.
         if error is not None and not (isinstance(error, Exception) or self._ends_own_run(error)):
-            self._broken = True
+            self._final = error
         self.account.collectives += time.perf_counter() - self._entered_at
         self._entered_at = 0.0
         self.interruptible = self.in_function
-        if self.news and kind is None:
-            self.heed_news()
+        if kind is None and (self.news or _CTRL_C.pending):
+            self._heed_signals()
 
     def _disagreement(self, process: int, call: Call) -> ContractError:
         """`process` made `call` where this process made another one."""
@@ -2623,8 +2644,17 @@ class Communicator(abc.ABC):
 
         An `idle` wait may last for ever.
         """
-        if ready() or self._is_soon(ready):
-            return
+        if not (ready() or self._is_soon(ready)):
+            self._wait_long(ready, awaited, doing, idle=idle)
+
+    def _wait_long(
+        self,
+        ready: Callable[[], object],
+        awaited: Callable[[], Iterable[int]],
+        doing: str = "",
+        *,
+        idle: bool = False,
+    ) -> None:
         begun = time.perf_counter()
         look_around = math.inf if self._idle else _PATIENCE
         timeout = math.inf if idle or self._idle else self.timeout or math.inf
@@ -2637,9 +2667,12 @@ class Communicator(abc.ABC):
             return None
 
         self._watch.begin(describe)
+        self._fall_asleep()
         try:
             while not ready():
                 self._raise_failure()
+                if _CTRL_C.pending:
+                    _CTRL_C.heed()
                 waited = time.perf_counter() - begun
                 if waited >= timeout:
                     self._raise_timeout(awaited(), doing)
@@ -2651,17 +2684,28 @@ class Communicator(abc.ABC):
                     self._watch.look_around(self._tell_control)
                 self._progress(min(look_around, timeout) - waited)
         finally:
+            self._wake_up()
             self._watch.end()
             self.account.waiting += time.perf_counter() - begun
+
+    def _fall_asleep(self) -> None:  # noqa: B027 - not all transports need it
+        """A wait begins, in which `_progress` may sleep until others wake it."""
+
+    def _wake_up(self) -> None:  # noqa: B027
+        """It has ended."""
 
     def listen(self, seconds: float, ready: Callable[[], object]) -> bool:
         """Handle what arrives until `ready`, failed or not; False if that takes longer."""
         deadline = time.monotonic() + seconds
-        while not ready():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            self._progress(left)
+        self._fall_asleep()
+        try:
+            while not ready():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._progress(left)
+        finally:
+            self._wake_up()
         return True
 
     def wake(self) -> None:
@@ -2721,68 +2765,72 @@ class SerialCommunicator(Communicator):
     def _progress(self, seconds: float) -> None:
         """Nothing can arrive; but a signal meant for another parallelizer may ask."""
 
+    def wake(self) -> None:
+        """It never waits."""
 
-# -- multiprocessing: a board for collectives, pipes for all else --------------------------------
+
+# -- multiprocessing: a board in shared memory ---------------------------------------------------
 #
 # To a collective each process comes by a word on the *board*, which lies in shared memory, beside
-# the slots for what it brings (see `PipeCommunicator`, rounds). All look at all words: nobody
-# relays, main is not special, and of a broadcast all read the same slot. Who waits long falls
-# asleep, and is woken by a packet.
+# the slots for what it brings (see `BoardCommunicator`, rounds). All look at all words: nobody
+# relays, main is not special, and of a broadcast all read the same slot.
 #
-# Every process owns an *inbox*, a pipe that all the others write to. A packet is at most
-# PIPE_BUF bytes, so that the kernel writes it whole or not at all: no lock is needed, and none
-# can be left behind by a killed writer. By packets go commands, failures, and messages of `send`.
-# What does not fit into one goes through two more slots of the sender: fill a slot, tell its
-# readers, reuse it when all of them have released it.
+# What goes to one process alone goes through a *ring*, of which there is one for each pair. Who
+# writes to it waits for room, and takes in meanwhile what has come for itself, so that all may
+# send before any receives.
+#
+# Who waits long falls asleep, by a byte on the board that says so, and is woken by its *doorbell*,
+# a pipe. Nothing but the news that there is news goes through that, so that no write can block.
 #
 # To the life of a run this adds:
 #
-#   w computes    ABORT comes with a signal, upon which w looks at its inbox; w is killed when it
-#                 has not left within _GRACE.
+#   main calls    what is to be run lies in main's slot, as in a broadcast; a word for each process
+#                 tells it to come. No other process touches a ring between two runs, and main has
+#                 emptied them all.
+#   w leaves      it says so by a word, the last thing that it does in a run. What others send to it
+#                 from then on is lost; who waits for something from it is told that.
+#   w computes    main calls the run off by a word and sends a signal, upon which w looks at that;
+#                 w is killed when it has not left within _GRACE.
 #   w dies        main's wait returns for the sentinel of w as for a failure. The dead and the
 #                 killed are started anew when the next run begins.
 #   main dies     every w holds the reading end of a pipe that only main's guard holds the writing
 #                 end of: its end-of-file kills w, by the kernel where that can be asked for
 #                 (Linux), else at the next wait of w.
 #
-# When run n + 1 begins, every living process has left run n, so all slots are free; its rounds are
-# counted from the largest number that any process has come to.
+# The rounds of a run are counted from the largest number that any process has come to, so that no
+# word of an earlier one can be taken for a word of this.
 
 _POSIX = os.name == "posix"
-_PACKET = min(4096, select.PIPE_BUF) if _POSIX else 4096
 _SLOT_BYTES = 1 << 21
-_SLOTS = 2  # per sender: one is filled while the other is read
+_RING_BYTES, _MAINS_RING_BYTES = 1 << 16, 1 << 20  # main may be long in coming to what is sent
 _QUEUE_AT_FIRST, _QUEUE_BYTES = 1 << 20, 1 << 26  # of chunks that wait; a larger one waits alone
 
-_START, _DATA, _RELEASE, _WAKE = range(4)
-_PACKET_HEAD = struct.Struct("<HBHI")  # bytes of the packet, kind, source, run
-_START_HEAD = struct.Struct("<IBIBqI")  # stream, depth, number, verb, tag, bytes of the head
-_DATA_HEAD = struct.Struct("<IHI")  # stream, slot or _INLINE, bytes
-_RELEASE_HEAD = struct.Struct("<H")  # slot
+_RECORD = struct.Struct("<QQBq")  # in a ring: bytes, those of the head, verb, tag
+_WANTS_NEWS, _WANTS_ROOM = 1, 2  # why a process sleeps
+_LET_GO = 1  # instead of the number of a run, to which a process is called
 _LAID = struct.Struct("<QQQ")  # messages in a slot; of each, its bytes and those of its head
-_WAKE_PACKET = _PACKET_HEAD.pack(_PACKET_HEAD.size, _WAKE, 0, 0)
-_INLINE = 0xFFFF
-_INLINE_BYTES = _PACKET - _PACKET_HEAD.size - max(_START_HEAD.size, _DATA_HEAD.size)
 
 
 class _Board:
     """Shared memory by which the processes of a pool meet; pages cost nothing until used.
 
     For each process there are two *words*, one for rounds of even number and one for odd ones, and
-    as many *slots* for what it brings to them; a byte that says whether it is asleep; and two slots
-    for what it sends to one process alone. Words lie in the order of the ranks of a run, so that
-    one look takes in those of all its members.
+    as many *slots* for what it brings to them; and a byte that says whether it is asleep. Words lie
+    in the order of the ranks of a run, so that one look takes in those of all its members.
     """
 
     def __init__(self, nprocs: int) -> None:
-        self._nprocs = nprocs
+        self.nprocs = nprocs
+        self._all_awake = bytes(nprocs)
         # While others may come, to look again and again takes less time than to fall asleep. Where
         # they may wait for this very CPU, they get it between two looks.
         self.crowded = nprocs > _available_cpus() and hasattr(os, "sched_yield")
         self.looks = 20 if self.crowded else 2000
         self._words_at = -(-nprocs // 64) * 64
-        self._slots_at = -(-(self._words_at + 16 * nprocs) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._size = self._slots_at + nprocs * (2 + _SLOTS) * _SLOT_BYTES
+        numbers = 5 * nprocs + 2 + 2 * nprocs**2
+        self._slots_at = -(-(self._words_at + 8 * numbers) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._rings_at = self._slots_at + 2 * nprocs * _SLOT_BYTES
+        self._size = self._rings_at + self._ring(nprocs, 0)[0]
         self._tag = f"parallelizer-{os.urandom(16).hex()}" if sys.platform == "win32" else ""
         self._file = -1 if self._tag else _anonymous_file(self._size)
         self._map()
@@ -2793,8 +2841,12 @@ class _Board:
         else:
             self.memory = mmap.mmap(self._file, self._size)
         self._view = np.frombuffer(self.memory, np.uint8)
-        words = memoryview(self.memory)[self._words_at : self._words_at + 16 * self._nprocs]
-        self._words = words.cast("Q")
+        numbers = memoryview(self.memory)[self._words_at : self._slots_at].cast("Q")
+        n = self.nprocs
+        self._words, self._called, self._left = numbers[: 2 * n], numbers[2 * n :], numbers[3 * n :]
+        self._run = numbers[4 * n : 5 * n + 2]  # the one called off, how many take part, and who
+        self._written = numbers[5 * n + 2 : 5 * n + 2 + n * n]
+        self._read = numbers[5 * n + 2 + n * n : 5 * n + 2 + 2 * n * n]
         self._held = threading.Lock()
         self._held.acquire()
 
@@ -2803,68 +2855,187 @@ class _Board:
     # stands between what lies in a slot and the word that tells of it, and between a word and the
     # look at who is asleep, which even x86 would turn around.
 
-    def _fence(self) -> None:
+    def fence(self) -> None:
         if self._held.locked():  # else a signal has come between the two
             self._held.release()
         self._held.acquire(blocking=False)
 
+    # -- rounds -------------------------------------------------------------------------------
+
     def show(self, parity: int, place: int, word: int) -> None:
         """Let the others see a word, and before it what lies in this process's slot."""
-        self._fence()
-        self._words[parity * self._nprocs + place] = word
-        self._fence()
+        self.fence()
+        self._words[parity * self.nprocs + place] = word
+        self.fence()
 
     def look(self, parity: int, count: int) -> bytes:
         """The words of the first `count` places."""
-        start = self._words_at + 8 * parity * self._nprocs
+        start = self._words_at + 8 * parity * self.nprocs
         return self.memory[start : start + 8 * count]
 
     def words(self, parity: int, count: int) -> list[int]:
-        start = parity * self._nprocs
+        start = parity * self.nprocs
         return self._words[start : start + count].tolist()
-
-    def take_up(self) -> None:
-        """Between the look at the words and what lies in the slots."""
-        self._fence()
 
     def latest(self) -> int:
         """The largest number of a round in any word."""
         return max(self._words) >> _BITS
 
-    def sleepers(self) -> bytes:
-        """For each process whether it is asleep."""
-        return self.memory[: self._nprocs]
-
-    def fall_asleep(self, process: int) -> None:
-        """To be followed by a look at the words, so that no word can be missed."""
-        self.memory[process] = 1
-        self._fence()
-
-    def wake_up(self, process: int) -> None:
-        self.memory[process] = 0
-
     def place(self, process: int, parity: int) -> int:
         """Where a process's slot for rounds of this parity begins."""
-        return self._slots_at + (process * (2 + _SLOTS) + parity) * _SLOT_BYTES
+        return self._slots_at + (2 * process + parity) * _SLOT_BYTES
 
     def slot(self, process: int, parity: int) -> _Bytes:
         start = self.place(process, parity)
         return self._view[start : start + _SLOT_BYTES]
 
-    def mail_slot(self, process: int, index: int) -> _Bytes:
-        return self.slot(process, 2 + index)
+    def fill(self, process: int, parity: int, start: bytes, parts: Iterable[_Bytes]) -> None:
+        """Write into a slot what fits into it."""
+        place = self.place(process, parity)
+        end = place + len(start)
+        self.memory[place:end] = start
+        for part in parts:
+            place, end = end, end + part.nbytes
+            self._view[place:end] = part
+
+    # -- the beginning and the end of a run, by the number of the round that it began with -------
+
+    def call(self, processes: Sequence[int], number: int) -> None:
+        """On main: begin a run with these."""
+        n, everything = self.nprocs, self._view[self._words_at : self._slots_at].view(np.uint64)
+        self._run[1] = len(processes)
+        everything[4 * n + 2 : 4 * n + 2 + len(processes)] = processes
+        self.fence()
+        everything[[2 * n + process for process in processes]] = number  # all, or none at all
+        self.fence()
+
+    def called(self, process: int) -> int:
+        """The run that it was last called to, or `_LET_GO`; 0 when it is new."""
+        return self._called[process]
+
+    def let_go(self) -> None:
+        for process in range(self.nprocs):
+            self._called[process] = _LET_GO
+        self.fence()
+
+    def runners(self) -> list[int]:
+        """Who takes part in the current run."""
+        self.fence()
+        return self._run[2 : 2 + self._run[1]].tolist()
+
+    def call_off(self, number: int) -> None:
+        self._run[0] = number
+        self.fence()
+
+    def is_called_off(self, number: int) -> bool:
+        return self._run[0] == number
+
+    def leave(self, process: int, number: int, *, failed: bool) -> None:
+        """It will not touch a ring, nor come to a round, until it is called again."""
+        self.fence()
+        self._left[process] = number << 1 | failed
+        self.fence()
+
+    def has_left(self, process: int, number: int) -> bool:
+        return self._left[process] >> 1 == number
+
+    def has_returned(self, process: int, number: int) -> bool:
+        """Whether it has left because its function has returned."""
+        return self._left[process] == number << 1
+
+    def renew(self, process: int) -> None:
+        """On main: a new process is to take the place of this one."""
+        self._called[process] = self.memory[process] = 0
+
+    # -- who is asleep ------------------------------------------------------------------------
+
+    def sleepers(self) -> bytes:
+        """For each process why it is asleep, if it is; to be asked after a fence."""
+        return self.memory[: self.nprocs]
+
+    def does_any_sleep(self) -> bool:
+        self.fence()  # also between the words of a round and what lies in the slots
+        return self.memory[: self.nprocs] != self._all_awake
+
+    def fall_asleep(self, process: int, why: int) -> None:
+        """To be followed by a look at what is waited for, so that nothing can be missed."""
+        self.memory[process] = why
+        self.fence()
+
+    def wake_up(self, process: int) -> None:
+        self.memory[process] = 0
+
+    # -- rings: of each, the bytes that were ever written to it and read from it ------------------
+
+    def _ring(self, receiver: int, sender: int) -> tuple[int, int]:
+        """Where a ring begins, and its size; those from and to main are larger."""
+        count = receiver * self.nprocs + sender
+        mains = min(count, self.nprocs) + max(receiver - (sender == 0), 0)
+        start = self._rings_at + count * _RING_BYTES + mains * (_MAINS_RING_BYTES - _RING_BYTES)
+        return start, _RING_BYTES if receiver and sender else _MAINS_RING_BYTES
+
+    def empty_rings(self) -> None:
+        """On main, while nobody is in a run."""
+        start = self._words_at + 8 * (5 * self.nprocs + 2)
+        self._view[start : start + 16 * self.nprocs**2] = 0
+
+    def put(self, sender: int, receiver: int, data: _Bytes) -> int:
+        """Write as many of these bytes as there is room for; how many."""
+        index = receiver * self.nprocs + sender
+        start, size = self._ring(receiver, sender)
+        written = self._written[index]
+        count = min(data.nbytes, size - written + self._read[index])
+        if count:
+            self.fence()
+            begin = start + written % size
+            first = min(count, start + size - begin)
+            self._view[begin : begin + first] = data[:first]
+            self._view[start : start + count - first] = data[first:count]
+            self.fence()
+            self._written[index] = written + count
+            self.fence()
+        return count
+
+    def arrived(self, receiver: int) -> bytes:
+        """It changes when something has been written to any ring of this receiver."""
+        n = self.nprocs
+        start = self._words_at + 8 * (5 * n + 2 + receiver * n)
+        return self.memory[start : start + 8 * n]
+
+    def take(self, sender: int, receiver: int) -> list[_Bytes]:
+        """What lies in the ring, oldest first, which stays there until `taken`."""
+        index = receiver * self.nprocs + sender
+        start, size = self._ring(receiver, sender)
+        read = self._read[index]
+        count = self._written[index] - read
+        if count == 0:
+            return []
+        self.fence()
+        begin = start + read % size
+        first = min(count, start + size - begin)
+        parts = [self._view[begin : begin + first], self._view[start : start + count - first]]
+        return parts if first < count else parts[:1]
+
+    def taken(self, sender: int, receiver: int, count: int) -> None:
+        """So many bytes need not lie there any more."""
+        self.fence()
+        self._read[receiver * self.nprocs + sender] += count
+        self.fence()
 
     def close(self) -> None:
         # The mapping itself goes with the last view of it.
-        del self._view, self._words, self.memory
+        for name in self._VIEWS:
+            delattr(self, name)
         if self._file >= 0:
             os.close(self._file)
+
+    _VIEWS = ("_view", "_words", "_called", "_left", "_run", "_written", "_read", "memory", "_held")
 
     def __getstate__(self) -> dict[str, Any]:
         from multiprocessing.reduction import DupFd
 
         state = {**vars(self), "_file": DupFd(self._file) if self._file >= 0 else None}
-        for name in ("_view", "_words", "memory", "_held"):
+        for name in self._VIEWS:
             del state[name]
         return state
 
@@ -2887,78 +3058,56 @@ def _anonymous_file(size: int) -> int:
     return file
 
 
-class _Port:
-    """Reads whole packets from this process's inbox and writes them to the others' inboxes."""
+class _Doorbell:
+    """A pipe by which each process is woken, when it sleeps, by any other one."""
 
-    def __init__(self, inbox: Connection, outboxes: Sequence[Connection]) -> None:
-        self.inbox = inbox
-        self.outboxes = outboxes
-        self._partial = b""
+    def __init__(self, own: Connection, all_of_them: Sequence[Connection]) -> None:
+        self.own = own
+        self.of = all_of_them  # their writing ends
 
     def make_nonblocking(self) -> None:
-        for connection in (self.inbox, *self.outboxes):
+        for connection in (self.own, *self.of):
             os.set_blocking(connection.fileno(), False)
 
-    def forget_partial(self) -> None:
-        """Begin at the bounds of a packet again, after the inbox has been emptied."""
-        self._partial = b""
+    def ring(self, process: int) -> None:
+        """A pipe that is full wakes as well."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.of[process].fileno(), b"!")
 
-    def read(self) -> list[bytes]:
-        """All packets that are there, possibly none."""
-        try:
-            data = self._partial + os.read(self.inbox.fileno(), 1 << 16)
-        except BlockingIOError:
-            return []
-        packets, start = [], 0
-        while len(data) - start >= _PACKET_HEAD.size:
-            stop = start + _PACKET_HEAD.unpack_from(data, start)[0]
-            if stop > len(data):
-                break
-            packets.append(data[start:stop])
-            start = stop
-        self._partial = data[start:]
-        return packets
+    def silence(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.own.fileno(), 1 << 16)
 
-    def write(self, process: int, packet: bytes) -> bool:
-        """False where the inbox is full."""
-        try:
-            os.write(self.outboxes[process].fileno(), packet)
-        except BlockingIOError:
-            return False
-        return True
-
-    def wait(self, others: Iterable[int], writers: Iterable[int], seconds: float) -> list[int]:
-        """Wait for a packet, for room to write, or for `others`; which of these are ready."""
+    def wait(self, others: Iterable[int], seconds: float) -> list[int]:
+        """Sleep until it rings, or any of these handles is ready; which of them are."""
         poll = select.poll()
-        poll.register(self.inbox.fileno(), select.POLLIN)
+        poll.register(self.own.fileno(), select.POLLIN)
         for handle in others:
             poll.register(handle, select.POLLIN)
-        for process in writers:
-            poll.register(self.outboxes[process].fileno(), select.POLLOUT)
         milliseconds = None if seconds == math.inf else math.ceil(max(seconds, 0) * 1000)
         ready = {handle for handle, _ in poll.poll(milliseconds)}
+        if self.own.fileno() in ready:
+            self.silence()
         return [handle for handle in others if handle in ready]
 
 
-class _WindowsPort(_Port):
-    """The same on Windows, where a pipe keeps the bounds of messages and writing may block."""
+class _WindowsDoorbell(_Doorbell):
+    """The same by what Windows has, too, whose handles of pipes cannot be polled."""
 
-    def read(self) -> list[bytes]:
-        packets = []
-        while self.inbox.poll():
-            packets.append(self.inbox.recv_bytes())
-        return packets
+    def ring(self, process: int) -> None:
+        self.of[process].send_bytes(b"!")
 
-    def write(self, process: int, packet: bytes) -> bool:
-        self.outboxes[process].send_bytes(packet)
-        return True
+    def silence(self) -> None:
+        while self.own.poll():
+            self.own.recv_bytes()
 
-    def wait(self, others: Iterable[int], writers: Iterable[int], seconds: float) -> list[int]:
-        others = list(others)
-        timeout = None if seconds == math.inf else max(seconds, 0)
+    def wait(self, others: Iterable[int], seconds: float) -> list[int]:
         from multiprocessing.connection import wait
 
-        ready = wait([self.inbox, *others], timeout)
+        others = list(others)
+        ready = wait([self.own, *others], None if seconds == math.inf else max(seconds, 0))
+        if self.own in ready:
+            self.silence()
         return [handle for handle in others if handle in ready]
 
 
@@ -2982,7 +3131,8 @@ class _ChunkQueue:
     """
 
     _TICKET = struct.Struct("<qqqq")
-    _MOST_UNWRITTEN = _PACKET // _TICKET.size  # of which a write takes all or none
+    # Of up to so many, a write takes all or none.
+    _MOST_UNWRITTEN = (select.PIPE_BUF if _POSIX else 512) // _TICKET.size
     _ALIGNED = 64
 
     def __init__(self, context: Any, nprocs: int) -> None:
@@ -3177,47 +3327,49 @@ class _ChunkQueue:
 class _Incoming(Parcel):
     """A parcel that arrives in pieces: first its head, then its buffers.
 
-    The buffers of a gather are `held` in their slots until their place in the result is known;
-    all others get fresh memory as soon as the head is complete.
+    The buffers of a gather are placed when their places in the result are known; all others get
+    fresh memory as soon as the head is complete.
     """
 
-    def __init__(self, run: int, call: Call, tag: int, head_bytes: int, held: bool) -> None:
+    def __init__(
+        self, run: int, call: Call, tag: int, nbytes: int, head_bytes: int, *, placed: bool = False
+    ) -> None:
         super().__init__(run, call, None, tag)
-        self._held = held
+        self._missing = nbytes
         self._head_bytes = head_bytes
         self._head = bytearray()
-        self._unfilled: collections.deque[_Bytes] = collections.deque()
-        self._backlog: collections.deque[tuple[_Bytes, Callable[[], None] | None]]
-        self._backlog = collections.deque()
+        self._to_be_placed = placed
         self._sizes: list[int] = []
-
-    def has_head(self) -> bool:
-        return bool(self.pickled) or self.failure is not None
+        self._unfilled: collections.deque[_Bytes] = collections.deque()
 
     def done(self) -> bool:
-        return self.failure is not None or (self.message is not None and not self._unfilled)
+        return self._missing == 0 and (self.message is not None or self.failure is not None)
 
-    def feed(self, data: bytes | _Bytes, release: Callable[[], None] | None = None) -> None:
-        """Take the next piece; `release` is called when it has been copied."""
-        if not self.pickled:
-            data = self._feed_head(data)
-        rest = self._fill(_as_bytes(data)) if len(data) else data
-        if len(rest):
-            self._backlog.append((_as_bytes(rest), release))
-        elif release is not None:
-            release()
+    def feed(self, data: _Bytes) -> _Bytes:
+        """Take the next piece; what is beyond the end of this parcel."""
+        rest = data[self._missing :]
+        data = data[: self._missing]
+        self._missing -= data.nbytes
+        if self.failure is None:
+            try:
+                if len(self._head) < self._head_bytes:
+                    data = self._feed_head(data)
+                self._fill(data)
+            except MemoryError as why:  # told where it is waited for
+                self.failure = why
+        return rest
 
-    def _feed_head(self, data: bytes | _Bytes) -> bytes | _Bytes:
+    def _feed_head(self, data: _Bytes) -> _Bytes:
         missing = self._head_bytes - len(self._head)
         self._head.extend(data[:missing])
         if len(self._head) == self._head_bytes:
             self._sizes, self.pickled = _parse_head(bytes(self._head))
-            if not self._held:
+            if not self._to_be_placed:
                 self.place(None)
         return data[missing:]
 
-    def _fill(self, data: _Bytes) -> _Bytes:
-        while data.nbytes and self._unfilled:
+    def _fill(self, data: _Bytes) -> None:
+        while data.nbytes:
             target = self._unfilled[0]
             count = min(target.nbytes, data.nbytes)
             target[:count] = data[:count]
@@ -3226,27 +3378,15 @@ class _Incoming(Parcel):
                 self._unfilled.popleft()
             else:
                 self._unfilled[0] = target[count:]
-        return data
-
-    def hold(self) -> None:
-        """Do not place the buffers before it is said where."""
-        self._held = True
-
-    def take_in(self) -> None:
-        self._held = False
-        if self.pickled and self.message is None:
-            self.place(None)
 
     def place(self, buffers: Sequence[_Bytes] | None) -> None:
+        self._to_be_placed = False
+        if len(self._head) < self._head_bytes:
+            return  # then all of it gets fresh memory, when the sizes are known
         if buffers is None:
             buffers = [_allocate(size) for size in self._sizes]
         self.message = Message(self.pickled, buffers)
         self._unfilled.extend(buffer for buffer in buffers if buffer.nbytes)
-        while self._backlog:
-            data, release = self._backlog.popleft()
-            self._fill(data)
-            if release is not None:
-                release()
 
 
 class _Laid(NamedTuple):
@@ -3261,30 +3401,31 @@ class _Laid(NamedTuple):
 class _Inflow:
     """A message that is read from a process's slot, a chunk in each round."""
 
-    def __init__(self, comm: PipeCommunicator, process: int, laid: _Laid) -> None:
+    def __init__(
+        self, comm: BoardCommunicator, process: int, laid: _Laid, *, placed: bool = False
+    ) -> None:
         self._comm = comm
         self._process = process
         self._next, self._stop = laid.start, laid.start + laid.nbytes
         self._head_bytes = laid.head_bytes
-        self._parcel = _Incoming(comm.run, comm.call, 0, laid.head_bytes, held=False)
+        self._parcel = _Incoming(
+            comm.run, comm.call, 0, laid.nbytes, laid.head_bytes, placed=placed
+        )
 
     def read_head(self) -> bytes:
         """The pickle, where it lies in the first chunk."""
-        self._parcel.hold()
         self._read_until(0, min(self._next + self._head_bytes, _SLOT_BYTES))
         return self._parcel.pickled
 
-    def place(self, buffer: _Bytes) -> None:
-        """Where the message's only buffer is to be written."""
-        self._parcel.place([buffer])
+    def place(self, buffer: _Bytes | None) -> None:
+        """Where the message's only buffer is to be written; None for fresh memory for all."""
+        try:
+            self._parcel.place(None if buffer is None else [buffer])
+        except MemoryError as why:
+            self.give_up(why)
 
     def read(self, number: int) -> None:
         """Take up what lies in the chunk of this number."""
-        if number == 0 and self._parcel.failure is None:
-            try:
-                self._parcel.take_in()
-            except MemoryError as why:
-                self.give_up(why)
         self._read_until(number, (number + 1) * _SLOT_BYTES)
 
     def give_up(self, why: MemoryError) -> None:
@@ -3293,16 +3434,10 @@ class _Inflow:
 
     def _read_until(self, number: int, stop: int) -> None:
         start, stop = self._next, min(self._stop, stop)
-        if start >= stop:
-            return
-        self._next = stop
-        if self._parcel.failure is None:
+        if start < stop:
+            self._next = stop
             before = number * _SLOT_BYTES
-            slot = self._comm.slot(self._process)
-            try:
-                self._parcel.feed(slot[start - before : stop - before])
-            except MemoryError as why:
-                self.give_up(why)
+            self._parcel.feed(self._comm.slot(self._process)[start - before : stop - before])
 
     def message(self) -> Message:
         if self._parcel.failure is not None:
@@ -3312,7 +3447,119 @@ class _Inflow:
         return self._parcel.message
 
 
-class PipeCommunicator(Communicator):
+class _Inlet:
+    """What has come of a record from one process."""
+
+    def __init__(self) -> None:
+        self.start = b""
+        self.parcel: _Incoming | None = None
+
+
+class _Rings:
+    """What one process sends to others, one by one, and hears from them, in one run.
+
+    A parcel goes as a record, as long as it may be: its sizes, its verb and tag, its head, and its
+    buffers. Records to the same process follow each other without a gap.
+    """
+
+    def __init__(self, comm: BoardCommunicator, board: _Board) -> None:
+        self._comm = comm
+        self._board = board
+        self._me = comm.process
+        self._unsent: dict[int, collections.deque[_Bytes]] = {}  # what waits for room, by receiver
+        self.sent = 0  # bytes
+        self._inlets = [_Inlet() for _ in range(board.nprocs)]
+        self._arrived_before = bytes(8 * board.nprocs)
+        self._is_deaf = False  # because it is closed, or a signal has come amid `take_in`
+
+    def close(self) -> None:
+        """Touch them no more."""
+        self._unsent.clear()
+        self._inlets.clear()
+        self._is_deaf = True
+
+    def send(self, process: int, parcel: Parcel) -> None:
+        """Write what there is room for; the rest, which is not copied, has to wait."""
+        assert parcel.message is not None
+        head, buffers = parcel.message.head(), parcel.message.buffers
+        nbytes = len(head) + sum(buffer.nbytes for buffer in buffers)
+        start = _RECORD.pack(nbytes, len(head), _CODES[parcel.call.verb], parcel.tag)
+        queue = self._unsent.setdefault(process, collections.deque())
+        queue.append(np.frombuffer(start + head, np.uint8))
+        queue.extend(buffers)
+        self._flush(process, queue)
+
+    def has_sent(self, process: int) -> bool:
+        """Whether nothing waits for room any more."""
+        return not self._unsent.get(process)
+
+    def have_unsent(self) -> bool:
+        return any(self._unsent.values())
+
+    def move(self) -> bool:
+        """Write what there is room for, and take in what has come; False where nothing has."""
+        for process, queue in self._unsent.items():
+            if queue:
+                self._flush(process, queue)
+        return self.take_in()
+
+    def _flush(self, process: int, queue: collections.deque[_Bytes]) -> None:
+        before = self.sent
+        while queue:
+            count = self._board.put(self._me, process, queue[0])
+            self.sent += count
+            if count < queue[0].nbytes:
+                queue[0] = queue[0][count:]
+                if self._comm.has_returned(process):  # then nobody will ever hear of it
+                    queue.clear()
+                break
+            queue.popleft()
+        if self.sent > before:
+            self._comm.wake_others([process])
+
+    def take_in(self) -> bool:
+        """Hand on what has come; False where nothing has."""
+        board, me = self._board, self._me
+        arrived = board.arrived(me)
+        if arrived == self._arrived_before or self._is_deaf:
+            return False
+        before = np.frombuffer(self._arrived_before, np.uint64)
+        self._is_deaf = True  # for good, if a signal breaks this off
+        self._arrived_before = arrived
+        for process in np.flatnonzero(np.frombuffer(arrived, np.uint64) != before).tolist():
+            for part in board.take(process, me):
+                self._hear(process, part)
+                board.taken(process, me, part.nbytes)
+        self._is_deaf = False
+        self._comm.tell_of_room()
+        return True
+
+    def _hear(self, process: int, data: _Bytes) -> None:
+        inlet = self._inlets[process]
+        while data.nbytes:
+            if inlet.parcel is None:
+                data = self._begin_to_hear(process, inlet, data)
+            if (parcel := inlet.parcel) is not None:
+                data = parcel.feed(data)
+                if parcel.done():
+                    inlet.parcel = None
+                    if parcel.call.verb in _WORDS:
+                        self._comm.deliver(process, parcel)
+
+    def _begin_to_hear(self, process: int, inlet: _Inlet, data: _Bytes) -> _Bytes:
+        missing = _RECORD.size - len(inlet.start)
+        inlet.start += data[:missing].tobytes()
+        if len(inlet.start) == _RECORD.size:
+            nbytes, head_bytes, code, tag = _RECORD.unpack(inlet.start)
+            call = Call(0, 0, _VERBS[code])
+            inlet.start = b""
+            inlet.parcel = _Incoming(self._comm.run, call, tag, nbytes, head_bytes)
+            if call.verb not in _WORDS:
+                self._comm.deliver(process, inlet.parcel)
+        return data[missing:]
+
+
+class BoardCommunicator(Communicator):
     """The transport of multiprocessing, on main (process 0) and on the workers alike."""
 
     passes_handles = True
@@ -3321,45 +3568,41 @@ class PipeCommunicator(Communicator):
     def __init__(
         self,
         process: int,
-        port: _Port,
         board: _Board,
+        doorbell: _Doorbell,
         queue: _ChunkQueue | None,
         timeout: float | None,
     ) -> None:
-        super().__init__(process, len(port.outboxes), timeout)
-        self._port = port
+        super().__init__(process, board.nprocs, timeout)
         self._board = board
+        self._doorbell = doorbell
         self._queue = queue  # None on Windows, whose pipes cannot be read without blocking
         self._at_queue = False
-        self._stream = 0
-        self._streams: dict[tuple[int, int], _Incoming] = {}
-        self._outbox: dict[int, collections.deque[bytes]] = {
-            member: collections.deque() for member in self.members
-        }
-        self._readers: list[set[int]] = [set() for _ in range(_SLOTS)]
         self._round = 0  # the number of the latest round, for the life of the board
-        self._place = 0  # of this process's words on the board
-        self._sitting: Sequence[int] = ()  # the group of others that does something
-        # How deep a group was that all have left because of the failure of another member.
-        self._group_end: tuple[int, BaseException] | None = None
-        self._adrift = False  # whether this process has left a round before it was complete
+        self._base = 0  # the one by which main has called to the current run
+        self._wants_room = False  # whether this process waits for what another one has to read
+        self._next_run(0)
+        self._rings.close()
 
     def cut_off(self) -> None:
         super().cut_off()
         no_way: Any = _NoWay(self.process)
-        self._port = self._queue = self._board = no_way
+        self._doorbell = self._queue = self._board = no_way
 
     def _next_run(self, run: int) -> None:
         super()._next_run(run)
-        self._readers = [set() for _ in self._readers]
-        self._streams = {key: item for key, item in self._streams.items() if item.run >= run}
+        self._place = 0  # of this process's words on the board
+        self._sitting: Sequence[int] = ()  # the group of others that does something
+        # How deep a group was that all have left because of the failure of another member.
+        self._group_end: int | None = None
+        self._adrift = False  # whether this process has left a round before it was complete
+        self._rings = _Rings(self, self._board)
 
     def _finish(self, *, failed: bool = False) -> None:
         super()._finish()
-        # After a good end, who is still sending waits until all of it has been taken in.
-        if failed:
-            current = self._streams.items()
-            self._streams = {key: item for key, item in current if item.run > self.run}
+        self._rings.close()
+        self._board.leave(self.process, self._base, failed=failed)
+        self.wake_others(p for p in self._everyone if not self._board.has_left(p, self._base))
 
     # -- rounds -------------------------------------------------------------------------------
     #
@@ -3371,28 +3614,41 @@ class PipeCommunicator(Communicator):
     # Whatever is written into a slot of this round has been read by all when they show the word of
     # the next one, so that a slot may be written to again two rounds later.
 
-    def _begin_rounds(self, number: int) -> None:
-        self._round = self._base = number
-
-    def _begin_on_others(self, command: Sequence[Message]) -> None:
-        # Where a run has failed, the processes may have counted differently.
-        self._begin_rounds(self._board.latest())
-        super()._begin_on_others(command)
-
     def begin_run(self) -> None:
-        self._place = self.members.index(self.process)
-        self._sitting, self._adrift = (), False
-        self._group_end = None
         super().begin_run()
+        self._place = self.members.index(self.process)
 
     def _meet(self, code: int | None = None, *, large: bool = False) -> Sequence[int]:
         """Return when all processes of the run have come to this round; who brings more to it."""
         if self._final is not None:
             raise self._final
-        board, count = self._board, len(self._everyone)
         self._adrift = True  # until the round is complete
-        word = self._show(self._own_code() if code is None else code, large=large)
-        parity, wanted = self._round & 1, self._wanted(word)
+        board, count = self._board, len(self._everyone)
+        self._round = number = self._round + 1
+        small, parity = number << _BITS | (self._code if code is None else code) << 1, number & 1
+        word = small | large
+        board.show(parity, self._place, word)
+        if self.size == count:  # all are to show the same
+            wanted = small.to_bytes(8, sys.byteorder) * count
+        else:
+            wanted = self._wanted(small)
+        alike = board.look(parity, count) == wanted
+        if not alike:
+            self._await_all(word, wanted)
+            alike = board.look(parity, count) == wanted
+        self._adrift = False
+        if board.does_any_sleep():
+            self.wake_others(self._everyone)
+        if alike and not large:
+            return ()
+        brought = [process for process, other in self._shown(parity) if other & 1]
+        self._heed_failed_groups(word)
+        return brought
+
+    def _await_all(self, word: int, wanted: bytes) -> None:
+        """Return when all have come; spin at first, and then sleep."""
+        board, parity, count = self._board, word >> _BITS & 1, len(self._everyone)
+        begun = time.perf_counter()
         try:
             for turn in range(board.looks):
                 if board.look(parity, count) == wanted:
@@ -3402,23 +3658,15 @@ class PipeCommunicator(Communicator):
                 if turn & 31 == 31 and self._have_come(word):
                     break
             else:
-                self._await_round(word)
-        except ContractError as error:
-            self._final = error
-            self._ring(self._everyone)  # who waits in this round sees the same
-            raise
+                begun = math.inf  # it counts by itself how long it waits
+                self._wait_long(lambda: self._have_come(word), self._missing)
         except Exception as error:
             self._final = error
+            if isinstance(error, ContractError):
+                self.wake_others(self._everyone)  # who waits in this round sees the same
             raise
-        self._adrift = False
-        if any(board.sleepers()):
-            self._ring(self._everyone)
-        board.take_up()
-        if not large and board.look(parity, count) == wanted:
-            return ()
-        brought = [process for process, other in self._shown(parity) if other & 1]
-        self._heed_failed_groups(word)
-        return brought
+        finally:
+            self.account.waiting += max(time.perf_counter() - begun, 0)
 
     def _heed_failed_groups(self, word: int) -> None:
         """Leave the groups that another member has left by an error in this round."""
@@ -3431,15 +3679,10 @@ class PipeCommunicator(Communicator):
         if failed and min(failed)[0] <= self.call.depth and min(failed)[1] != self.process:
             depth, process = min(failed)
             failure: Failure = pickle.loads(self._peek(process).pickled)
-            self._group_end = depth, failure.exception()
+            self._final = error = failure.exception()  # for all calls in the group
+            self._group_end = depth
             if not _is_failed_exit(word):
-                raise self._group_end[1]
-
-    def _show(self, code: int, *, large: bool = False) -> int:
-        self._round += 1
-        word = self._round << _BITS | code << 1 | large
-        self._board.show(self._round & 1, self._place, word)
-        return word
+                raise error
 
     def _shown(self, parity: int) -> Iterator[tuple[int, int]]:
         """Each process of the run, and its latest word of this parity."""
@@ -3447,13 +3690,11 @@ class PipeCommunicator(Communicator):
         return zip(self._everyone, words, strict=True)
 
     def _wanted(self, word: int) -> bytes:
-        """The words of all, if they agree and nobody brings more than its slot holds."""
-        if self.size == len(self._everyone):
-            return (word & ~1).to_bytes(8, sys.byteorder) * self.size
+        """The words of all, if they agree, some sit out, and nobody brings more than fits."""
         if self._sitting:
             return b""  # what the others do is for them to agree on
         sitting = word >> _BITS << _BITS | _SIT << 1
-        wanted = [word & ~1 if process in self.members else sitting for process in self._everyone]
+        wanted = [word if process in self.members else sitting for process in self._everyone]
         return struct.pack(f"={len(wanted)}Q", *wanted)
 
     def _have_come(self, word: int) -> bool:
@@ -3484,11 +3725,6 @@ class PipeCommunicator(Communicator):
             return process in self.members
         return process in self._sitting and other >> _DEPTH & 31 > self.call.depth
 
-    def _own_code(self) -> int:
-        """Of the present call: its number, how deep its group is nested, and the verb."""
-        number, depth, verb = self.call.number, self.call.depth, self.call.verb
-        return (number & 15) << 11 | depth << 6 | _CODES[verb]
-
     def _exit_code(self, deeper: int = 0) -> int:
         """Of the word by which the members of a group, or of the run, leave it."""
         return self.call.depth + deeper << 6 | _CODES["return"]
@@ -3518,31 +3754,39 @@ class PipeCommunicator(Communicator):
             return work()
         if self.call.depth == 31:
             raise ContractError("run(comm=...) is nested more than 30 deep")
+        self.interruptible = False  # or a context would be left half-way
         with self.restricted_to(ranks):
-            error: BaseException | None = None
-            result = None
-            try:
-                result = work()
-            except Exception as why:
-                error = why
-            if self._final is None and self._group_end is None:
-                try:
-                    self._leave_group(error)
-                except Exception as why:
-                    error = error or why
-            if self._group_end is not None:
-                depth, failure = self._group_end
-                error = error or failure
-                if depth == self.call.depth:
-                    self._group_end = None
-            if error is not None:
-                raise error
-            return result
+            result, error = self._work_in_group(work)
+        self.interruptible = self.in_function
+        self._heed_signals()
+        if error is not None:
+            raise error
+        return result
 
-    def enter(self, verb: str) -> Communicator:
-        if self._group_end is not None:  # and the function of the group has caught that
-            raise self._group_end[1]
-        return super().enter(verb)
+    def _work_in_group(self, work: Callable[[], _R]) -> tuple[_R | None, BaseException | None]:
+        """What `work` gives or raises, when all members have left the group."""
+        error: BaseException | None = None
+        result = None
+        try:
+            self.interruptible = self.in_function
+            self._heed_signals()
+            result = work()
+        except Exception as why:
+            error = why
+        finally:
+            self.interruptible = False
+        if self._final is None:
+            try:
+                self._leave_group(error)
+            except Exception as why:
+                error = error or why
+            finally:
+                self.interruptible = False
+        if self._group_end is not None:
+            error = error or self._final
+            if self._group_end == self.call.depth:
+                self._group_end = self._final = None
+        return result, error
 
     def _sit_out(self, group: Sequence[int]) -> None:
         """Come to rounds until the group is left."""
@@ -3570,6 +3814,19 @@ class PipeCommunicator(Communicator):
                 self._lay(Message(pickled, []))
             self._meet(self._exit_code(), large=error is not None)
 
+    def _missing(self) -> list[int]:
+        shown = self._shown(self._round & 1)
+        return [process for process, word in shown if word >> _BITS != self._round]
+
+    def _wait_long(self, *wait: Any, **options: Any) -> None:
+        try:
+            super()._wait_long(*wait, **options)
+        except Exception as error:
+            self._final = error
+            raise
+
+    # -- the end of a run ---------------------------------------------------------------------
+
     def finish_run(self, report: bytes) -> list[bytes]:
         self.enter("return")
         self._lay(Message(report, []))
@@ -3579,82 +3836,56 @@ class PipeCommunicator(Communicator):
         else:
             self._meet(self._exit_code())
             reports = [self._peek(process).pickled for process in self.members]
-            while self._take_packets():
-                pass  # of what nobody has received, which would be kept until the next run
         self._finish()
         return reports
 
     def _show_return(self) -> None:
         """Main waits until all have come to this round, but nobody else needs to."""
-        word = self._show(self._exit_code())
+        self._round += 1
+        word = self._round << _BITS | self._exit_code() << 1
+        self._board.show(self._round & 1, self._place, word)
         try:
-            complete = self._have_come(word)
+            self._have_come(word)
         except ContractError as error:
             self._final = error
-            self._ring(self._everyone)
+            self.wake_others(self._everyone)
             raise
-        self._ring(self._everyone if complete else [0])
-
-    def _inside(self) -> list[int]:
-        returned = {
-            process
-            for parity in (0, 1)
-            for process, word in self._shown(parity)
-            if word >> _BITS > self._base and word & _REST == _RETURNED
-        }
-        return sorted(set(super()._inside()) - returned)
-
-    def listen(self, seconds: float, ready: Callable[[], object]) -> bool:
-        self._board.fall_asleep(self.process)  # of a return, main is told by a word
-        try:
-            return super().listen(seconds, ready)
-        finally:
-            self._board.wake_up(self.process)
-
-    def _missing(self) -> list[int]:
-        shown = self._shown(self._round & 1)
-        return [process for process, word in shown if word >> _BITS != self._round]
-
-    def _await_round(self, word: int) -> None:
-        self._board.fall_asleep(self.process)
-        try:
-            self._wait_until(lambda: self._have_come(word), self._missing)
-        finally:
-            self._board.wake_up(self.process)
-
-    def _ring(self, processes: Iterable[int]) -> None:
-        """Wake those who sleep; whose inbox is full does not."""
-        sleepers = self._board.sleepers()
-        for process in processes:
-            if sleepers[process] and process != self.process:
-                self._port.write(process, _WAKE_PACKET)
 
     # -- what is brought to a round -------------------------------------------------------------
 
     def _lay(self, *messages: Message) -> Iterator[list[_Bytes]] | None:
         """Write messages into this process's slot of the coming round; chunks that do not fit."""
+        parity = self._round + 1 & 1
+        if len(messages) == 1 and not messages[0].buffers:
+            head = _NO_BUFFERS + messages[0].pickled
+            nbytes = len(head)
+            if _LAID.size + nbytes <= _SLOT_BYTES:
+                self.account.bytes_sent += nbytes
+                head = _LAID.pack(1, nbytes, nbytes) + head
+                self._board.fill(self.process, parity, head, ())
+                return None
         heads = [message.head() for message in messages]
-        table: list[int] = []
-        parts: list[Any] = []
+        table = [len(messages)]
         for message, head in zip(messages, heads, strict=True):
-            buffers = message.buffers
-            table += [len(head) + sum(buffer.nbytes for buffer in buffers), len(head)]
-            parts += [head, *buffers]
-        nbytes = sum(table[::2])
+            table.append(len(head) + sum([buffer.nbytes for buffer in message.buffers]))
+            table.append(len(head))
+        nbytes = sum(table[1::2])
         self.account.bytes_sent += nbytes
-        parts.insert(0, struct.pack(f"<{1 + len(table)}Q", len(messages), *table))
-        place = self._board.place(self.process, self._round + 1 & 1)
-        nbytes += len(parts[0])
-        if nbytes <= _INLINE_BYTES:
-            self._board.memory[place : place + nbytes] = b"".join(parts)
+        start = struct.pack(f"<{len(table)}Q", *table)
+        nbytes += len(start)
+        if nbytes <= _SLOT_BYTES and len(messages) == 1:
+            self._board.fill(self.process, parity, start + heads[0], messages[0].buffers)
             return None
+        parts: list[Any] = [start]
+        for message, head in zip(messages, heads, strict=True):
+            parts += [head, *message.buffers]
         chunks = _chunks(map(_as_bytes, parts), _SLOT_BYTES)
         self._fill_slot(next(chunks))
         return chunks if nbytes > _SLOT_BYTES else None
 
     def _fill_slot(self, chunk: Iterable[_Bytes]) -> None:
         """Write a chunk into this process's slot of the coming round."""
-        _write_pieces(self._board.slot(self.process, self._round + 1 & 1), chunk)
+        self._board.fill(self.process, self._round + 1 & 1, b"", chunk)
 
     def _find(self, process: int, index: int, parity: int) -> _Laid:
         """The message of this index, or the only one, in what a process brings."""
@@ -3670,11 +3901,16 @@ class PipeCommunicator(Communicator):
     def _peek(self, process: int, index: int = 0, parity: int | None = None) -> Message:
         """A message that lies in a process's slot, as do the buffers of the result."""
         parity = self._round & 1 if parity is None else parity
-        start, _, head_bytes, _ = self._find(process, index, parity)
-        place = self._board.place(process, parity) + start
-        sizes, pickled = _parse_head(self._board.memory[place : place + head_bytes])
-        if not sizes:
-            return Message(pickled, ())
+        memory, begin = self._board.memory, self._board.place(process, parity)
+        count, _, head_bytes = _LAID.unpack_from(memory, begin)
+        start = _LAID.size
+        if count != 1:
+            start, _, head_bytes, _ = self._find(process, index, parity)
+        begin += start
+        head = memory[begin : begin + head_bytes]
+        if head.startswith(_NO_BUFFERS):
+            return Message(head[len(_NO_BUFFERS) :], ())
+        sizes, pickled = _parse_head(head)
         slot = self._board.slot(process, parity)
         ends = itertools.accumulate(sizes, initial=start + head_bytes)
         return Message(pickled, [slot[begin:end] for begin, end in itertools.pairwise(ends)])
@@ -3686,9 +3922,9 @@ class PipeCommunicator(Communicator):
         except MemoryError as why:
             raise self.out_of_memory(process, why) from why
 
-    def _take_up(self, process: int, index: int = 0) -> _Inflow:
+    def _take_up(self, process: int, index: int = 0, *, placed: bool = False) -> _Inflow:
         """Begin to read a message of which a slot does not hold all."""
-        return _Inflow(self, process, self._find(process, index, self._round & 1))
+        return _Inflow(self, process, self._find(process, index, self._round & 1), placed=placed)
 
     def _carry_on(
         self,
@@ -3731,7 +3967,8 @@ class PipeCommunicator(Communicator):
         large = self._meet(large=chunks is not None)
         if self.rank == 0:
             return self._taken_in(message, plan, large, chunks)
-        self._carry_on(large, chunks, [])
+        if large:
+            self._carry_on(large, chunks, [])
         return None
 
     def allgather(self, message: Message, plan: GatherPlan) -> list[Message]:
@@ -3753,10 +3990,12 @@ class PipeCommunicator(Communicator):
         others = [process for process in self.members if process != self.process]
         if large:
             return self._large_ones(
-                message, plan, [self._take_up(p) for p in others], large, chunks
+                message, plan, [self._take_up(p, placed=True) for p in others], large, chunks
             )
         found = [self._peek(process) for process in others]
         messages = [*found[: self.rank], message, *found[self.rank :]]
+        if not any(map(_BUFFERS_OF, messages)):
+            return messages
         places = plan.place([one.pickled for one in messages])
         if places is None:
             copies = [self._copy(one, process) for one, process in zip(found, others, strict=True)]
@@ -3783,8 +4022,8 @@ class PipeCommunicator(Communicator):
                 inflow.give_up(why)
         if places is not None:
             places.pop(self.rank)[:] = message.buffers[0]
-            for inflow, place in zip(inflows, places, strict=True):
-                inflow.place(place)
+        for index, inflow in enumerate(inflows):
+            inflow.place(None if places is None else places[index])
         self._carry_on(large, chunks, inflows)
         messages = [inflow.message() for inflow in inflows]
         messages.insert(self.rank, message)
@@ -3840,157 +4079,101 @@ class PipeCommunicator(Communicator):
     def barrier(self) -> None:
         self._meet()
 
+    def deliver(self, process: int, parcel: Parcel) -> None:
+        """Take in what has come through a ring."""
+        if parcel.failure is not None and parcel.call.verb in _WORDS:
+            error = self.out_of_memory(process, parcel.failure)
+            parcel = Parcel(parcel.run, parcel.call, Message(pickle.dumps(error), []))
+        self._deliver(process, parcel)
+
     def slot(self, process: int) -> _Bytes:
         """What a process has written for this round."""
         return self._board.slot(process, self._round & 1)
 
-    # -- packets in ---------------------------------------------------------------------------
+    # -- what goes to one process alone ---------------------------------------------------------
+
+    def _post(self, process: int, parcel: Parcel) -> None:
+        self._rings.send(process, parcel)
+
+    def _transmit(self, processes: Sequence[int], parcel: Parcel) -> None:
+        for process in processes:
+            self._post(process, parcel)
+        for process in processes:
+            while not self._rings.has_sent(process):
+                self._await_room(process)
+
+    def _await_room(self, process: int) -> None:
+        """Return when something more has been written."""
+        rings, before = self._rings, self._rings.sent
+        # Each wait is one of its own, so that a long transfer is not taken for a deadlock.
+        self._wait_until(
+            lambda: rings.sent > before or rings.has_sent(process),
+            lambda: [process],
+            f"sending in {self._doing('')}",
+        )
+
+    def _is_vain(self, ranks: Sequence[int], tag: int, doing: str) -> bool:
+        if all(self.has_returned(self.members[rank]) for rank in ranks):
+            self._rings.take_in()  # what they have sent before
+            if self.first_sender(ranks, tag) is None:
+                told = f"rank {self.members[ranks[0]]} returned while rank {self.process}"
+                self._final = ContractError(f"{told} waits in {self._doing(doing)}")
+                raise self._final
+        return False
+
+    # -- waiting ------------------------------------------------------------------------------
+
+    def _is_soon(self, ready: Callable[[], object]) -> bool:
+        for _ in range(self._board.looks // 4):
+            self._rings.move()
+            if ready():
+                return True
+            if self._board.crowded:
+                os.sched_yield()
+        return False
 
     def _progress(self, seconds: float) -> None:
-        writers = [process for process, queue in self._outbox.items() if queue]
+        if self._rings.move():
+            seconds = 0
         tickets = [self._queue.handle] if self._queue is not None and self._at_queue else []
-        for handle in self._port.wait([*self._handles(), *tickets], writers, seconds):
+        for handle in self._doorbell.wait([*self._handles(), *tickets], seconds):
             if handle not in tickets:
                 self._on_handle(handle)
-        for process in writers:
-            self._flush(process)
-        self._take_packets()
-
-    def _take_packets(self) -> bool:
-        """Take in packets; False where there are none."""
-        packets = self._port.read()
-        for packet in packets:
-            self._on_packet(packet)
-        return bool(packets)
-
-    def wake(self) -> None:
-        # Where its own inbox is full, it wakes without this.
-        self._port.write(self.process, _WAKE_PACKET)
+        self._rings.move()
 
     def _handles(self) -> Iterable[int]:
-        """What to wait for beside the inbox."""
+        """What to wait for beside the doorbell."""
         return ()
 
     def _on_handle(self, handle: int) -> None:
         """One of these is ready."""
 
-    def _on_packet(self, packet: bytes) -> None:
-        _, kind, source, run = _PACKET_HEAD.unpack_from(packet)
-        body = packet[_PACKET_HEAD.size :]
-        if kind == _START:
-            self._on_start(source, run, body)
-        elif kind == _DATA:
-            self._on_data(source, run, body)
-        elif kind == _RELEASE and run == self.run:
-            self._readers[_RELEASE_HEAD.unpack(body)[0]].discard(source)
+    def _fall_asleep(self) -> None:
+        wants_room = self._wants_room or self._rings.have_unsent()
+        self._board.fall_asleep(self.process, _WANTS_ROOM if wants_room else _WANTS_NEWS)
 
-    def _on_start(self, source: int, run: int, body: bytes) -> None:
-        stream, depth, number, verb, tag, head_bytes = _START_HEAD.unpack_from(body)
-        call = Call(depth, number, _VERBS[verb])
-        incoming = _Incoming(run, call, tag, head_bytes, held=False)
-        self._streams[source, stream] = incoming
-        if call.verb not in _WORDS:
-            self._deliver(source, incoming)
-        self._feed(source, stream, incoming, body[_START_HEAD.size :])
+    def _wake_up(self) -> None:
+        self._board.wake_up(self.process)
 
-    def _on_data(self, source: int, run: int, body: bytes) -> None:
-        stream, slot, size = _DATA_HEAD.unpack_from(body)
-        incoming = self._streams.get((source, stream))
-        if slot == _INLINE:
-            if incoming is not None:
-                self._feed(source, stream, incoming, body[_DATA_HEAD.size :])
-            return
-        # The sender may be ahead: in a run that this process has yet to begin.
-        release = functools.partial(self._write, source, _RELEASE, run, _RELEASE_HEAD.pack(slot))
-        if incoming is None:  # of a run that has ended, or there was no memory for it
-            release()
-            return
-        data = self._board.mail_slot(source, slot)[:size]
-        self._feed(source, stream, incoming, data, release)
-
-    def _feed(
-        self,
-        source: int,
-        stream: int,
-        incoming: _Incoming,
-        data: bytes | _Bytes,
-        release: Callable[[], None] | None = None,
-    ) -> None:
-        try:
-            incoming.feed(data, release)
-        except MemoryError as why:  # told where it is waited for
-            incoming.failure = why
-            if release is not None:
-                release()
-        if incoming.done():
-            self._streams.pop((source, stream), None)
-            if incoming.call.verb in _WORDS:
-                self._deliver(source, incoming)
-
-    # -- packets out --------------------------------------------------------------------------
-
-    def _write(self, process: int, kind: int, run: int, body: bytes) -> None:
-        """Write a packet, or keep it for when the inbox has room; never blocks."""
-        packet = _PACKET_HEAD.pack(_PACKET_HEAD.size + len(body), kind, self.process, run) + body
-        queue = self._outbox[process]
-        if queue or not self._port.write(process, packet):
-            queue.append(packet)
-
-    def _flush(self, process: int) -> None:
-        packets = self._outbox[process]
-        while packets and self._port.write(process, packets[0]):
-            packets.popleft()
-
-    def _post(self, process: int, parcel: Parcel) -> None:
-        body, parts = self._start_of(parcel)
-        self._write(process, _START, parcel.run, body)
-        for chunk in _chunks(parts, _INLINE_BYTES):
-            self._write(process, _DATA, parcel.run, _inline(self._stream, chunk))
-
-    def _start_of(self, parcel: Parcel) -> tuple[bytes, list[_Bytes]]:
-        """The body of a parcel's first packet, and what does not fit into that."""
-        assert parcel.message is not None
-        head, buffers, call = parcel.message.head(), parcel.message.buffers, parcel.call
-        self._stream += 1
-        start = _START_HEAD.pack(
-            self._stream, call.depth, call.number, _VERBS.index(call.verb), parcel.tag, len(head)
-        )
-        if len(head) + sum(map(len, buffers)) <= _INLINE_BYTES:
-            return b"".join([start, head, *(buffer.data for buffer in buffers)]), []
-        return start, [_as_bytes(head), *buffers]
-
-    def _transmit(self, processes: Sequence[int], parcel: Parcel) -> None:
-        """Send to all of these, through the same slots."""
-        body, parts = self._start_of(parcel)
-        stream = self._stream  # as to wait for room may come to send words
-        self._write_all(processes, _START, body)
-        for chunk in _chunks(parts, _SLOT_BYTES):
-            self._transmit_chunk(processes, stream, chunk)
-
-    def _transmit_chunk(self, processes: Sequence[int], stream: int, chunk: list[_Bytes]) -> None:
-        index = self._free_slot()
-        position = _write_pieces(self._board.mail_slot(self.process, index), chunk)
-        self._readers[index].update(processes)
-        self._write_all(processes, _DATA, _DATA_HEAD.pack(stream, index, position))
-
-    def _free_slot(self) -> int:
-        self._wait_until(
-            lambda: not all(self._readers),
-            lambda: sorted(set().union(*self._readers)),
-            f"sending in {self._doing('')}",
-        )
-        return self._readers.index(set())
-
-    def _write_all(self, processes: Sequence[int], kind: int, body: bytes) -> None:
+    def wake_others(self, processes: Iterable[int]) -> None:
+        """Those of them who sleep, after a fence."""
+        sleepers = self._board.sleepers()
         for process in processes:
-            self._await_room(process)
-            self._write(process, kind, self.run, body)
+            if sleepers[process] and process != self.process:
+                self._doorbell.ring(process)
 
-    def _await_room(self, process: int) -> None:
-        """Not to pile up packets here while their reader is busy."""
-        queue = self._outbox[process]
-        if queue:
-            self._wait_until(lambda: not queue, lambda: [process], "send")
+    def tell_of_room(self) -> None:
+        """Wake all others who wait for room, after a fence."""
+        for process, why in enumerate(self._board.sleepers()):
+            if why == _WANTS_ROOM and process != self.process:
+                self._doorbell.ring(process)
+
+    def has_returned(self, process: int) -> bool:
+        """Whether its part in the current run is over, and well."""
+        return self._board.has_returned(process, self._base)
+
+    def wake(self) -> None:
+        self._doorbell.ring(self.process)
 
     @property
     def queue(self) -> _ChunkQueue | None:
@@ -4016,22 +4199,20 @@ class PipeCommunicator(Communicator):
 
     def wake_main(self) -> None:
         """Have main look for what it waits for beside messages."""
-        self._write(0, _WAKE, self.run, b"")
+        self._board.fence()
+        self.wake_others([0])
 
+    def tell_of_room_in_queue(self) -> None:
+        self._board.fence()
+        self.tell_of_room()
 
-def _inline(stream: int, chunk: list[_Bytes]) -> bytes:
-    """A chunk as the body of a packet."""
-    content = b"".join(piece.data for piece in chunk)
-    return _DATA_HEAD.pack(stream, _INLINE, len(content)) + content
-
-
-def _write_pieces(slot: _Bytes, chunk: Iterable[_Bytes]) -> int:
-    """Copy the pieces of a chunk into a slot, one behind the other; bytes of them all."""
-    position = 0
-    for piece in chunk:
-        slot[position : position + piece.nbytes] = piece
-        position += piece.nbytes
-    return position
+    def await_room(self, has_room: Callable[[], object], doing: str) -> None:
+        """On main: wait until others have read what lies in the queue, as they always do."""
+        self._wants_room = True
+        try:
+            self.await_any(has_room, list, doing)
+        finally:
+            self._wants_room = False
 
 
 def _chunks(parts: Iterable[_Bytes], most: int) -> Iterator[list[_Bytes]]:
@@ -4051,11 +4232,11 @@ def _chunks(parts: Iterable[_Bytes], most: int) -> Iterator[list[_Bytes]]:
         yield chunk
 
 
-class _WorkerEnd(PipeCommunicator):
+class _WorkerEnd(BoardCommunicator):
     """The communicator of a worker."""
 
     def __init__(self, setup: _WorkerSetup) -> None:
-        super().__init__(setup.process, setup.port, setup.board, setup.queue, setup.timeout)
+        super().__init__(setup.process, setup.board, setup.doorbell, setup.queue, setup.timeout)
         self.limit = setup.limit
         self._main_pid = setup.main_pid
         self._life = setup.life.fileno()
@@ -4066,21 +4247,61 @@ class _WorkerEnd(PipeCommunicator):
     def _on_handle(self, handle: int) -> None:
         os._exit(1)  # main is gone, and nobody is left to hear of it
 
+    def _is_called_off(self) -> bool:
+        return self._board.is_called_off(self._base)
+
+    def _is_called(self) -> bool:
+        return self._board.called(self.process) not in (0, self._base)
+
     def next_command(self) -> Message | None:
         # Main may be about to come to a verb, or to an exception of its own.
-        if self._unheard and not self.listen(_SETTLING, self._main_has_spoken):
+        if self._unheard and not self.listen(
+            _SETTLING, lambda: self._is_called_off() or self._is_called()
+        ):
             _interrupt(self._main_pid)
-        return super().next_command()
+        while True:
+            with self._idling():
+                self._wait_until(self._is_called, lambda: [0], "return")
+            number = self._board.called(self.process)
+            if number == _LET_GO:
+                return None
+            self._next_run(self.run + 1)
+            self._round = self._base = number
+            self._in_run = True
+            try:
+                return self._take_command()
+            except (RunEnded, ParallelizerError, MemoryError) as error:
+                self.fail_run(error)
+                if self.ends_outer_run(error):
+                    raise
 
-    def _main_has_spoken(self) -> bool:
-        return bool(self._arrived[0]) or self._end.called_off
+    def _take_command(self) -> Message:
+        """What lies in main's slot for this process, or for all that are called."""
+        with self.restricted_to(self._board.runners()):
+            self._everyone, self._place = self.members, self.rank
+            index = self.rank - 1
+            if self._find(0, index, self._round & 1).total <= _SLOT_BYTES:
+                return self._copy(self._peek(0, index), 0)
+            inflow = self._take_up(0, index)
+            self._carry_on([0], None, [inflow])
+            return inflow.message()
+
+    def _leave_early(self, error: BaseException) -> BaseException:
+        if not (self._ends_own_run(error) or self._is_called_off()):
+            self._unheard = True
+            self._tell_failure([0], "failed", self._for_others(error))
+            # Main may compute, and take in nothing.
+            if not self.listen(_SETTLING, lambda: self._rings.has_sent(0)):
+                _interrupt(self._main_pid)
+                self.listen(math.inf, lambda: self._rings.has_sent(0))
+        return error
 
 
-class _MainEnd(PipeCommunicator):
+class _MainEnd(BoardCommunicator):
     """The communicator of main, which also watches over the workers."""
 
     def __init__(self, workers: _Workers, timeout: float | None) -> None:
-        super().__init__(0, workers.port, workers.board, workers.queue, timeout)
+        super().__init__(0, workers.board, workers.doorbell, workers.queue, timeout)
         self.limit = workers.limit
         self._workers = workers
         _listen(self)
@@ -4089,7 +4310,7 @@ class _MainEnd(PipeCommunicator):
         return self._workers.sentinels
 
     def _on_handle(self, handle: int) -> None:
-        self._take_packets()  # its last words
+        self._rings.take_in()  # its last words
         if handle not in self._workers.sentinels:
             return  # buried by its other one
         process = self._workers.sentinels[handle]
@@ -4103,17 +4324,51 @@ class _MainEnd(PipeCommunicator):
     def start_others(self) -> None:
         self._workers.start_missing()
 
+    def command(self, messages: Sequence[Message] | None) -> None:
+        self._command = messages
+        if messages is None:
+            self._board.let_go()
+            self.wake_others(self.members)
+
+    def _next_run(self, run: int) -> None:
+        super()._next_run(run)
+        self._board.empty_rings()
+
+    def _begin_on_others(self, command: Sequence[Message]) -> None:
+        # Where a run has failed, the processes may have counted differently.
+        self._base = max(self._board.latest(), self._round, _LET_GO) + 1
+        self._round = self._base - 1
+        chunks = self._lay(*command)
+        self._round = self._base
+        self._told = set(self.members[1:])
+        self._board.call(self.members, self._base)
+        self.wake_others(self.members)
+        if chunks is not None:
+            self._carry_on([0], chunks, [])
+
+    def _inside(self) -> list[int]:
+        board, left = self._board, self._end.left
+        return sorted(p for p in self._told - left if not board.has_left(p, self._base))
+
+    def _see_all_leave(self) -> bool:
+        self._board.call_off(self._base)
+        # Again and again, as Python swallows what a signal's handler raises in a destructor.
+        for _ in range(10):
+            for process in self._inside():
+                self.wake_others([process])
+                _interrupt(self._workers.processes[process].pid)
+            if self.listen(_GRACE / 10, lambda: not self._inside()):
+                return True
+        return False
+
     def _make_all_leave(self, error: BaseException) -> None:
         doomed = list(self._workers.processes)
         try:
             super()._make_all_leave(error)
-            # After a call that was interrupted, what is still on its way to whom is unknown.
-            doomed = doomed if self._broken else self._inside()
+            doomed = self._inside()
+            self._rings.take_in()  # what they have told before they left
         finally:  # a second Ctrl-C dooms them all
             self._workers.kill(doomed)
-
-    def _hurry(self, process: int) -> None:
-        _interrupt(self._workers.processes[process].pid)
 
     def close(self) -> None:
         _stop_listening(self)
@@ -4125,6 +4380,86 @@ class _MainEnd(PipeCommunicator):
             finally:  # also after a Ctrl-C
                 self._workers.close()
 
+
+# -- signals -------------------------------------------------------------------------------------
+#
+# Two signals concern a run. Ctrl-C (SIGINT) ends it, or does what else its handler says. By SIGURG
+# main makes a worker that computes, or a worker makes main, look whether the run has been called
+# off. Neither is heeded amid a step of the protocol, but at the end of the verb, or at the next
+# turn of a wait.
+
+
+class _CtrlC:
+    """When a Ctrl-C is heeded: while the user's function executes, or when it is waited for.
+
+    The handler that was there before is called then; at once, if another one waits already.
+    """
+
+    def __init__(self) -> None:
+        self.pending = False
+        self._allowed = False
+        self._before: Any = None
+        # What the main thread is doing, innermost last.
+        self._phases: list[Communicator | None] = []
+
+    @_context
+    def governed_by(self, phase: Communicator | None) -> Iterator[None]:
+        """Within, it is heeded when this communicator allows it; or, without one, at the end."""
+        handler = signal.getsignal(signal.SIGINT)
+        if not (_on_main_thread() and (callable(handler) or self._phases)):
+            yield
+            return
+        outermost = not self._phases
+        try:
+            self._phases.append(phase)
+            if outermost:
+                self._before = handler
+                signal.signal(signal.SIGINT, self._handle)
+            yield
+        finally:
+            del self._phases[0 if outermost else -1 :]  # nothing, if a Ctrl-C has come before
+            if outermost and signal.getsignal(signal.SIGINT) == self._handle:
+                signal.signal(signal.SIGINT, self._before)
+            if self.pending and (outermost or self._is_heeded()):
+                self.heed()
+
+    def allow(self, wait: Callable[[], _T]) -> _T:
+        """The result of a wait, which it may break off."""
+        self._allowed = True
+        try:
+            if self.pending:
+                self.heed()
+            return wait()
+        finally:
+            self._allowed = False
+
+    def heed(self) -> None:
+        self.pending = False
+        self._before(signal.SIGINT, sys._getframe())
+
+    def forget(self) -> None:
+        """In a process that has been forked within."""
+        if self._phases and signal.getsignal(signal.SIGINT) == self._handle:
+            signal.signal(signal.SIGINT, self._before)
+        self._phases.clear()
+        self.pending = False
+
+    def _is_heeded(self) -> bool:
+        phase = self._phases[-1] if self._phases else None
+        return self._allowed or (phase is not None and phase.interruptible)
+
+    def _handle(self, signum: int, frame: types.FrameType | None) -> None:
+        if self.pending or self._is_heeded():
+            self.pending = False
+            self._before(signum, frame)
+        else:
+            self.pending = True
+            for phase in self._phases[-1:]:
+                if phase is not None:
+                    phase.wake()  # because a system call goes on after a signal
+
+
+_CTRL_C = _CtrlC()
 
 # Ignored by default and used by nobody else to speak of, so it can be sent without harm.
 _URGENT: int | None = getattr(signal, "SIGURG", None)
@@ -4200,8 +4535,8 @@ class _WorkerSetup(NamedTuple):
 
     parallelizer: bytes  # pickled here, because its class may be of `__main__`
     process: int
-    port: _Port
     board: _Board
+    doorbell: _Doorbell
     queue: _ChunkQueue | None
     life: Connection
     main_pid: int
@@ -4245,29 +4580,30 @@ class _Workers:
         except OSError as why:
             _explain_start(nprocs, why)
             raise
-        self._ports = [_new_port(reader, [writer for _, writer in pipes]) for reader, _ in pipes]
-        self.port = self._ports[0]
-        if self.queue is not None:
-            for port in self._ports:
-                port.make_nonblocking()
+        kind = _Doorbell if _POSIX else _WindowsDoorbell
+        self._doorbells = [kind(reader, [writer for _, writer in pipes]) for reader, _ in pipes]
+        self.doorbell = self._doorbells[0]
+        if _POSIX:
+            for doorbell in self._doorbells:
+                doorbell.make_nonblocking()
         _POOLS.add(self)
 
     def start_missing(self) -> None:
-        missing = [p for p in range(1, len(self._ports)) if p not in self.processes]
+        missing = [p for p in range(1, self.board.nprocs) if p not in self.processes]
         if not missing:
             return
         # Now, because threads may have been started since the parallelizer was opened.
-        self._method = _safe_start_method(self._method, len(self._ports))
+        self._method = _safe_start_method(self._method, self.board.nprocs)
         try:
             if self._guard is None or self._guard.is_gone():
                 self._guard = _Guard()
             if not self._start_all(missing, self._guard):
-                self._method = _safe_start_method("forkserver", len(self._ports))
+                self._method = _safe_start_method("forkserver", self.board.nprocs)
                 self._start_all(missing, self._guard)
             self._guard.settle()
         except OSError as why:
             self.kill(list(self.processes))
-            _explain_start(len(self._ports), why)
+            _explain_start(self.board.nprocs, why)
             raise
 
     def _start_all(self, missing: Iterable[int], guard: _Guard) -> bool:
@@ -4290,11 +4626,9 @@ class _Workers:
                 with _ThreadLimit.set_aside():
                     _fork_server().ensure_running()
             for process in missing:
-                while self._ports[process].read():
-                    pass  # what its dead predecessor has left unread
-                self._ports[process].forget_partial()
+                self.board.renew(process)
                 self._start(_WorkerSetup(
-                    pickled, process, self._ports[process], self.board, self.queue,
+                    pickled, process, self.board, self._doorbells[process], self.queue,
                     guard.life, os.getpid(), self._timeout, self.limit, self._method,
                 ))  # fmt: skip
                 if may_harm and not _is_single_threaded():
@@ -4403,10 +4737,9 @@ class _Workers:
             _POOLS.discard(self)
             if self._guard is not None:
                 self._guard.close()
-            for connection in self.port.outboxes:
+            for doorbell, connection in zip(self._doorbells, self.doorbell.of, strict=True):
                 connection.close()
-            for port in self._ports:
-                port.inbox.close()
+                doorbell.own.close()
             if self.queue is not None:
                 self.queue.close()
             self.board.close()
@@ -4842,10 +5175,6 @@ def _stay_apart_from_the_mpi_job() -> None:
             importlib.import_module("mpi4py").rc.initialize = False
 
 
-def _new_port(inbox: Connection, outboxes: Sequence[Connection]) -> _Port:
-    return _Port(inbox, outboxes) if _POSIX else _WindowsPort(inbox, outboxes)
-
-
 def _no_shared_memory(need: str, why: Exception) -> ParallelizerError:
     return ParallelizerError(
         f"no shared memory: {need}: {why}. Likely cause: a limit of the size of files (ulimit -f) "
@@ -4860,7 +5189,7 @@ def _new_board(nprocs: int) -> _Board:
     except (OSError, ValueError) as why:
         if isinstance(why, OSError) and why.errno in (errno.EMFILE, errno.ENFILE):
             raise
-        need = f"{nprocs} processes need {nprocs * _SLOTS * _SLOT_BYTES >> 20} MiB"
+        need = f"{nprocs} processes need {2 * nprocs * _SLOT_BYTES >> 20} MiB"
         raise _no_shared_memory(need, why) from why
 
 
@@ -5928,22 +6257,38 @@ class Parallelizer:
     def __enter__(self: _Self) -> _Self:
         """Bring the processes up, and be what ``lookup(None)`` finds. Re-entrant."""
         self._refuse_if_absent()
-        if self._entered == 0:
-            self._start()
-        self._entered += 1
-        self._open.insert(0, weakref.ref(self))
-        return self
+        before = self._entered
+        try:
+            with _CTRL_C.governed_by(None):
+                if self._entered == 0:
+                    self._start()
+                self._open.insert(0, weakref.ref(self))
+                self._entered += 1
+                return self
+        except BaseException:
+            if self._entered > before:  # then a Ctrl-C has come amid this
+                self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
+        before = self._entered
+        try:
+            with _CTRL_C.governed_by(None):
+                self._leave()
+        except BaseException:
+            if self._entered == before:  # because a Ctrl-C has come first
+                self._leave()
+            raise
+
+    def _leave(self) -> None:
+        self._entered = max(self._entered - 1, 0)  # a forked child has never entered
         with contextlib.suppress(ValueError):  # a worker's are its own
             self._open.remove(weakref.ref(self))
-        self._entered -= 1
         if self._entered == 0:
             try:
                 self._end_stream()
-            finally:  # also after a Ctrl-C
+            finally:  # whatever a stream may raise
                 self._stop()
-        self._entered = max(self._entered, 0)  # a forked child has never entered
 
     def _start(self) -> None:
         """Bring the processes up."""
@@ -6068,7 +6413,10 @@ class Parallelizer:
                 f"that come to its end first, or close() it"
             )
         lock = self._lock  # not that of a child which is forked within
-        if not lock.acquire(timeout=min(self.timeout or math.inf, threading.TIMEOUT_MAX)):
+        timeout = min(self.timeout or math.inf, threading.TIMEOUT_MAX)
+        if not (
+            lock.acquire(blocking=False) or _CTRL_C.allow(lambda: lock.acquire(timeout=timeout))
+        ):
             raise WaitTimeout(
                 f"{what} waited {self.timeout} s for a run of another thread to end; if that waits "
                 f"for this thread, neither can go on"
@@ -6081,13 +6429,14 @@ class Parallelizer:
     @_context
     def _running(self) -> Iterator[None]:
         """Within, the processes are up, and this thread is the one that runs."""
-        with self._reserved("run"), self, self._communicator().limiting():
+        with _CTRL_C.governed_by(None), self._reserved("run"), self:
             communicator = self._communicator()
-            communicator.runner = threading.get_ident()
-            try:
-                yield
-            finally:
-                communicator.runner = None
+            with communicator.limiting(), _CTRL_C.governed_by(communicator):
+                communicator.runner = threading.get_ident()
+                try:
+                    yield
+                finally:
+                    communicator.runner = None
 
     def _runs_here(self) -> bool:
         """Whether this thread executes a run, on this parallelizer or one that shares its ranks."""
@@ -6199,9 +6548,6 @@ class Parallelizer:
 
     def _speaking(self, verb: str) -> Communicator:
         """The communicator, for a verb that all processes call together."""
-        comm, thread = self._comm, threading.get_ident()
-        if comm is not None and comm.runner == thread != comm.in_task and not self._absent:
-            return comm
         if self._comm is not None and self._comm.size > 1 and self._in_task():
             raise ContractError(
                 f"{verb} was called by a function that map calls for an item, where not all "
@@ -6218,7 +6564,10 @@ class Parallelizer:
 
     def _calling(self, verb: str) -> contextlib.AbstractContextManager[Communicator, None]:
         """The same, as the context of the call; one process need not keep in step with itself."""
-        comm = self._speaking(verb)
+        comm = self._comm
+        # What mostly holds is asked for here, because each call costs as much as a small message.
+        if comm is None or comm.runner != threading.get_ident() or comm.in_task or self._absent:
+            comm = self._speaking(verb)
         return comm.enter(verb) if comm.size > 1 else contextlib.nullcontext(comm)
 
     # -- messages -----------------------------------------------------------------------------
@@ -6378,14 +6727,14 @@ class Parallelizer:
         """Main's `op`, and everybody's value; None where main is to fold them."""
         packed = _pack(data, f"what rank {comm.rank} reduces")
         if isinstance(op, str) and packed.nbytes <= _SMALL_BYTES and not packed.kept:
-            packed = packed._replace(pickled=bytes([_OPS.index(op)]) + packed.pickled)
+            packed = Message(_OPS[op] + packed.pickled, packed.buffers)
         else:
             packed = _OTHERWISE
         messages = comm.allgather(packed, GatherPlan(False))
         if any(one.pickled == _OTHERWISE.pickled for one in messages):
             return None
-        values = _unpacked((one._replace(pickled=one.pickled[1:]) for one in messages), "reduces")
-        return _OPS[messages[0].pickled[0]], values
+        values = _unpacked([Message(one.pickled[1:], one.buffers) for one in messages], "reduces")
+        return _OF_OPS[messages[0].pickled[:1]], values
 
     def reduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
         """Fold every process's `data` on main: ``op(op(rank 0's, rank 1's), rank 2's)``, ...
@@ -6418,7 +6767,7 @@ class Parallelizer:
         """As `reduce`, with the result on every process."""
         _reduction(op)
         with self._calling("allreduce") as comm:
-            if comm.one_round:
+            if comm.one_round and comm.size > 1:
                 found = self._allgathered_to_fold(comm, _own(data), op)
                 if found is not None:
                     return _folded(*found)
@@ -7090,7 +7439,8 @@ def _shape(value: Any) -> Any:
 
 # Stands in an allgather for what cannot be sent to all in this way.
 _OTHERWISE = Message(b"otherwise", [])
-_OPS = tuple(_REDUCTIONS)
+_OPS = {op: bytes([number]) for number, op in enumerate(_REDUCTIONS)}
+_OF_OPS = {number: op for op, number in _OPS.items()}
 _SMALL_BYTES = 8192  # that are folded by each process, rather than by main
 
 
@@ -7932,9 +8282,9 @@ class _Mail:
 class _Pull(_Mail):
     """Where all share memory: the chunks lie there, and each process takes its next one."""
 
-    _comm: PipeCommunicator
+    _comm: BoardCommunicator
 
-    def __init__(self, comm: PipeCommunicator, tag: int) -> None:
+    def __init__(self, comm: BoardCommunicator, tag: int) -> None:
         super().__init__(comm, tag)
         self._offered = 0  # on main: chunks that are not known to have been computed
         self._flushed = 0.0  # when
@@ -8001,8 +8351,7 @@ class _Pull(_Mail):
     def await_room(self) -> None:
         """On main, where all that there is room for has been taken, but not yet been read."""
         with self._comm.enter("receive"):
-            # They read what they have taken, whatever else they may wait for.
-            self._comm.await_any(self._queue.has_room_again, list, "a map")
+            self._comm.await_room(self._queue.has_room_again, "a map")
 
     def end(self) -> bool:
         return self._queue.end()
@@ -8025,8 +8374,7 @@ class _Pull(_Mail):
                     message = queue.read(ticket)
                 except (MemoryError, OSError) as why:  # mmap raises the latter
                     raise comm.out_of_memory(0, why) from why
-                if message.nbytes > _SLOT_BYTES:
-                    comm.wake_main()  # which may wait for that room
+                comm.tell_of_room_in_queue()
                 yield _unpack(message, "a chunk")
         finally:
             queue.leave(comm.process)
@@ -8037,7 +8385,7 @@ class _Pull(_Mail):
 
 
 def _hand(comm: Communicator, tag: int) -> _Mail:
-    if isinstance(comm, PipeCommunicator) and comm.size > 1 and comm.queue is not None:
+    if isinstance(comm, BoardCommunicator) and comm.size > 1 and comm.queue is not None:
         return _Pull(comm, tag)
     return _Mail(comm, tag)
 
