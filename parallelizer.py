@@ -1617,7 +1617,7 @@ _WORDS = ("control", "return", "failed", "abort", "over")  # short, and heard as
 _VERBS = (
     *_WORDS, "run", "stop", "more of an earlier call", "run(comm=...)",
     "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "imap",
-    "share", "send",
+    "share", "send", "alltoall",
 )  # fmt: skip
 
 
@@ -2116,6 +2116,18 @@ class Communicator(abc.ABC):
             for pickled, count in pickle.loads(joint.pickled)
         ]
         return messages if self.rank > 0 else [messages[0].copy(), *messages[1:]]
+
+    def alltoall(self, messages: Sequence[Message]) -> list[Message]:
+        """Of `messages`, each goes to the rank at its place; what all ranks have for this one."""
+        for process, message in zip(self.members, messages, strict=True):
+            if process != self.process:
+                self._transmit([process], self._outgoing(message))
+        others = self._collect([process for process in self.members if process != self.process])
+        for parcel in others.values():
+            parcel.take_in()
+        received = [self._complete(parcel, process) for process, parcel in others.items()]
+        received.insert(self.rank, messages[self.rank])
+        return received
 
     def gather_in_turn(self, message: Message) -> Generator[Message, None, None]:
         """The other ranks' messages on rank 0, each moved when it is asked for; none elsewhere."""
@@ -3979,6 +3991,19 @@ class BoardCommunicator(Communicator):
             messages[self.rank] = self._copy(message, self.process)
         return messages
 
+    def alltoall(self, messages: Sequence[Message]) -> list[Message]:
+        own = messages[self.rank]
+        chunks = self._lay(*messages[: self.rank], _NOTHING, *messages[self.rank + 1 :])
+        large = self._meet(large=chunks is not None)
+        others = [process for process in self.members if process != self.process]
+        if large:
+            inflows = [self._take_up(process, self.rank) for process in others]
+            self._carry_on(large, chunks, inflows)
+            received = [inflow.message() for inflow in inflows]
+        else:
+            received = [self._copy(self._peek(process, self.rank), process) for process in others]
+        return [*received[: self.rank], own, *received[self.rank :]]
+
     def _taken_in(
         self,
         message: Message,
@@ -5502,10 +5527,13 @@ class _Letter(Parcel):
             self.message = Message(self.pickled, self._parts[1:])
         return self.message is not None
 
+    def take_in(self) -> None:
+        if self.message is None and not self._parts:  # else it is coming
+            self.place(None)
+
     def discard(self) -> None:
         # What has been sent must be taken in, or it would be taken for something else.
-        if self.message is None and not self._parts:
-            self.place(None)
+        self.take_in()
 
 
 class MPICommunicator(Communicator):
@@ -6736,6 +6764,52 @@ class Parallelizer:
         values = _unpacked([Message(one.pickled[1:], one.buffers) for one in messages], "reduces")
         return _OF_OPS[messages[0].pickled[:1]], values
 
+    def alltoall(self, data: Any) -> list[Any]:
+        """Send an item to each process, and get one from each.
+
+        Parameters
+        ----------
+        data : sequence
+            As many items as there are processes; each goes to the rank at its place.
+
+        Returns
+        -------
+        What the others, and this process itself, have sent here, in rank order: a list of `nprocs`
+        objects, each a copy of one's own but for the item that this process keeps.
+
+        Raises
+        ------
+        ValueError, TypeError
+            On every process, where one of them brings another number of items, or no sequence.
+
+        Notes
+        -----
+        On three processes, ``alltoall([10 * id + n for n in range(3)])`` is ``[1, 11, 21]`` on
+        rank 1.
+        """
+        with self._calling("alltoall") as comm:
+            refused: Exception | None = None
+            try:
+                items = _one_for_each(data, comm)
+                own = items[comm.rank] = _laid_out(items[comm.rank])
+                if comm.size == 1:
+                    return items
+                items[comm.rank] = None  # which need not travel
+                what = f"what rank {comm.rank} sends by alltoall"
+                messages = [_pack(item, what, comm) for item in items]
+                own = _as_sent(own)
+            except Exception as why:
+                if comm.size == 1:
+                    raise
+                refused, own = why, _Refusal.of(why, comm.process, comm.size)
+                messages = [_pack(own, "a refusal")] * comm.size
+            values = _unpacked(comm.alltoall(messages), "sent by alltoall")
+            values[comm.rank] = own
+            for value in values:
+                if type(value) is _Refusal:
+                    raise refused if refused and value is own else value.exception()
+            return values
+
     def reduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
         """Fold every process's `data` on main: ``op(op(rank 0's, rank 1's), rank 2's)``, ...
 
@@ -7450,6 +7524,20 @@ class _Refusal(Failure):
 
 def _refuse(why: Exception, comm: Communicator) -> Message:
     return _pack(_Refusal.of(why, comm.process, comm.size), "a refusal")
+
+
+def _one_for_each(data: Any, comm: Communicator) -> list[Any]:
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            f"alltoall needs a sequence with an item for each process, not {_describe(data)}"
+        )
+    items = list(data)
+    if len(items) != comm.size:
+        raise ValueError(
+            f"alltoall needs an item for each of the {comm.size} processes, but rank {comm.rank} "
+            f"brings {len(items)}; where a process is to get nothing, let None stand in its place"
+        )
+    return items
 
 
 def _accept(message: Message) -> Any:

@@ -3960,6 +3960,60 @@ def test_the_word_of_main_counts_in_allreduce(p: Par, size: int) -> None:
     expect(p, p.run(reduces_by_other_words, size), [[sum(range(p.nprocs))]] * p.nprocs)
 
 
+def exchanges_arrays(sizes: list[int], *, parallelizer: Par) -> Any:
+    p, ranks = parallelizer, range(parallelizer.nprocs)
+
+    def sent(source: int, target: int) -> Array:
+        return np.full(sizes[(source + target) % len(sizes)], 10 * source + target)
+
+    found = p.alltoall([sent(p.id, rank) for rank in ranks])
+    right = [np.array_equal(found[rank], sent(rank, p.id)) for rank in ranks]
+    return p.allgather((all(right), all(array.flags.writeable for array in found)))
+
+
+@pytest.mark.parametrize("sizes", [[1], [0, 3, 7], [LONG, 0, 5], [LONG, LONG]], ids=str)
+def test_alltoall_moves_what_is_at_each_place(p: Par, sizes: list[int]) -> None:
+    expect(p, p.run(exchanges_arrays, sizes), [(True, True)] * p.nprocs)
+
+
+def exchanges_objects(*, parallelizer: Par) -> Any:
+    p = parallelizer
+    strided = np.arange(12.0).reshape(3, 4).T
+    found = p.alltoall([{"from": p.id, "to": rank, "what": strided} for rank in range(p.nprocs)])
+    laid_out = all(
+        one["what"].flags.c_contiguous or one["what"].flags.f_contiguous for one in found
+    )
+    return p.allgather([(one["from"], one["to"], laid_out) for one in found])
+
+
+def test_alltoall_of_objects(p: Par) -> None:
+    wanted = [[(source, me, True) for source in range(p.nprocs)] for me in range(p.nprocs)]
+    expect(p, p.run(exchanges_objects), wanted)
+
+
+def exchanges_badly(fault: str, culprit: int, *, parallelizer: Par) -> Any:
+    p, data = parallelizer, list(range(parallelizer.nprocs))
+    brings = {
+        "longer": [*data, 0], "shorter": data[1:], "none": None,
+        "unpicklable": [threading.Lock() for _ in data],
+    }  # fmt: skip
+    bad = p.id == min(culprit, p.nprocs - 1)
+    error = caught_from(p.alltoall, brings[fault] if bad else data)
+    # In step: all have heard of it at the same call, and go on together.
+    return p.allgather(type(error).__name__), p.allgather(p.alltoall(data))
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("fault", ["longer", "shorter", "none", "unpicklable"])
+def test_what_one_rank_cannot_exchange_is_told_on_all(p: Par, fault: str, culprit: int) -> None:
+    told = {"none": "TypeError", "unpicklable": "PackingError"}.get(fault, "ValueError")
+    if p.nprocs == 1 and fault == "unpicklable":
+        told = "NoneType"  # there is nobody to pack it for
+    expect(p, p.run(exchanges_badly, fault, culprit), (
+        [told] * p.nprocs, [[rank] * p.nprocs for rank in range(p.nprocs)],
+    ))  # fmt: skip
+
+
 def counts_rounds(*, parallelizer: Par) -> Any:
     p, array = parallelizer, np.ones(3)
     verbs: dict[str, Callable[[], Any]] = {
@@ -3969,6 +4023,7 @@ def counts_rounds(*, parallelizer: Par) -> Any:
         "gather": lambda: p.gather(array),
         "allgather": lambda: p.allgather({"a": array}),
         "allreduce": lambda: p.allreduce(array),
+        "alltoall": lambda: p.alltoall(range(p.nprocs)),
     }
     counts = {}
     for verb, call in verbs.items():
@@ -3982,6 +4037,46 @@ def test_a_small_verb_is_one_round() -> None:
     with MultiprocessingParallelizer(3) as parallelizer:
         for counts in parallelizer.run(counts_rounds):
             assert set(counts.values()) == {1}, counts
+
+
+def counts_calls(*, parallelizer: Par) -> Any:
+    """How many Python functions a verb calls on this rank, beside those that wait for others."""
+    p, waits = parallelizer, ("look", "_await_all", "wake_others")
+    verbs: dict[str, Callable[[], Any]] = {
+        "wait": p.wait,
+        "broadcast": lambda: p.broadcast(1),
+        "gather": lambda: p.gather(1),
+        "allreduce": lambda: p.allreduce(1.0),
+    }
+    counts = {}
+    for name, verb in verbs.items():
+        for _ in range(3):
+            verb()
+        calls, depth = 0, 0
+
+        def count(frame: types.FrameType, event: str, _: object) -> None:
+            nonlocal calls, depth
+            if frame.f_code.co_name in waits:
+                depth += {"call": 1, "return": -1}.get(event, 0)
+            elif event == "call" and depth == 0:
+                calls += 1
+
+        sys.setprofile(count)
+        verb()
+        sys.setprofile(None)
+        counts[name] = calls
+    return p.allgather(counts)
+
+
+def test_python_calls_do_not_grow_with_the_ranks() -> None:
+    """But for what has to be unpacked: a few for each rank whose value comes here."""
+    few, many = (MultiprocessingParallelizer(n).run(counts_calls) for n in (2, 5))
+    for rank in range(2):
+        for verb in ("wait", "broadcast", *(["gather"] if rank else [])):
+            assert many[rank][verb] == few[rank][verb], (rank, verb)
+        for verb in ("gather", "allreduce"):
+            assert many[rank][verb] <= few[rank][verb] + 3 * 10, (rank, verb)
+    assert max(few[0].values()) < 60, few
 
 
 def sends_across(*, parallelizer: Par) -> Any:
@@ -6337,6 +6432,7 @@ class ScheduledDoorbell:
         self._rank, self._pool = rank, pool
 
     def ring(self, process: int) -> None:
+        self._pool.system_calls += 1
         self._pool.schedule.switch()
         self._pool.rung[process] = True
 
@@ -6347,6 +6443,7 @@ class ScheduledDoorbell:
             return [h for h in others if h > 0 and pool.processes[h] not in pool.schedule.waiting]
 
         if seconds > 0:
+            pool.system_calls += 1
             seconds = max(seconds, 1e-3)  # as poll has it, too
             pool.schedule.switch(lambda: pool.rung[self._rank] or dead(), seconds)
         pool.rung[self._rank] = False
@@ -6362,6 +6459,7 @@ class ScheduledPool:
     def __init__(self, board: ScheduledBoard, schedule: Schedule, lifetimes: list[float]) -> None:
         self.board, self.schedule = board, schedule
         self.rung = [False] * board.nprocs
+        self.system_calls = 0
         self.doorbell = ScheduledDoorbell(0, self)
         self.processes: dict[int, Any] = {}
         self.work: Callable[[Any], None]
@@ -6425,6 +6523,9 @@ def call_verb(comm: Any, verb: str, step: int) -> Any:
         elif verb == "scatter":
             several = [internals._pack([brings(r, step)], "numbers") for r in range(comm.size)]
             messages = [comm.scatter(several if comm.rank == 0 else None)]
+        elif verb == "alltoall":
+            several = [brings(comm.rank + r, step) for r in range(comm.size)]
+            messages = comm.alltoall([internals._pack([one], "numbers") for one in several])
         elif verb == "reduce":
             messages = list(comm.gather_in_turn(brought))
         else:
@@ -6457,6 +6558,7 @@ def expected(verb: str, step: int, rank: int, size: int) -> Any:
         "reduce": of_all[1:] if rank == 0 else [],
         "gather": of_all if rank == 0 else [],
         "allgather": of_all,
+        "alltoall": [brings(one + rank, step).tolist() for one in range(size)],
         "exchange": [brings(before, tag).tolist() for tag in (1000 + step, step)],
     }[verb]
 
@@ -6513,13 +6615,20 @@ def perform(comm: Any, script: _Script, told: list[Any]) -> None:
             told.append(comm.fail_run(error))
 
 
-def play(
-    runs: list[list[_Script]], seed: int, lifetimes: list[float]
-) -> tuple[list[list[list[Any]]], float]:
-    """What each process is told in each run, on the schedule of this seed; how long it takes."""
+class Told(NamedTuple):
+    """Of a simulation."""
+
+    rows: list[list[list[Any]]]  # what each process has been told in each run
+    seconds: float  # how long it took
+    system_calls: int  # how often anybody has rung, or slept
+
+
+def play(runs: list[list[_Script]], seed: int, lifetimes: list[float], looks: int = 3) -> Told:
+    """What comes of these runs on the schedule of this seed."""
     schedule = Schedule(seed)
     ranks = len(runs[0])
     board = ScheduledBoard(ranks, schedule)
+    board.looks = looks
     pool = ScheduledPool(board, schedule, lifetimes)
     told: list[list[list[Any]]] = [[[] for _ in range(ranks)] for _ in runs]
 
@@ -6556,16 +6665,17 @@ def play(
         while left := list(schedule.waiting):
             left[0].join()
     board.close()
-    return told, schedule.now
+    return Told(told, schedule.now, pool.system_calls)
 
 
 def scripts_of(draw: np.random.Generator, ranks: int) -> _Script:
-    verbs = ["wait", "broadcast", "scatter", "gather", "allgather", "reduce", "exchange", "late"]
+    verbs = ["wait", "broadcast", "scatter", "gather", "allgather", "reduce", "alltoall"]
+    verbs += ["exchange", "late"]
     script: _Script = draw.choice(verbs, 4).tolist()
     if draw.random() < 0.4 and ranks > 2:
         members = [0, *range(2, ranks)]
         culprit = int(draw.integers(len(members))) if draw.random() < 0.5 else None
-        script[draw.integers(4)] = Group(members, draw.choice(verbs[:6], 2).tolist(), culprit)
+        script[draw.integers(4)] = Group(members, draw.choice(verbs[:7], 2).tolist(), culprit)
     return script
 
 
@@ -6609,7 +6719,7 @@ def test_runs_on_seeded_schedules(seeds: range, monkeypatch: pytest.MonkeyPatch)
         if fault == "die":
             doomed = draw.integers(1, ranks)
             lifetimes[doomed] = float(draw.integers(1500))
-        told, seconds = play([faulty, well, well], seed, lifetimes)
+        told, seconds, _ = play([faulty, well, well], seed, lifetimes)
         if fault == "none":  # nobody sleeps who could go on
             late = sum(max(one.count("late") for one in run) for run in (faulty, well, well))
             assert seconds <= 0.3 * late + 1e-6, f"seed {seed}: {seconds} s, {faulty}, {well}"
@@ -6636,6 +6746,17 @@ def test_runs_on_seeded_schedules(seeds: range, monkeypatch: pytest.MonkeyPatch)
                 good = next((i for i, one in enumerate(row) if one in errors), len(row))
                 assert row[:good] == wanted(scripts, rank)[:good], context
                 assert all(one is None or one in errors for one in row[good:]), context
+
+
+def test_who_is_awake_makes_no_system_call() -> None:
+    """However late the others are: as long as nobody falls asleep, nobody rings."""
+    script: _Script = ["wait", "broadcast", "gather", "allgather", "reduce", "exchange", "scatter"]
+    for seed in range(3):
+        told = play([[script] * 3] * 2, seed, [math.inf] * 3, looks=10**9)
+        assert all(
+            row == wanted([script] * 3, rank) for run in told.rows for rank, row in enumerate(run)
+        )
+        assert told.system_calls == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6878,6 +6999,7 @@ VERBS_AND_THEIR_CALLS: dict[str, Callable[[Par], Any]] = {
     "allgather": lambda p: p.allgather("x"),
     "reduce": lambda p: p.reduce(np.ones(3)),
     "allreduce": lambda p: p.allreduce(1.0),
+    "alltoall": lambda p: p.alltoall(range(p.nprocs)),
     "map": lambda p: p.map(abs, range(9)),
     "imap": lambda p: list(p.imap(abs, range(9))),
     "share": lambda p: p.share(np.ones(3)),
