@@ -2554,6 +2554,10 @@ class Communicator(abc.ABC):
         """Whether a run goes on, as it does not between two of them."""
         return self._in_run
 
+    def is_executed_here(self) -> bool:
+        """Whether this very thread executes one."""
+        return self._in_run and self.runner == threading.get_ident()
+
     # -- the user's function, and the calls it makes --------------------------------------------
 
     def do_between_calls(self, action: Callable[[], object]) -> None:
@@ -5921,6 +5925,29 @@ class MPICommunicator(Communicator):
             message = self.broadcast(None)
         self._in_run = bool(message.pickled)
         return message if message.pickled else None
+
+    def begin_run(self) -> None:
+        if not self._in_run:
+            self._keep_count()
+        super().begin_run()
+
+    def sit_out(self) -> None:
+        self._keep_count()
+        super().sit_out()
+
+    def _keep_count(self) -> None:
+        """Number runs within a run of other ranks by that, too.
+
+        It may have failed before this rank came to an earlier one in it. Counted one by one, this
+        rank would then be behind the others for ever.
+        """
+        outer = [
+            other.run
+            for other in list(_COMMUNICATORS)
+            if other is not self and other.spmd and other.is_executed_here()
+        ]
+        if outer:
+            self.run = max(self.run, min(max(outer) << 12, 2**62))
 
     def tell_all(self, *content: object) -> None:
         for process in range(self.world_size):
