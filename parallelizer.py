@@ -5571,6 +5571,9 @@ class MPICommunicator(Communicator):
         self._exited: set[int] = set()
         self._main_ended_after = math.inf  # this run
         self._leaving = self._all_left = False
+        self._outer: list[
+            MPICommunicator
+        ] = []  # in whose runs this thread executes the current one
         self.dying: set[int] = set()  # by the precedence of what they have to tell
 
     def cut_off(self) -> None:
@@ -5696,6 +5699,8 @@ class MPICommunicator(Communicator):
 
     def _raise_failure(self) -> None:
         super()._raise_failure()
+        for outer in self._outer if self._in_run else ():
+            outer.heed()
         # Not by the order of arrival: the last command, down the tree, may come after this word.
         if self._idle and self._main_ended_after < self.run:
             raise ContractError(
@@ -5838,9 +5843,9 @@ class MPICommunicator(Communicator):
     def _await_consent(self, parent: int) -> None:
         try:
             self._next_from(parent)
-        except RunEnded:
-            raise
         except BaseException as error:
+            if self._ends_own_run(error):
+                raise
             # Main may be counting on this rank, which therefore stays until main knows of it.
             self._tell_failure([0], "failed", error)
             self.listen(_GRACE, lambda: self._heard(parent) or self._end.called_off)
@@ -5935,19 +5940,25 @@ class MPICommunicator(Communicator):
         self._keep_count()
         super().sit_out()
 
+    def heed(self) -> None:
+        """Raise where this run is known to have failed, while another one waits within it."""
+        self._handle_all()
+        self._raise_failure()
+
     def _keep_count(self) -> None:
         """Number runs within a run of other ranks by that, too.
 
         It may have failed before this rank came to an earlier one in it. Counted one by one, this
         rank would then be behind the others for ever.
         """
-        outer = [
-            other.run
+        self._outer = [
+            other
             for other in list(_COMMUNICATORS)
-            if other is not self and other.spmd and other.is_executed_here()
+            if isinstance(other, MPICommunicator) and other is not self and other.is_executed_here()
         ]
-        if outer:
-            self.run = max(self.run, min(max(outer) << 12, 2**62))
+        if self._outer:
+            latest = max(other.run for other in self._outer)
+            self.run = max(self.run, min(latest << 12, 2**62))
 
     def tell_all(self, *content: object) -> None:
         for process in range(self.world_size):
