@@ -560,7 +560,6 @@ class Message(NamedTuple):
         return struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes) + self.pickled
 
 
-_BUFFERS_OF = operator.attrgetter("buffers")
 _NO_BUFFERS = bytes(4)  # how the head of a message without buffers begins
 
 
@@ -1004,14 +1003,13 @@ def _unpack(message: Message, what: str) -> Any:
         ) from why
 
 
-# A process that receives one of these has just what its sender has, whatever was done to it.
-_PLAIN_TYPES = frozenset(
-    [int, float, complex, bool, str, bytes, type(None), range]
-    + [kind for kind in np.sctypeDict.values() if not issubclass(kind, (np.void, np.object_))]
-)
-
-
 _ATOMS = frozenset([int, float, complex, bool, str, bytes, type(None)])
+
+# A process that receives one of these has just what its sender has, whatever was done to it.
+_PLAIN_TYPES = _ATOMS.union(
+    [range],
+    (kind for kind in np.sctypeDict.values() if not issubclass(kind, (np.void, np.object_))),
+)
 
 
 def _is_of_atoms(value: Any) -> bool:
@@ -1988,9 +1986,8 @@ class Communicator(abc.ABC):
         self.timeout = timeout
         self.limit: _ThreadLimit | None = None  # of threads, where that is looked after
         self.call = Call(0, 0, "run")
-        self._code = (
-            0  # the same in 15 bits: the last 4 of the number, 5 of the depth, 6 of the verb
-        )
+        # The same in 15 bits: the last 4 of the number, 5 of the depth, 6 of the verb.
+        self._code = 0
         self._history: collections.deque[Call] = collections.deque(maxlen=100)
         # Whether the user's function is executing: only then may a signal end it.
         self.interruptible = False
@@ -2655,22 +2652,14 @@ class Communicator(abc.ABC):
         doing: str = "",
         *,
         idle: bool = False,
+        tried: bool = False,
     ) -> None:
         """Handle what arrives until `ready`; `awaited` are the processes that can make it so.
 
-        An `idle` wait may last for ever.
+        An `idle` wait may last for ever. Before one that has been `tried`, there is no short one.
         """
-        if not (ready() or self._is_soon(ready)):
-            self._wait_long(ready, awaited, doing, idle=idle)
-
-    def _wait_long(
-        self,
-        ready: Callable[[], object],
-        awaited: Callable[[], Iterable[int]],
-        doing: str = "",
-        *,
-        idle: bool = False,
-    ) -> None:
+        if not tried and (ready() or self._is_soon(ready)):
+            return
         begun = time.perf_counter()
         look_around = math.inf if self._idle else _PATIENCE
         timeout = math.inf if idle or self._idle else self.timeout or math.inf
@@ -2843,8 +2832,9 @@ class _Board:
         self.crowded = nprocs > _available_cpus() and hasattr(os, "sched_yield")
         self.looks = 20 if self.crowded else 2000
         self._words_at = -(-nprocs // 64) * 64
-        numbers = 5 * nprocs + 2 + 2 * nprocs**2
-        self._slots_at = -(-(self._words_at + 8 * numbers) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._counts_at = self._words_at + 8 * (5 * nprocs + 2)
+        end = self._counts_at + 16 * nprocs**2
+        self._slots_at = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
         self._rings_at = self._slots_at + 2 * nprocs * _SLOT_BYTES
         self._size = self._rings_at + self._ring(nprocs, 0)[0]
         self._tag = f"parallelizer-{os.urandom(16).hex()}" if sys.platform == "win32" else ""
@@ -2861,8 +2851,8 @@ class _Board:
         n = self.nprocs
         self._words, self._called, self._left = numbers[: 2 * n], numbers[2 * n :], numbers[3 * n :]
         self._run = numbers[4 * n : 5 * n + 2]  # the one called off, how many take part, and who
-        self._written = numbers[5 * n + 2 : 5 * n + 2 + n * n]
-        self._read = numbers[5 * n + 2 + n * n : 5 * n + 2 + 2 * n * n]
+        counts = memoryview(self.memory)[self._counts_at : self._slots_at].cast("Q")
+        self._written, self._read = counts[: n * n], counts[n * n : 2 * n * n]
         self._held = threading.Lock()
         self._held.acquire()
 
@@ -2992,8 +2982,7 @@ class _Board:
 
     def empty_rings(self) -> None:
         """On main, while nobody is in a run."""
-        start = self._words_at + 8 * (5 * self.nprocs + 2)
-        self._view[start : start + 16 * self.nprocs**2] = 0
+        self._view[self._counts_at : self._slots_at] = 0
 
     def put(self, sender: int, receiver: int, data: _Bytes) -> int:
         """Write as many of these bytes as there is room for; how many."""
@@ -3015,7 +3004,7 @@ class _Board:
     def arrived(self, receiver: int) -> bytes:
         """It changes when something has been written to any ring of this receiver."""
         n = self.nprocs
-        start = self._words_at + 8 * (5 * n + 2 + receiver * n)
+        start = self._counts_at + 8 * receiver * n
         return self.memory[start : start + 8 * n]
 
     def take(self, sender: int, receiver: int) -> list[_Bytes]:
@@ -3675,7 +3664,7 @@ class BoardCommunicator(Communicator):
                     break
             else:
                 begun = math.inf  # it counts by itself how long it waits
-                self._wait_long(lambda: self._have_come(word), self._missing)
+                self._wait_until(lambda: self._have_come(word), self._missing, tried=True)
         except Exception as error:
             self._final = error
             if isinstance(error, ContractError):
@@ -3834,9 +3823,9 @@ class BoardCommunicator(Communicator):
         shown = self._shown(self._round & 1)
         return [process for process, word in shown if word >> _BITS != self._round]
 
-    def _wait_long(self, *wait: Any, **options: Any) -> None:
+    def _wait_until(self, *wait: Any, **options: Any) -> None:
         try:
-            super()._wait_long(*wait, **options)
+            super()._wait_until(*wait, **options)
         except Exception as error:
             self._final = error
             raise
@@ -3871,15 +3860,6 @@ class BoardCommunicator(Communicator):
 
     def _lay(self, *messages: Message) -> Iterator[list[_Bytes]] | None:
         """Write messages into this process's slot of the coming round; chunks that do not fit."""
-        parity = self._round + 1 & 1
-        if len(messages) == 1 and not messages[0].buffers:
-            head = _NO_BUFFERS + messages[0].pickled
-            nbytes = len(head)
-            if _LAID.size + nbytes <= _SLOT_BYTES:
-                self.account.bytes_sent += nbytes
-                head = _LAID.pack(1, nbytes, nbytes) + head
-                self._board.fill(self.process, parity, head, ())
-                return None
         heads = [message.head() for message in messages]
         table = [len(messages)]
         for message, head in zip(messages, heads, strict=True):
@@ -3890,6 +3870,7 @@ class BoardCommunicator(Communicator):
         start = struct.pack(f"<{len(table)}Q", *table)
         nbytes += len(start)
         if nbytes <= _SLOT_BYTES and len(messages) == 1:
+            parity = self._round + 1 & 1
             self._board.fill(self.process, parity, start + heads[0], messages[0].buffers)
             return None
         parts: list[Any] = [start]
@@ -3996,8 +3977,7 @@ class BoardCommunicator(Communicator):
         return messages
 
     def alltoall(self, messages: Sequence[Message]) -> list[Message]:
-        own = messages[self.rank]
-        chunks = self._lay(*messages[: self.rank], _NOTHING, *messages[self.rank + 1 :])
+        chunks = self._lay(*messages)
         large = self._meet(large=chunks is not None)
         others = [process for process in self.members if process != self.process]
         if large:
@@ -4006,7 +3986,8 @@ class BoardCommunicator(Communicator):
             received = [inflow.message() for inflow in inflows]
         else:
             received = [self._copy(self._peek(process, self.rank), process) for process in others]
-        return [*received[: self.rank], own, *received[self.rank :]]
+        received.insert(self.rank, messages[self.rank])
+        return received
 
     def _taken_in(
         self,
@@ -4023,7 +4004,7 @@ class BoardCommunicator(Communicator):
             )
         found = [self._peek(process) for process in others]
         messages = [*found[: self.rank], message, *found[self.rank :]]
-        if not any(map(_BUFFERS_OF, messages)):
+        if not any(one.buffers for one in messages):
             return messages
         places = plan.place([one.pickled for one in messages])
         if places is None:
@@ -4146,8 +4127,7 @@ class BoardCommunicator(Communicator):
             self._rings.take_in()  # what they have sent before
             if self.first_sender(ranks, tag) is None:
                 told = f"rank {self.members[ranks[0]]} returned while rank {self.process}"
-                self._final = ContractError(f"{told} waits in {self._doing(doing)}")
-                raise self._final
+                raise ContractError(f"{told} waits in {self._doing(doing)}")
         return False
 
     # -- waiting ------------------------------------------------------------------------------
@@ -4473,8 +4453,11 @@ class _CtrlC:
         self._phases.clear()
         self.pending = False
 
+    def _phase(self) -> Communicator | None:
+        return self._phases[-1] if self._phases else None
+
     def _is_heeded(self) -> bool:
-        phase = self._phases[-1] if self._phases else None
+        phase = self._phase()
         return self._allowed or (phase is not None and phase.interruptible)
 
     def _handle(self, signum: int, frame: types.FrameType | None) -> None:
@@ -4483,9 +4466,9 @@ class _CtrlC:
             self._before(signum, frame)
         else:
             self.pending = True
-            for phase in self._phases[-1:]:
-                if phase is not None:
-                    phase.wake()  # because a system call goes on after a signal
+            phase = self._phase()
+            if phase is not None:
+                phase.wake()  # because a system call goes on after a signal
 
 
 _CTRL_C = _CtrlC()
@@ -5571,9 +5554,8 @@ class MPICommunicator(Communicator):
         self._exited: set[int] = set()
         self._main_ended_after = math.inf  # this run
         self._leaving = self._all_left = False
-        self._outer: list[
-            MPICommunicator
-        ] = []  # in whose runs this thread executes the current one
+        # In whose runs this thread executes the current one.
+        self._outer: list[MPICommunicator] = []
         self.dying: set[int] = set()  # by the precedence of what they have to tell
 
     def cut_off(self) -> None:
