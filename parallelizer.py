@@ -1212,19 +1212,29 @@ class GatherPlan:
 
     def place(self, pickles: Sequence[bytes]) -> list[_Bytes] | None:
         """One target for the single buffer of each message, or None for fresh memory."""
-        if self._concatenate is False or any(pickled[:1] != b"A" for pickled in pickles):
+        layout = None if self._concatenate is False else _layout_of(tuple(pickles))
+        if layout is None:
             return None
-        specs = list(map(_unpacked_spec, pickles))
-        fitting = _fitting(specs)
-        if fitting is None:
-            return None
-        filled, dtype, shape = fitting
-        if any(spec.dtype != dtype for spec in filled):
-            return None
+        shape, dtype, places = layout
         self.result = np.empty(shape, dtype)
         target = self.result.reshape(-1).view(np.uint8)
-        ends = list(itertools.accumulate(spec.nbytes for spec in specs))
-        return [target[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        return [target[place] for place in places]
+
+
+@functools.lru_cache(maxsize=32)
+def _layout_of(pickles: tuple[bytes, ...]) -> tuple[list[int], Any, list[slice]] | None:
+    """Shape and dtype of an array that all of these go to, and which of its bytes is whose."""
+    if any(pickled[:1] != b"A" for pickled in pickles):
+        return None
+    specs = list(map(_unpacked_spec, pickles))
+    fitting = _fitting(specs)
+    if fitting is None:
+        return None
+    filled, dtype, shape = fitting
+    if any(spec.dtype != dtype for spec in filled):
+        return None
+    ends = list(itertools.accumulate(spec.nbytes for spec in specs))
+    return shape, dtype, list(map(slice, [0, *ends], ends))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1581,27 +1591,26 @@ def _forget_shared() -> None:
 # Communicators: one transport per backend
 # ---------------------------------------------------------------------------------------------
 #
-# All of them speak one protocol, which `Communicator` holds; a transport moves the parcels. The
-# life of any process but main, and the end of a run (main is process 0, w any other):
+# Every verb is one meeting. A run is a sequence of numbered *rounds*, to each of which all its
+# processes come, with a *word* that says which call they make, and what they bring to it. Nobody
+# leaves a round before all have come with the same call; then all know what there is to be moved,
+# and that needs no further talk. A transport shows words to all, and moves what does not fit beside
+# them; what the words mean is written once, in `Communicator`.
 #
-#                  RUN n from main; under MPI a call of `run`
-#            idle ---------------------------------------------> in function
-#            |  ^                                                     |
-#            |  '------------- RETURN n or FAILED n to main <---------'
-#            '-----> gone, upon STOP or main's death
+# A process leaves a round *complete*, or *for good*: whatever else takes it out (another call, a
+# partner that has returned, a wait that takes too long) is raised again by each later call of the
+# run, and nothing more is shown in it. So a late process finds what the others have shown.
 #
-#   all well      every w: RETURN n -> main, which has waited for all of them: run n is over
-#   w raises      w: FAILED n -> main; main: ABORT n -> the others, each of which leaves its
-#                 function at its next wait and answers RETURN n. Main raises the lowest rank's.
-#   main raises   main: ABORT n -> all, and so on as above
+# Inside run(comm=ranks), a group, the rounds go on among all processes of the run; who is not in
+# the group *sits* in each, until its members show that they leave it, well or by an error. So what
+# goes wrong in it is known to all in the same round.
 #
-# Under MPI every process has called `run` itself and wants to know how it has ended, so that the
-# last word is OVER n from main to all. Whatever comes with the number of an earlier run is
-# dropped, so nothing needs to be cleared up between two runs; what comes for a later one is kept,
-# as a process that has sat a run out, or left it early, may be ahead.
+# What goes to one process alone (`send`, the chunks and results of `map`) is *mail*, beside the
+# rounds. How a run ends that has failed depends on the transport: multiprocessing can interrupt and
+# replace a worker, and MPI cannot.
 
-# Seconds of waiting after which a process asks those it waits for what they are doing. Two
-# rounds of the same answers, all waiting in a circle, are a deadlock.
+# Seconds of waiting after which a process asks those it waits for what they are doing. If they
+# answer twice that all wait in a circle, that is a deadlock.
 _PATIENCE = 0.5
 
 # Seconds that a process whose run has failed elsewhere gets to leave its function.
@@ -1611,23 +1620,28 @@ _GRACE = 1.0
 # several at once, the lowest rank's is told.
 _SETTLING = 0.05
 
-_WORDS = ("control", "return", "failed", "abort", "over")  # short, and heard as soon as whole
+_WORDS = ("control", "failed", "leaves")  # short mail, heard as soon as it is whole
 _VERBS = (
-    *_WORDS, "run", "stop", "more of an earlier call", "run(comm=...)",
+    *_WORDS, "return", "left", "run", "exit", "more of an earlier call", "run(comm=...)",
     "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "imap",
-    "share", "send", "alltoall",
+    "share", "send", "alltoall", "end of map",
 )  # fmt: skip
 
 
 _CODES = {verb: code for code, verb in enumerate(_VERBS)}
 _SIT, _MORE = _CODES["run(comm=...)"], _CODES["more of an earlier call"]
+_LEFT = _CODES["left"]
 
 # A word is the number of a round, in 48 bits, which last for decades; below it are the last 4 bits
 # of the number of the call, 5 of how deep its group is nested, 6 of the verb, and one for whether
 # more is brought than a slot holds.
 _BITS, _DEPTH = 16, 7
 _REST = 2**_BITS - 1
-_RETURNED = 1 << _DEPTH | _CODES["return"] << 1  # from the function of the run
+_LAID = struct.Struct("<QQQ")  # messages that are brought; of each, its bytes and those of its head
+
+
+def _depth_of(word: int) -> int:
+    return word >> _DEPTH & 31
 
 
 def _is_failed_exit(word: int) -> bool:
@@ -1691,9 +1705,21 @@ class Call(NamedTuple):
     def __str__(self) -> str:
         where = f" of a run nested {self.depth - 1} deep" if self.depth > 1 else ""
         if self.verb == "return":
-            after = f" after {self.number - 1} collective calls" if self.number else ""
-            return f"returned{after}{where}"
+            return f"returned{where}"
         return f"called {self.verb}{f' #{self.number}' if self.number else ''}{where}"
+
+
+_GONE = {"return": "returned", "exit": "ended its program"}
+
+
+def _state(call: Call) -> str:
+    """What a process does that has called this, or has gone."""
+    return str(call) if call.verb == "return" else _GONE.get(call.verb) or _wait_of(call)
+
+
+def _wait_of(call: Call) -> str:
+    verb = "serve" if call.verb == "run" else call.verb
+    return f"waits in {verb} #{call.number}".removesuffix(" #0")
 
 
 class _Wait(NamedTuple):
@@ -1769,19 +1795,18 @@ def _deadlock_error(circle: tuple[_Wait, ...]) -> ContractError:
     def disagree(one: _Wait, other: _Wait) -> bool:
         return one.call[:2] == other.call[:2] and one.call != other.call
 
-    gone = {"return": "returned", "exit": "ended its program"}
     waiter, other = min(
         zip(circle, (*circle[1:], circle[0]), strict=True),
         key=lambda two: (
             two[0].doing == "exit",
             two[0].doing == "return",
             not disagree(*two),
-            two[1].doing not in gone,
+            two[1].doing not in _GONE,
         ),
     )
     waits = f"rank {waiter.process} waits in {waiter.doing}"
-    if other.doing in gone:
-        told = f"rank {other.process} {gone[other.doing]} while {waits}"
+    if other.doing in _GONE:
+        told = f"rank {other.process} {_GONE[other.doing]} while {waits}"
     elif disagree(waiter, other):
         told = f"rank {other.process} {other.call} where rank {waiter.process} {waiter.call}"
     else:
@@ -1802,63 +1827,38 @@ def _advice_to_serve(words: set[str], depth: int) -> str:
     )
 
 
-class _End:
-    """What is known of how a run ends, which may be before it begins here."""
-
-    def __init__(self) -> None:
-        self.called_off = False  # because some process has failed in it
-        # On main: who has left the run, and who has failed.
-        self.left: set[int] = set()
-        self.failures: dict[int, Failure | BaseException] = {}
-        # Elsewhere, where that matters: what main says.
-        self.told = False
-        self.verdict: Failure | None = None
-
-
 class Parcel:
-    """A message on its way, with the call that its sender makes, and in which run.
+    """Mail on its way, and in which run.
 
     At its receiver, a transport may hand over a parcel of which a part is still to come.
     """
 
     failure: MemoryError | None = None  # for want of memory, nothing more of it is taken in
 
-    def __init__(self, run: int, call: Call, message: Message | None, tag: int = 0) -> None:
+    def __init__(self, run: int, verb: str, message: Message | None, tag: int = 0) -> None:
         self.run = run
-        self.call = call
+        self.verb = verb
         self.tag = tag  # of `send`
         self.message = message
         self.pickled = b"" if message is None else message.pickled
-
-    def has_head(self) -> bool:
-        """Whether `pickled` is known."""
-        return True
 
     def done(self) -> bool:
         """Whether all of it is here."""
         return self.message is not None
 
-    def place(self, buffers: Sequence[_Bytes] | None) -> None:
-        """Say where the buffers are to be written; None for memory of their own."""
-        if buffers is not None and self.message is not None:
-            for place, buffer in zip(buffers, self.message.buffers, strict=True):
-                place[:] = buffer
-            self.message = Message(self.pickled, buffers)
-
-    def take_in(self) -> None:
-        """Receive it into memory of its own, as soon as it comes."""
-        self.place(None)
-
-    def discard(self) -> None:
-        """It has come for a run that is over."""
-
     def copy(self) -> Parcel:
         """The same, with buffers that are not the sender's own memory."""
         assert self.message is not None
-        return Parcel(self.run, self.call, self.message.copy(), self.tag)
+        return Parcel(self.run, self.verb, self.message.copy(), self.tag)
 
 
-_NOTHING = Message(b"-", [])
+class _Laid(NamedTuple):
+    """Where a message lies in what a process brings to a round, all in bytes."""
+
+    start: int
+    nbytes: int
+    head_bytes: int
+    total: int  # of all that the process brings
 
 
 # -- forks by the user ---------------------------------------------------------------------------
@@ -1940,44 +1940,31 @@ def _end_child(error: BaseException | None) -> NoReturn:
 
 
 class Communicator(abc.ABC):
-    """The transport of one backend, and the protocol that all backends share.
+    """What the processes of a run do together, whatever moves it from one to another.
 
     Messages are packed (`Message`), the root of every collective is rank 0, and processes are
     numbered twice: `rank` counts within the `members` of the current run, while a *process*
-    keeps its number for life; main is 0 in both. A wait ends when its message is there, when the
-    run has failed elsewhere, when `timeout` has passed, or when those waited for are found to
+    keeps its number for life; main is 0 in both. A wait ends when what is waited for is there, when
+    the run has failed elsewhere, when `timeout` has passed, or when those waited for are found to
     wait in turn for this process.
 
     Notes
     -----
-    A backend of one's own provides two methods:
-
-    ``_post(process, parcel)``
-        Send a `Parcel` to a process, without waiting. Parcels from one process to another keep
-        their order.
-    ``_progress(seconds)``
-        Hand what has arrived to ``self._deliver(sender, parcel)``, waiting at most so long for
-        something to arrive (`math.inf`: without limit). Every wait is a ``_wait_until(ready,
-        awaited)``, which calls it.
-
-    With these, everything works. A transport does better than the defaults in `_transmit`, if it
-    can wait for room, or does not need to copy; in the collectives, if it has better ones. Who can
-    hurry or replace a process extends `_make_all_leave`. ``examples/threads_backend.py`` is a whole
-    backend.
+    A transport provides what stands under that heading below. One that has room beside its words
+    for whatever is brought needs six short methods: ``examples/threads_backend.py`` is such a one.
+    This interface may still change.
 
     A run goes through these calls, on each process that takes part::
 
-        main: command(message)                         else: next_command() -> message
+        main: command(messages)                        else: next_command() -> message
         restricted_to(ranks)   members, rank and size are those of the run
-        begin_run()            main sends the command on its way
+        begin_run()
         ... the function: for each verb enter(), then broadcast, scatter, gather, barrier, ...
         finish_run(report)     or, where the function or a verb has raised, fail_run(error)
     """
 
-    spmd: ClassVar = False  # whether every process calls `run` itself, and there is no command
     # Whether what the reducers of multiprocessing make of a connection is of use to the others.
     passes_handles: ClassVar = False
-    one_round: ClassVar = False  # whether all get what all have in the time that main gets it
 
     def __init__(self, process: int, size: int, timeout: float | None = None) -> None:
         self.process = process
@@ -1987,29 +1974,21 @@ class Communicator(abc.ABC):
         self.limit: _ThreadLimit | None = None  # of threads, where that is looked after
         self.call = Call(0, 0, "run")
         # The same in 15 bits: the last 4 of the number, 5 of the depth, 6 of the verb.
-        self._code = 0
-        self._history: collections.deque[Call] = collections.deque(maxlen=100)
+        self._code = _CODES["run"]
         # Whether the user's function is executing: only then may a signal end it.
         self.interruptible = False
         self.news = False  # a signal has come, and has not been heeded yet
         self.in_function = False
-        self._final: BaseException | None = None  # by which this process has left a verb for good
-        # What has come: collective messages by sender, those of `send` by sender, tag and run.
-        self._arrived: collections.defaultdict[int, collections.deque[Parcel]]
-        self._arrived = collections.defaultdict(collections.deque)
+        self._round = 0  # the number of the latest round, for the life of the processes
+        self._everyone = self.members  # who comes to the rounds of the current run
         # Where there is no mail there is no entry, because there may be very many tags.
         self._mail: dict[tuple[int, int, int], collections.deque[Parcel]] = {}
-        self._heard_from: set[int] = set()  # of late, so that not all need to be looked at
         self.run = 0  # number of the current run, or of the latest
         self._in_run = False
-        self._over = -1  # number of the latest run that is over here
-        self._idle = False  # between runs, with a command on its way
-        self._command: Sequence[Message] | None = None
-        self._everyone: tuple[int, ...] = ()  # who takes part in the current run, not nested
-        self._told: set[int] = set()  # on main: who of them knows
-        self._ends: collections.defaultdict[int, _End] = collections.defaultdict(_End)
-        self._end = self._ends[0]  # of the current run
-        self._unheard = False  # whether main may not know yet that this process has failed
+        self._failed_run = -1  # the latest of which it is known that it has failed elsewhere
+        # The round in which another process leaves a group of that depth by an error.
+        self._end_of_group = 0, 0
+        self._idle = False  # between runs, where a wait may last for ever
         self.spokesman: int | None = None  # who has failed, where all agree on that
         self.runner: int | None = None  # the thread that executes a run
         self.drives_others = False  # on main, for as long as they serve
@@ -2021,8 +2000,20 @@ class Communicator(abc.ABC):
         self._watch = _Watch(process)
         self.items: list[Any] = []  # of the chunk that is being computed
         self.gone = False  # whether this is a forked child, which takes no part
+        self._forget_run()
         _COMMUNICATORS.add(self)
         _heed_forks()
+
+    def _forget_run(self) -> None:
+        """Set all that dies with a run; the number of the round and the mail outlive it."""
+        self._final: BaseException | None = None  # by which this process has left it for good
+        self._over = False  # whether all have seen the end of this run, before it has returned
+        self._verdict: Failure | None = None  # by whom it has ended
+        self._failed_too: list[tuple[int, str]] = []  # ranks, and their errors in a line
+        self._sitting: Sequence[int] = ()  # the group of others that does something
+        # How deep a group was that all have left because of the failure of another member.
+        self._group_end: int | None = None
+        self._adrift = False  # whether this process has left a round before it was complete
 
     def cut_off(self) -> None:
         """In a forked child: neither speak for its parent nor take what is meant for that."""
@@ -2037,23 +2028,61 @@ class Communicator(abc.ABC):
     # -- what a transport provides ------------------------------------------------------------
 
     @abc.abstractmethod
+    def _exchange(self, word: int, wanted: bytes) -> bool:
+        """Show a word; return when all have shown theirs, and whether they are the `wanted` ones.
+
+        It may raise before, if the words that have come by then do not go together (`_judge`).
+        """
+
+    @abc.abstractmethod
+    def _words(self) -> list[int]:
+        """What is shown in this round, or still of an earlier one, in the order of `_everyone`."""
+
+    @abc.abstractmethod
+    def _lay(self, *messages: Message) -> Any:
+        """Put what is brought to the coming round beside the word, as `_described`.
+
+        Returns what is still to be moved after it by one of the next four; None where all fits.
+        """
+
+    @abc.abstractmethod
+    def _place_of(self, process: int, parity: int) -> tuple[Any, int]:
+        """Memory, and where in it lies what a process has brought to the last such round."""
+
+    def _large_from_root(self, messages: Sequence[Message], rest: Any) -> Message:
+        """Move what rank 0 has for others, in a `broadcast` or a `scatter`; see `_from_root`."""
+        raise NotImplementedError
+
+    def _large_to(
+        self, message: Message, plan: GatherPlan | None, large: Sequence[int], rest: Any
+    ) -> list[Message]:
+        """Move what each has, to where there is a `plan`; all messages in rank order there."""
+        raise NotImplementedError
+
+    def _large_to_each(
+        self, messages: Sequence[Message], large: Sequence[int], rest: Any
+    ) -> list[Message]:
+        """Move what all have for each other, in an `alltoall`."""
+        raise NotImplementedError
+
+    def _large_in_turn(self, process: int, parity: int, rest: Any) -> Iterator[Message]:
+        """Move what one process has to rank 0, which alone gets something; all come to it."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
     def _post(self, process: int, parcel: Parcel) -> None:
-        """Send a parcel without waiting, whatever state the sending of others is in."""
+        """Send mail without waiting, whatever state the sending of others is in."""
+
+    def _transmit(self, process: int, parcel: Parcel) -> None:
+        """Send mail; return when its buffers may be changed."""
+        self._post(process, parcel.copy())
 
     @abc.abstractmethod
     def _progress(self, seconds: float) -> None:
-        """Deliver what has arrived; wait for it at most so long."""
-
-    def _transmit(self, processes: Sequence[int], parcel: Parcel) -> None:
-        """Send a parcel to all of these; return when its buffers may be changed.
-
-        It may wait for room, but must not need a receiver that waits for this very parcel.
-        """
-        for process in processes:
-            self._post(process, parcel.copy())
+        """Deliver the mail that has come; wait for news at most so long."""
 
     def _handle_all(self) -> None:
-        """Deliver all that has arrived, without waiting."""
+        """Deliver all that has come, without waiting."""
         self._progress(0)
 
     def _is_soon(self, ready: Callable[[], object]) -> bool:
@@ -2064,188 +2093,487 @@ class Communicator(abc.ABC):
         """Whether a transfer goes on, which may take its time: who waits for it is not stuck."""
         return False
 
+    # -- rounds -------------------------------------------------------------------------------
+
+    def _meet(self, code: int | None = None, *, large: bool = False) -> Sequence[int]:
+        """Return when all processes of the run have come to this round; who brings more to it."""
+        if self._final is not None:
+            raise self._final
+        self._adrift = True  # until the round is complete
+        count = len(self._everyone)
+        self._round = number = self._round + 1
+        small = number << _BITS | (self._code if code is None else code) << 1
+        word = small | large
+        if self.size == count:  # all are to show the same
+            wanted = small.to_bytes(8, sys.byteorder) * count
+        else:
+            wanted = self._wanted(small)
+        alike = self._exchange(word, wanted)
+        self._adrift = False
+        if alike and not large:
+            return ()
+        words = self._words()
+        if code is not None or any((other ^ word) > 1 for other in words):
+            self._judge(words)
+            self._heed_failure(word, words)
+        return [p for p, other in zip(self._everyone, words, strict=True) if other & 1]
+
+    def _wanted(self, word: int) -> bytes:
+        """The words of all, if they agree, some sit out, and nobody brings more than fits."""
+        if self._sitting:
+            return b""  # what the others do is for them to agree on
+        sitting = word >> _BITS << _BITS | _SIT << 1
+        wanted = [word if process in self.members else sitting for process in self._everyone]
+        return struct.pack(f"={len(wanted)}Q", *wanted)
+
+    def _await_all(self) -> None:
+        """Return when all have come, of whom some may tell that the run has failed."""
+        try:
+            self._wait_until(lambda: not self._missing(), self._missing, in_round=True)
+        except Exception:
+            self._over = True  # nobody meets this process in the next round
+            raise
+
+    def _missing(self) -> list[int]:
+        """Who has not come to this round."""
+        shown = zip(self._everyone, self._words(), strict=True)
+        return [process for process, word in shown if word >> _BITS != self._round]
+
+    def _judge(self, words: Sequence[int]) -> bool:
+        """Whether all have come; an error where the words of those who have do not go together."""
+        one, other = self._disagree(words)
+        if other is not None:
+            self._give_up_round(self._disagreement(one, other))
+        return all(word >> _BITS == self._round for word in words)
+
+    def _disagree(self, words: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        """A process, with its word, and another one whose word does not go together with that.
+
+        It depends on nothing but the words, so that all who see the same say the same. An error
+        by which a member leaves its group goes together with whatever others call in that.
+        """
+        shown = zip(self._everyone, words, strict=True)
+        acting = [
+            (process, word)
+            for process, word in shown
+            if word >> _BITS == self._round
+            and word & _REST != _SIT << 1
+            and word >> 1 & 63 != _LEFT
+        ]
+        failed = [one for one in acting if _is_failed_exit(one[1])]
+        if failed:
+            first = min(failed, key=lambda one: _depth_of(one[1]))
+            strays = (one for one in acting if _depth_of(one[1]) < _depth_of(first[1]))
+        else:
+            first = acting[0] if acting else (self.process, 0)
+            strays = (one for one in acting if (one[1] ^ first[1]) > 1)
+        return first, next(strays, None)
+
+    def _give_up_round(self, error: ContractError) -> NoReturn:
+        """All members of the run see that it cannot go on."""
+        self._give_up_run(error)
+        try:
+            raise error
+        finally:
+            del error  # or what its traceback holds would live on with it
+
+    def _give_up_run(self, error: ContractError) -> None:
+        if self.call.depth > 0:  # else it is no run that is over
+            self._final, self._over = error, True
+            self.spokesman = self._everyone[0]
+
+    def _disagreement(self, one: tuple[int, int], other: tuple[int, int]) -> ContractError:
+        """Of two processes, given with their words, that do not do the same."""
+        (one_process, first), (other_process, second) = one, other
+        mine, call = self._call_of(first), self._call_of(second)
+        words = {"serve" if one.verb == "run" else one.verb for one in (mine, call)}
+        if mine.verb == "exit" or (mine.verb == "return" and call.verb not in _GONE):
+            one_process, other_process, mine, call = other_process, one_process, call, mine
+        if words & {*_GONE, "serve"}:
+            told = f"rank {other_process} {_state(call)} while rank {one_process} {_wait_of(mine)}"
+        else:
+            told = f"rank {other_process} {call} where rank {one_process} {mine}"
+        advice = _advice_to_serve(words, min(mine.depth, call.depth))
+        return ContractError(f"{told}{advice}")
+
+    def _call_of(self, word: int) -> Call:
+        """What another process of this round has called; its number is near to the present one."""
+        depth, verb = _depth_of(word), _VERBS[word >> 1 & 63]
+        if depth != self.call.depth or verb in ("return", "exit", _VERBS[_MORE]):
+            return Call(depth, 0, verb)
+        ahead = (word >> 12) - self.call.number & 15
+        return Call(depth, self.call.number + (ahead if ahead < 8 else ahead - 16), verb)
+
+    def _heed_failure(self, word: int, words: Sequence[int]) -> None:
+        """Leave the groups that another member has left by an error in this round."""
+        depth, process = self._first_failed(words)
+        if process is None:
+            return
+        self._failed_too = [
+            (other, self._told_of(other)[1])
+            for other, shown in zip(self._everyone, words, strict=True)
+            if _is_failed_exit(shown) and other != process
+        ]
+        if process == self.process:
+            self._pass_on_failure()
+        elif depth <= self.call.depth:
+            # For all calls in the group.
+            self._final = self._ended_by(self._failure_of(process), depth)
+            self._group_end = depth
+            if not _is_failed_exit(word):
+                raise self._final
+
+    def _first_failed(self, words: Sequence[int]) -> tuple[int, int | None]:
+        """How deep the group is that is left by an error, and whose error is told; None of none."""
+        # At each depth there is one group at a time, because all others sit it out.
+        shown = zip(self._everyone, words, strict=True)
+        failed = [(_depth_of(word), p) for p, word in shown if _is_failed_exit(word)]
+        least = min(failed, key=lambda one: (one[0], self._precedence(one[1])), default=None)
+        return (0, None) if least is None else least
+
+    def _precedence(self, process: int) -> Any:
+        """Of those who leave a group by errors of their own, the least is told."""
+        return self._told_of(process)[0], process
+
+    def _told_of(self, process: int) -> tuple[bool, str]:
+        """Of its error, whether that is a consequence of another one, and a line."""
+        failure: Failure = pickle.loads(self._peek(process).pickled)
+        return failure.consequence, failure.summary
+
+    def _failure_of(self, process: int) -> Failure:
+        """By which it has left its group in this round, to which all have come."""
+        failure: Failure = pickle.loads(self._peek(process).pickled)
+        return failure
+
+    def _pass_on_failure(self) -> None:  # noqa: B027 - mostly it lies beside the word
+        """It is the error of this process that the others are to raise."""
+
+    def _ended_by(self, failure: Failure, depth: int) -> BaseException:
+        """What each later call in a group of this depth, or in the run, raises."""
+        if depth > 1:
+            return failure.exception()
+        self._over, self._verdict = True, failure
+        return RunEnded(self)
+
+    def _exit_code(self, deeper: int = 0) -> int:
+        """Of the word by which the members of a group, or of the run, leave it."""
+        return self.call.depth + deeper << 6 | _CODES["return"]
+
+    # -- groups -------------------------------------------------------------------------------
+
+    def in_group(self, ranks: Sequence[int], work: Callable[[], _R]) -> _R | Any:
+        """What `work` gives, among these of the present ranks; the others wait for their end."""
+        if not self.joins(ranks):
+            return Parallelizer.InWorkerProcess
+        if self.size == 1:
+            return work()
+        self.interruptible = False  # or a context would be left half-way
+        with self.restricted_to(ranks):
+            result, error = self._work_in_group(work)
+        self.interruptible = self.in_function
+        self._heed_signals()
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # or what its traceback holds would live on with it
+        return result
+
+    def joins(self, ranks: Sequence[int]) -> bool:
+        """Whether this is one of these, whom all present ranks name; if not, after their end."""
+        if self.size == 1:
+            return True
+        with self.enter("run(comm=...)"):
+            if self.call.depth == 31:
+                raise ContractError("run(comm=...) is nested more than 30 deep")
+            self._agree_on([self.members[rank] for rank in ranks])
+            if self.rank not in ranks:
+                self.sit_out(ranks)
+        return self.rank in ranks
+
+    def sit_out(self, ranks: Sequence[int]) -> None:
+        """Come to rounds until the group of these is left."""
+        group = [self.members[rank] for rank in ranks]
+        well = self._exit_code(deeper=1) << 1
+        self._sitting = group
+        try:
+            while True:
+                self._meet(_SIT)
+                shown = zip(self._everyone, self._words(), strict=True)
+                ends = [word & _REST for process, word in shown if process in group]
+                if well | 1 in ends or all(end == well for end in ends):
+                    break
+        finally:
+            self._sitting = ()
+        if not self._in_run:  # what comes now may be mail of those who have run
+            self._next_run(self._number_of_next_run())
+
+    def _agree_on(self, group: Sequence[int]) -> None:
+        """All of the present members call for the same group."""
+        self._lay(Message(self._signature(group), ()))
+        self._meet()
+        for process in self.members:
+            if (other := self._peek(process).pickled) != self._signature(group):
+                self._give_up_round(
+                    ContractError(
+                        f"rank {process} called run(comm=...) for {other.decode()} where rank "
+                        f"{self.process} called it for {self._signature(group).decode()}: all "
+                        f"must name the same ranks"
+                    )
+                )
+
+    def _signature(self, group: Sequence[int]) -> bytes:
+        """As short as rides beside a word, whatever their number is."""
+        text = str(list(group)).encode()
+        if len(text) <= 200:
+            return text
+        import hashlib
+
+        return f"{len(group)} ranks ({hashlib.sha256(text).hexdigest()})".encode()
+
+    def _work_in_group(self, work: Callable[[], _R]) -> tuple[_R | None, BaseException | None]:
+        """What `work` gives or raises, when all members have left the group."""
+        error: BaseException | None = None
+        result = None
+        try:
+            self.interruptible = self.in_function
+            self._heed_signals()
+            result = work()
+        except Exception as why:
+            error = why
+        finally:
+            self.interruptible = False
+        if self._final is None:
+            try:
+                self._leave_group(error)
+            except Exception as why:
+                error = error or why
+            finally:
+                self.interruptible = False
+        if self._group_end is not None:
+            if error is None or _is_consequence(error):
+                error = self._final
+            if self._group_end == self.call.depth:
+                self._group_end = self._final = None
+        return result, error
+
+    def _leave_group(self, error: BaseException | None) -> None:
+        """Leave the group with all others, if need be by the error of one."""
+        with self.enter("return"):
+            if error is not None:
+                self._lay_failure(Failure.of(error, self.process, self.world_size), error)
+                self._warn_receivers()
+            self._meet(self._exit_code(), large=error is not None)
+
+    def _warn_receivers(self) -> None:
+        """Have those who wait for mail come to the round in which all see this one's failure."""
+        for process in self.members:
+            if process != self.process:
+                self._tell(process, "leaves", (self._round + 1, self.call.depth))
+
+    def _lay_failure(self, failure: Failure, error: BaseException) -> None:
+        """Bring it to the coming round; a transport may have to tell less of `error`."""
+        self._lay(Message(pickle.dumps(failure), []))
+
+    # -- what is brought to a round -------------------------------------------------------------
+
+    def _described(self, messages: Sequence[Message]) -> tuple[list[Any], int]:
+        """What is brought, piece by piece, and its bytes: their sizes, heads and buffers.
+
+        Where there is one message, the first two pieces are the sizes and its head.
+        """
+        heads = [message.head() for message in messages]
+        table = [len(messages)]
+        for message, head in zip(messages, heads, strict=True):
+            table.append(len(head) + sum([buffer.nbytes for buffer in message.buffers]))
+            table.append(len(head))
+        nbytes = sum(table[1::2])
+        self.account.bytes_sent += nbytes
+        pieces: list[Any] = [struct.pack(f"<{len(table)}Q", *table)]
+        for message, head in zip(messages, heads, strict=True):
+            pieces += [head, *message.buffers]
+        return pieces, len(pieces[0]) + nbytes
+
+    def _find(self, process: int, index: int, parity: int) -> _Laid:
+        """The message of this index, or the only one, in what a process brings."""
+        memory, place = self._place_of(process, parity)
+        count, nbytes, head_bytes = _LAID.unpack_from(memory, place)
+        if count == 1:
+            return _Laid(_LAID.size, nbytes, head_bytes, _LAID.size + nbytes)
+        table = struct.unpack_from(f"<{2 * count}Q", memory, place + 8)
+        sizes, begin = table[::2], 8 + 16 * count
+        start = begin + sum(sizes[:index])
+        return _Laid(start, sizes[index], table[2 * index + 1], begin + sum(sizes))
+
+    def _peek(self, process: int, index: int = 0, parity: int | None = None) -> Message:
+        """A message that lies where a process has put it, as do the buffers of the result."""
+        parity = self._round & 1 if parity is None else parity
+        memory, begin = self._place_of(process, parity)
+        count, _, head_bytes = _LAID.unpack_from(memory, begin)
+        start = _LAID.size
+        if count != 1:
+            start, _, head_bytes, _ = self._find(process, index, parity)
+        begin += start
+        head = memory[begin : begin + head_bytes]
+        if head.startswith(_NO_BUFFERS):
+            return Message(head[len(_NO_BUFFERS) :], ())
+        sizes, pickled = _parse_head(head)
+        buffers = np.frombuffer(memory, np.uint8, sum(sizes), begin + head_bytes)
+        ends = itertools.accumulate(sizes, initial=0)
+        return Message(pickled, [buffers[first:end] for first, end in itertools.pairwise(ends)])
+
+    def _copy(self, message: Message, process: int) -> Message:
+        """The same in memory of its own."""
+        try:
+            return message.copy() if message.buffers else message
+        except MemoryError as why:
+            raise self.out_of_memory(process, why) from why
+
     # -- collectives --------------------------------------------------------------------------
 
     def broadcast(self, message: Message | None) -> Message:
         """Rank 0's message on every rank; the others pass None."""
-        if message is None:
-            return self._from_main()
-        self._transmit(self.members[1:], self._outgoing(message))
-        return message
+        return self._from_root([] if message is None else [message])
 
     def scatter(self, messages: Sequence[Message] | None) -> Message:
         """The message at this rank's place in rank 0's sequence; the others pass None."""
-        if messages is None:
-            return self._from_main()
-        for process, message in zip(self.members[1:], messages[1:], strict=True):
-            self._transmit([process], self._outgoing(message))
-        return messages[0]
+        received = self._from_root(messages[1:] if messages else [])
+        return messages[0] if messages else received
+
+    def _from_root(self, messages: Sequence[Message]) -> Message:
+        """On all but rank 0, its only message, or the one of several that is for this rank."""
+        rest = self._lay(*messages) if messages else None
+        if self._meet(large=rest is not None):
+            return self._large_from_root(messages, rest)
+        root = self.members[0]
+        return messages[0] if messages else self._copy(self._peek(root, self.rank - 1), root)
 
     def gather(self, message: Message, plan: GatherPlan) -> list[Message] | None:
         """All messages in rank order on rank 0, None elsewhere; `plan` may place the buffers."""
-        if self.rank > 0:
-            self._transmit([0], self._outgoing(message))
-            return None
-        others = self._collect(self.members[1:])
-        self._wait_until(
-            lambda: all(parcel.has_head() for parcel in others.values()),
-            lambda: [process for process, parcel in others.items() if not parcel.has_head()],
-        )
-        places = plan.place([message.pickled, *(parcel.pickled for parcel in others.values())])
-        for rank, parcel in enumerate(others.values(), 1):
-            parcel.place(None if places is None else [places[rank]])
-        if places is not None:
-            places[0][:] = message.buffers[0]
-        return [message, *(self._complete(parcel, process) for process, parcel in others.items())]
+        rest = self._lay(message) if self.rank > 0 else None
+        large = self._meet(large=rest is not None)
+        if self.rank == 0:
+            return self._taken_in(message, plan, large, rest)
+        if large:
+            self._large_to(message, None, large, rest)
+        return None
 
     def allgather(self, message: Message, plan: GatherPlan) -> list[Message]:
         """All messages in rank order on every rank; `plan` may place the buffers."""
-        gathered = self.gather(message, GatherPlan(False))
-        joint = None
-        if gathered is not None:
-            heads = [(one.pickled, len(one.buffers)) for one in gathered]
-            buffers = [buffer for one in gathered for buffer in one.buffers]
-            joint = Message(pickle.dumps(heads), buffers)
-        joint = self.broadcast(joint)
-        rest = iter(joint.buffers)
-        messages = [
-            Message(pickled, list(itertools.islice(rest, count)))
-            for pickled, count in pickle.loads(joint.pickled)
-        ]
-        return messages if self.rank > 0 else [messages[0].copy(), *messages[1:]]
+        rest = self._lay(message)
+        large = self._meet(large=rest is not None)
+        messages = self._taken_in(message, plan, large, rest)
+        if plan.result is None:
+            messages[self.rank] = self._copy(message, self.process)
+        return messages
+
+    def _taken_in(
+        self, message: Message, plan: GatherPlan, large: Sequence[int], rest: Any
+    ) -> list[Message]:
+        """The messages of all, this process's own among them, in rank order."""
+        if large:
+            return self._large_to(message, plan, large, rest)
+        others = [process for process in self.members if process != self.process]
+        found = [self._peek(process) for process in others]
+        messages = [*found[: self.rank], message, *found[self.rank :]]
+        if not any(one.buffers for one in messages):
+            return messages
+        places = plan.place([one.pickled for one in messages])
+        if places is None:
+            copies = [self._copy(one, process) for one, process in zip(found, others, strict=True)]
+            return [*copies[: self.rank], message, *copies[self.rank :]]
+        for place, one in zip(places, messages, strict=True):
+            place[:] = one.buffers[0]
+        return messages
 
     def alltoall(self, messages: Sequence[Message]) -> list[Message]:
         """Of `messages`, each goes to the rank at its place; what all ranks have for this one."""
-        for process, message in zip(self.members, messages, strict=True):
-            if process != self.process:
-                self._transmit([process], self._outgoing(message))
-        others = self._collect([process for process in self.members if process != self.process])
-        for parcel in others.values():
-            parcel.take_in()
-        received = [self._complete(parcel, process) for process, parcel in others.items()]
+        rest = self._lay(*messages)
+        large = self._meet(large=rest is not None)
+        if large:
+            return self._large_to_each(messages, large, rest)
+        others = [process for process in self.members if process != self.process]
+        received = [self._copy(self._peek(process, self.rank), process) for process in others]
         received.insert(self.rank, messages[self.rank])
         return received
 
     def gather_in_turn(self, message: Message) -> Generator[Message, None, None]:
         """The other ranks' messages on rank 0, each moved when it is asked for; none elsewhere."""
+        rest = self._lay(message) if self.rank > 0 else None
+        moved = self._take_turns(self._meet(large=rest is not None), rest)
+        next(moved)
         if self.rank > 0:
-            self._transmit([0], self._outgoing(message))
-            return self._take_in_turn({})
-        return self._take_in_turn(self._collect(self.members[1:]))
+            for _ in moved:
+                pass
+        return moved
 
-    def _take_in_turn(self, parcels: dict[int, Parcel]) -> Generator[Message, None, None]:
+    def _take_turns(self, large: Sequence[int], rest: Any) -> Generator[Any, None, None]:
+        """Main gets one message after the other; to what is large, all come."""
+        parity = self._round & 1
+        waiting = list(self.members[1:])
         try:
-            while parcels:
-                process = next(iter(parcels))
-                parcel = parcels.pop(process)
-                parcel.take_in()
-                yield self._complete(parcel, process)
+            yield None  # begun, so that it ends in what is below
+            while waiting:
+                process = waiting.pop(0)
+                if process in large:
+                    yield from self._large_in_turn(process, parity, rest)
+                elif self.rank == 0:
+                    yield self._copy(self._peek(process, parity=parity), process)
         finally:
-            # Where it is given up, too, as the senders may go on to other calls.
-            for parcel in parcels.values():
-                parcel.take_in()
+            # Where it is given up, too, as the others go on.
+            if not self._adrift:
+                for process in waiting:
+                    if process in large:
+                        for _ in self._large_in_turn(process, parity, rest):
+                            pass
+                self._end_turns(parity)
+
+    def _end_turns(self, parity: int) -> None:  # noqa: B027 - what it is for, a board has alone
+        """Nothing that was brought to a round of this parity is looked at any more."""
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
-        self.gather(_NOTHING, GatherPlan(False))
-        self.broadcast(_NOTHING if self.rank == 0 else None)
+        self._meet()
 
-    def _outgoing(self, message: Message, tag: int = 0, verb: str = "") -> Parcel:
-        """Of the present call, unless of `send`."""
-        self.account.bytes_sent += message.nbytes
-        return Parcel(self.run, Call(0, 0, verb) if verb else self.call, message, tag)
-
-    def _from_main(self) -> Message:
-        return self._complete(self._next_from(0), 0)
-
-    def _next_from(self, process: int) -> Parcel:
-        """The next collective message from `process`, which must belong to the present call."""
-        self._wait_until(lambda: self._heard(process), lambda: [process])
-        return self._arrived[process].popleft()
-
-    def _heard(self, process: int) -> bool:
-        """Whether `process` has made the present call; an error if it has made another one."""
-        queue = self._arrived[process]
-        # Who has left the run may be in the next one already.
-        if not queue or queue[0].run != self.run:
-            return False
-        if queue[0].call != self.call:
-            raise self._disagreement(process, queue[0].call)
-        return True
-
-    def _collect(self, processes: Sequence[int]) -> dict[int, Parcel]:
-        """The next of each for the present call; an error as soon as any strays."""
-        if not processes:
-            return {}
-        missing = set(processes)
-        self._heard_from = {process for process in processes if self._arrived[process]}
-
-        def all_here() -> bool:
-            news, self._heard_from = self._heard_from & missing, set()
-            missing.difference_update([process for process in news if self._heard(process)])
-            return not missing
-
-        self._wait_until(all_here, lambda: sorted(missing))
-        return {process: self._arrived[process].popleft() for process in processes}
-
-    def _complete(self, parcel: Parcel, process: int) -> Message:
-        """The message, when all of it has come from `process`."""
-        self._wait_until(parcel.done, lambda: [process])
-        if parcel.failure is not None:
-            raise self.out_of_memory(process, parcel.failure) from parcel.failure
-        assert parcel.message is not None
-        return parcel.message
-
-    # -- what arrives -------------------------------------------------------------------------
+    # -- mail ---------------------------------------------------------------------------------
 
     def _deliver(self, source: int, parcel: Parcel) -> None:
-        """Take in a parcel: one of `_WORDS` when it is whole, all others as soon as they begin."""
-        verb = parcel.call.verb
-        if verb == "control":
+        """Take it in: one of `_WORDS` when it is whole, a message as soon as it begins."""
+        if parcel.verb == "control":
             self._on_control(pickle.loads(parcel.pickled))
-        elif parcel.run < self.run or (parcel.run == self._over and verb not in (*_WORDS, "stop")):
-            parcel.discard()
-        elif verb == "send":
+        elif parcel.run < self.run:
+            return
+        elif parcel.verb == "failed":
+            self._on_failure(source, parcel)
+        elif parcel.verb == "leaves":
+            self._end_of_group = pickle.loads(parcel.pickled)
+        else:
             key = source, parcel.tag, parcel.run
             self._mail.setdefault(key, collections.deque()).append(parcel)
-        elif verb in ("failed", "abort", "over"):
-            self._on_verdict(source, parcel)
-        else:
-            self._arrived[source].append(parcel)
-            self._heard_from.add(source)
-            if verb == "return":
-                self._ends[parcel.run].left.add(source)
 
-    def _on_verdict(self, source: int, parcel: Parcel) -> None:
-        """Hear that a run has failed, or how it has ended."""
-        end, failure = self._ends[parcel.run], pickle.loads(parcel.pickled)
-        if parcel.call.verb == "failed":
-            end.left.add(source)
-            end.failures[source] = failure
-        elif parcel.call.verb == "over":
-            end.told, end.verdict = True, failure
-            if failure is None:
-                return
-        end.called_off = True
+    def _on_failure(self, source: int, parcel: Parcel) -> None:
+        """Another process tells by which error it has left the run."""
+        self._failed_run = parcel.run
 
-    def _tell(self, process: int, verb: str, content: object = None) -> None:
-        """Say one of `_WORDS`."""
-        message = Message(content if type(content) is bytes else pickle.dumps(content), [])
-        self._post(process, Parcel(self.run, self.call._replace(verb=verb), message))
+    def _on_control(self, content: Any) -> None:
+        self._watch.hear(self._tell_control, *content)
 
     def _tell_control(self, process: int, *content: object) -> None:
         """Have `_on_control` called on another process."""
         self._tell(process, "control", content)
 
-    # -- messages from one rank to another -----------------------------------------------------
+    def _tell(self, process: int, verb: str, content: object = None) -> None:
+        """Say one of `_WORDS`."""
+        self._post(process, Parcel(self.run, verb, Message(pickle.dumps(content), [])))
 
     def send(self, message: Message, rank: int, tag: int) -> None:
         """Return when the message's buffers may be changed."""
-        process, parcel = self.members[rank], self._outgoing(message, tag, "send")
+        self.account.bytes_sent += message.nbytes
+        process, parcel = self.members[rank], Parcel(self.run, "send", message, tag)
         if process == self.process:
             self._deliver(process, parcel.copy())
         else:
-            self._transmit([process], parcel)
+            self._transmit(process, parcel)
 
     def receive(self, rank: int, tag: int) -> Message:
         """The oldest message from `rank` under `tag`; waits for it."""
@@ -2271,7 +2599,10 @@ class Communicator(abc.ABC):
         parcel = self._mail[key].popleft()
         if not self._mail[key]:
             del self._mail[key]
-        return rank, self._complete(parcel, self.members[rank])
+        if parcel.failure is not None:
+            raise self.out_of_memory(key[0], parcel.failure) from parcel.failure
+        assert parcel.message is not None
+        return rank, parcel.message
 
     def _is_vain(self, ranks: Sequence[int], tag: int, doing: str) -> bool:
         """False; an error where it is known that none of these will send anything any more."""
@@ -2290,6 +2621,11 @@ class Communicator(abc.ABC):
                 return rank
         return None
 
+    def _forget_mail_before(self, run: int) -> None:
+        """Let go of what has come for earlier runs and has not been taken in."""
+        for key in [key for key in self._mail if key[2] < run]:
+            del self._mail[key]
+
     # -- the life of a run --------------------------------------------------------------------
 
     def start_others(self) -> None:  # noqa: B027 - not all transports can
@@ -2300,29 +2636,35 @@ class Communicator(abc.ABC):
 
         There is one message for all who take part, or one for each.
         """
-        self._command = messages
-        if messages is None:
-            for process in self.members[1:]:
-                self._tell(process, "stop", b"-")
+        self._between_runs()
+        with self._idling():
+            self.broadcast(messages[0] if messages else Message(b"", []))
+        if messages:
+            self._start_run()
 
     def next_command(self) -> Message | None:
         """Elsewhere: idle until main's next command."""
-        while True:
-            with self._idling():
-                self._wait_until(lambda: self._arrived[0], lambda: [0], "return")
-            parcel = self._arrived[0].popleft()
-            if parcel.call.verb == "stop":
-                return None
-            if parcel.call.verb != "run":
-                continue  # left over from a run that ended early
-            self._next_run(parcel.run)
-            self._in_run = True
-            try:
-                return self._complete(parcel, 0)
-            except (RunEnded, ParallelizerError, MemoryError) as error:
-                self.fail_run(error)
-                if self.ends_outer_run(error):
-                    raise
+        self._between_runs()
+        with self._idling():
+            message = self.broadcast(None)
+        if not message.pickled:
+            return None
+        self._start_run()
+        return message
+
+    def _between_runs(self) -> None:
+        self._in_run = False
+        self._forget_run()
+        self.call = Call(0, 0, "run")
+        self._code = _CODES["run"]
+
+    def _start_run(self) -> None:
+        self._next_run(self._number_of_next_run())
+        self._in_run = True
+
+    def _number_of_next_run(self) -> int:
+        """All count alike, as all come to all rounds, and to one in each run at least."""
+        return self._round + 1
 
     @_context
     def _idling(self) -> Iterator[None]:
@@ -2333,111 +2675,85 @@ class Communicator(abc.ABC):
         finally:
             self._idle = False
 
-    def sit_out(self) -> None:
-        """Count a run that this process takes no part in."""
-        self._next_run(self.run + 1)
-
     def _next_run(self, run: int) -> None:
         """Forget the runs before; what a quick sibling has already sent for this one stays."""
         self.run = run
-        self._final = None
-        self._forget_before(run)
-        for earlier in [number for number in self._ends if number < run]:
-            del self._ends[earlier]
-        self._end = self._ends[run]
-
-    def _forget_before(self, run: int) -> None:
-        """Let go of what has come for earlier runs and has not been taken in."""
-        for key in [key for key in self._mail if key[2] < run]:
-            for parcel in self._mail.pop(key):
-                parcel.discard()
-        for queue in self._arrived.values():
-            while queue and queue[0].run < run:
-                queue.popleft().discard()
+        self._forget_run()
+        self._forget_mail_before(run)
 
     def _finish(self, *, failed: bool = False) -> None:  # which matters to a transport
         """The current run is over here, and nothing of what was moved in it stays."""
         self._in_run = False
-        if not self.spmd:  # else verbs that are called between two runs have this number, too
-            self._over = self.run
-            self._forget_before(self.run + 1)
+        self._entered_at = 0.0
+        self._forget_run()
+        self._forget_mail_before(self.run + 1)
 
     def begin_run(self) -> None:
-        """Before the function: begin to count anew; main sends the command on its way."""
-        self._history.clear()
-        self._unheard = False
+        """Before the function: begin to count anew."""
         self.spokesman = self.in_task = None
         self.account = _Account()
-        command, self._command = self._command, None
         if not self._in_run:
-            self._next_run(self.run + 1)
-            self._in_run = True
-        self._everyone = self.members
-        self._told = set(self.members[1:]) if self.spmd else set()
-        if self.process == 0:
-            self._handle_all()  # who died since the last run
+            self._start_run()
         self._raise_failure()
-        if command is not None:
-            self._begin_on_others(command)
-
-    def _begin_on_others(self, command: Sequence[Message]) -> None:
-        others = self.members[1:]
-        self._told = set(others)
-        groups = [others] if len(command) == 1 else [(process,) for process in others]
-        for group, message in zip(groups, command, strict=True):
-            self._transmit(group, Parcel(self.run, self.call, message))
 
     def finish_run(self, report: bytes) -> list[bytes]:
         """Return when every member has returned from the function; on rank 0 all their reports.
 
-        Where nobody but main needs to know (not `spmd`), the others return at once.
+        On processes, the others return at once, because nobody but main needs to know.
         """
         self.enter("return")
+        self._lay(Message(report, []))
+        self._return()
         reports = [report]
-        if self.process > 0:
-            self._tell(0, "return", report)
-            if self.spmd:
-                self._wait_until(self._is_over, lambda: [0])
-                self._raise_failure()
-        else:
-            reports += [parcel.pickled for parcel in self._collect(self.members[1:]).values()]
-            self._tell_verdict(None)
+        if self.rank == 0:
+            reports += [self._peek(process).pickled for process in self.members[1:]]
         self._finish()
         return reports
 
-    def _is_over(self) -> bool:
-        """Whether main has said how the run has ended; an error if a collective goes on."""
-        while self._heard_from:
-            self._heard(self._heard_from.pop())
-        return self._end.told
+    def _return(self) -> None:
+        self._meet(self._exit_code())
 
     def fail_run(self, error: BaseException) -> BaseException:
         """End the run on every member because of `error`; what `run` is to raise here."""
         if self.gone:
             return error
         try:
-            return self._call_off(error) if self.process == 0 else self._leave_early(error)
+            return self._end_run(error)
         finally:
             self._finish(failed=True)
 
-    def _call_off(self, error: BaseException) -> BaseException:
-        """On main: have all leave the run, and find the failure that is to be told."""
-        failures = self._end.failures
-        if not self._ends_own_run(error):
-            failures[0] = self._for_others(error)
+    def _end_run(self, error: BaseException) -> BaseException:
+        """End the run on every member because of `error`; what `run` is to raise here."""
+        if self.world_size == 1 or not self._in_run:
+            return error
+        is_own = not self._ends_own_run(error)
+        if is_own and not self._over:
+            with contextlib.suppress(ParallelizerError, RunEnded):  # this one's own is raised
+                self._show_end(error)
+        final, verdict = self._final, self._verdict
+        if isinstance(final, ContractError) and not is_own:
+            return final
+        if verdict is None or self.ends_outer_run(error):
+            return error
+        self.spokesman = verdict.rank
+        raised = error if is_own and verdict.rank == self.process else verdict.exception()
+        for process, summary in self._failed_too:
+            _add_note(raised, f"rank {process} failed too: {summary}")
+        return raised
+
+    def _show_end(self, error: BaseException) -> None:
+        """Come to the round in which all see that the run has failed."""
+        self._final = None
+        told = self._for_others(error)
+        failure = Failure.in_words(told, self.process, self.world_size)
         try:
-            self._make_all_leave(error)
-        finally:  # whatever interrupts that, the others wait for the verdict
-            (self.spokesman, first), *others = sorted(
-                failures.items(), key=lambda failure: (_is_consequence(failure[1]), failure[0])
-            )
-            self._tell_verdict(first)
-        raised = first.exception() if isinstance(first, Failure) else first
-        for rank, other in others:
-            summary = other.summary if isinstance(other, Failure) else _summary(other)
-            _add_note(raised, f"rank {rank} failed too: {summary}")
-        failures.clear()
-        return error if self.ends_outer_run(error) else raised
+            failure = failure.with_exception(told)
+        finally:  # whatever interrupts that, the others wait for this card
+            self._lay_failure(failure, error)
+            self._warn_receivers()
+            self._meet(self._exit_code(), large=True)
+            if not self._over:
+                self._over, self._verdict = True, failure
 
     def _ends_own_run(self, error: BaseException) -> bool:
         return isinstance(error, RunEnded) and error.communicator is self
@@ -2455,70 +2771,21 @@ class Communicator(abc.ABC):
             f"failed: see the error of that"
         )
 
-    def _make_all_leave(self, error: BaseException) -> None:
-        """On main: return when all have left the run, or have not within the time they get."""
-        self.listen(_SETTLING, lambda: not self._inside())
-        if not self._see_all_leave():
-            _logger().warning(
-                "rank(s) %s did not leave a failed run within %s s", self._inside(), _GRACE
-            )
-
-    def _see_all_leave(self) -> bool:
-        """On main: call the run off; whether all have left it within the time they get."""
-        # Who has failed under MPI waits for a word that main knows.
-        for process in self.members[1:] if self.spmd else self._inside():
-            self._tell(process, "abort")
-        return self.listen(_GRACE, lambda: not self._inside())
-
-    def _inside(self) -> list[int]:
-        """On main: who has not left the run."""
-        return sorted(self._told - self._end.left)
-
-    def _tell_verdict(self, first: Failure | BaseException | None) -> None:
-        """On main, at the end of a run whose other processes wait for its word."""
-        if self.spmd and self.size > 1:
-            if isinstance(first, BaseException):
-                self._tell_failure(self.members[1:], "over", first)
-            else:
-                for process in self.members[1:]:
-                    self._tell(process, "over", first)
-
-    def _tell_failure(self, processes: Iterable[int], verb: str, error: BaseException) -> None:
-        """They wait for it, so it is told whatever interrupts the pickling of `error`."""
-        failure = Failure.in_words(error, self.process, self.world_size)
-        try:
-            failure = failure.with_exception(error)
-        finally:
-            for process in processes:
-                self._tell(process, verb, failure)
-
-    def _leave_early(self, error: BaseException) -> BaseException:
-        """Elsewhere: tell main; return what is to be raised, which under MPI main decides."""
-        if self._ends_own_run(error) or self._is_called_off():
-            self._tell(0, "return", b"-")  # main only waits for this process to leave
-        else:
-            self._unheard = True
-            self._tell_failure([0], "failed", self._for_others(error))
-        return self._hear_verdict(error) if self.spmd else error
-
-    def _hear_verdict(self, error: BaseException) -> BaseException:
-        """What all ranks raise; this one's own `error`, where main computes and does not hear."""
-        if self.listen(_GRACE, lambda: self._end.called_off):
-            self.listen(math.inf, lambda: self._end.told)
-        verdict = self._end.verdict
-        if verdict is None or self.ends_outer_run(error):
-            return error
-        self.spokesman = verdict.rank
-        own = verdict.rank == self.process and not self._ends_own_run(error)
-        return error if own else verdict.exception()
-
     def _raise_failure(self) -> None:
-        """Raise where the current run is known to have failed."""
-        if self._in_run and self._is_called_off():
-            raise RunEnded(self)
+        """Raise where the current run, or a group, is known to have failed."""
+        if self._in_run:
+            if self._is_called_off():
+                raise RunEnded(self)
+            number, depth = self._end_of_group
+            if number == self._round + 1 and depth <= self.call.depth and self._final is None:
+                self._come_to_end(depth)
+
+    def _come_to_end(self, depth: int) -> None:
+        """See in the coming round by which error another one leaves a group of this depth."""
+        self._meet(self.call.depth << 6 | _LEFT)
 
     def _is_called_off(self) -> bool:
-        return self._end.called_off
+        return self._failed_run == self.run
 
     @_context
     def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
@@ -2535,13 +2802,6 @@ class Communicator(abc.ABC):
     def is_in_step(self) -> bool:
         """Whether this process has not left a call for good."""
         return self._final is None
-
-    def in_group(self, ranks: Sequence[int], work: Callable[[], _R]) -> _R | Any:
-        """What `work` gives, among these of the present ranks; the others have no part in it."""
-        if self.rank not in ranks:
-            return Parallelizer.InWorkerProcess
-        with self.restricted_to(ranks):
-            return work()
 
     def limiting(self) -> contextlib.AbstractContextManager[None]:
         """Within, this process has the number of threads on which all of them agree."""
@@ -2603,16 +2863,16 @@ class Communicator(abc.ABC):
         while self._postponed:
             self._postponed.pop()()
         self.interruptible = False
-        self._entered_at = time.perf_counter()
         if self._final is not None:
             self.interruptible = self.in_function
             raise self._final
         self._raise_failure()
+        self._entered_at = time.perf_counter()
         if verb not in ("send", "receive"):
             depth, number, _ = self.call
-            self.call = call = Call(depth, number + 1, verb)
+            # Outside of runs there is nothing that all would count alike.
+            self.call = call = Call(depth, number + 1 if depth else 1, verb)
             self._code = (call.number & 15) << 11 | depth << 6 | _CODES[verb]
-            self._history.append(call)
         return self
 
     def __enter__(self) -> Communicator:
@@ -2631,18 +2891,6 @@ class Communicator(abc.ABC):
         if kind is None and (self.news or _CTRL_C.pending):
             self._heed_signals()
 
-    def _disagreement(self, process: int, call: Call) -> ContractError:
-        """`process` made `call` where this process made another one."""
-        mine = self.call
-        for earlier in self._history:
-            if (earlier.depth, earlier.number) == (call.depth, call.number):
-                mine = earlier
-        if call.verb == "return":
-            where = "returned" if self.call.verb == "return" else f"waits in {self._doing('')}"
-            return ContractError(f"rank {process} {call} while rank {self.process} {where}")
-        advice = _advice_to_serve({call.verb, mine.verb}, call.depth)
-        return ContractError(f"rank {process} {call} where rank {self.process} {mine}{advice}")
-
     # -- waiting ------------------------------------------------------------------------------
 
     def _wait_until(
@@ -2653,15 +2901,17 @@ class Communicator(abc.ABC):
         *,
         idle: bool = False,
         tried: bool = False,
+        in_round: bool = False,
     ) -> None:
         """Handle what arrives until `ready`; `awaited` are the processes that can make it so.
 
         An `idle` wait may last for ever. Before one that has been `tried`, there is no short one.
+        One that is `in_round` ends by what others show in that, who may find a deadlock, too.
         """
         if not tried and (ready() or self._is_soon(ready)):
             return
         begun = time.perf_counter()
-        look_around = math.inf if self._idle else _PATIENCE
+        look_around = math.inf if self._idle or in_round else _PATIENCE
         timeout = math.inf if idle or self._idle else self.timeout or math.inf
 
         def describe(number: int) -> _Wait | None:
@@ -2675,23 +2925,32 @@ class Communicator(abc.ABC):
         self._fall_asleep()
         try:
             while not ready():
-                self._raise_failure()
-                if _CTRL_C.pending:
-                    _CTRL_C.heed()
+                self._heed_end_of_wait(in_round=in_round)
                 waited = time.perf_counter() - begun
                 if waited >= timeout:
                     self._raise_timeout(awaited(), doing)
-                if self._watch.deadlock is not None:
-                    raise _deadlock_error(self._watch.deadlock)
                 if waited >= look_around:
                     # Ever less often: who is the last to close a circle has just begun to wait.
                     look_around *= 2
                     self._watch.look_around(self._tell_control)
                 self._progress(min(look_around, timeout) - waited)
+        except Exception as error:
+            if self._in_run:
+                self._final = error
+            raise
         finally:
             self._wake_up()
             self._watch.end()
             self.account.waiting += time.perf_counter() - begun
+
+    def _heed_end_of_wait(self, *, in_round: bool) -> None:
+        """Raise what ends a wait before it comes true."""
+        if not in_round:
+            self._raise_failure()
+        if _CTRL_C.pending:
+            _CTRL_C.heed()
+        if self._watch.deadlock is not None:
+            raise _deadlock_error(self._watch.deadlock)
 
     def _fall_asleep(self) -> None:  # noqa: B027 - not all transports need it
         """A wait begins, in which `_progress` may sleep until others wake it."""
@@ -2713,9 +2972,9 @@ class Communicator(abc.ABC):
             self._wake_up()
         return True
 
+    @abc.abstractmethod
     def wake(self) -> None:
         """Have `_progress` return; called by another thread than the one that waits."""
-        self._tell_control(self.process, "wake", self.process, 0, ())  # of no wait
 
     def out_of_memory(self, process: int, why: BaseException) -> MemoryError:
         """What is to be raised where there is too little for what `process` has sent."""
@@ -2747,15 +3006,12 @@ class Communicator(abc.ABC):
             return "serve"
         return f"{self.call.verb} #{self.call.number}"
 
-    def _raise_timeout(self, awaited: Iterable[int], doing: str) -> NoReturn:
+    def _raise_timeout(self, awaited: Iterable[object], doing: str) -> NoReturn:
         missing = ", ".join(str(process) for process in awaited)
         raise WaitTimeout(
             f"rank {self.process} waited {self.timeout} s in {self._doing(doing)} for rank(s) "
             f"{missing}, which may be stuck or just slow; raise timeout= if they are slow"
         )
-
-    def _on_control(self, content: Any) -> None:
-        self._watch.hear(self._tell_control, *content)
 
 
 class SerialCommunicator(Communicator):
@@ -2764,14 +3020,23 @@ class SerialCommunicator(Communicator):
     def __init__(self) -> None:
         super().__init__(0, 1)
 
-    def _post(self, process: int, parcel: Parcel) -> None:
-        raise AssertionError("there is one process")
+    def _exchange(self, word: int, wanted: bytes) -> bool:
+        return True
+
+    def _lay(self, *messages: Message) -> None:
+        """Nobody will look at it."""
 
     def _progress(self, seconds: float) -> None:
-        """Nothing can arrive; but a signal meant for another parallelizer may ask."""
+        """Nothing can come; but a signal meant for another parallelizer may ask."""
 
     def wake(self) -> None:
         """It never waits."""
+
+    def _meets_nobody(self, *_: Any) -> Any:
+        raise AssertionError("there is one process")
+
+    _never: Any = _meets_nobody
+    _words = _place_of = _post = _never
 
 
 # -- multiprocessing: a board in shared memory ---------------------------------------------------
@@ -2813,7 +3078,6 @@ _QUEUE_AT_FIRST, _QUEUE_BYTES = 1 << 20, 1 << 26  # of chunks that wait; a large
 _RECORD = struct.Struct("<QQBq")  # in a ring: bytes, those of the head, verb, tag
 _WANTS_NEWS, _WANTS_ROOM = 1, 2  # why a process sleeps
 _LET_GO = 1  # instead of the number of a run, to which a process is called
-_LAID = struct.Struct("<QQQ")  # messages in a slot; of each, its bytes and those of its head
 
 
 class _Board:
@@ -3330,16 +3594,16 @@ class _ChunkQueue:
 
 
 class _Incoming(Parcel):
-    """A parcel that arrives in pieces: first its head, then its buffers.
+    """A parcel that comes in pieces: first its head, then its buffers.
 
     The buffers of a gather are placed when their places in the result are known; all others get
     fresh memory as soon as the head is complete.
     """
 
     def __init__(
-        self, run: int, call: Call, tag: int, nbytes: int, head_bytes: int, *, placed: bool = False
+        self, run: int, verb: str, tag: int, nbytes: int, head_bytes: int, *, placed: bool = False
     ) -> None:
-        super().__init__(run, call, None, tag)
+        super().__init__(run, verb, None, tag)
         self._missing = nbytes
         self._head_bytes = head_bytes
         self._head = bytearray()
@@ -3385,6 +3649,7 @@ class _Incoming(Parcel):
                 self._unfilled[0] = target[count:]
 
     def place(self, buffers: Sequence[_Bytes] | None) -> None:
+        """Say where the buffers are to be written; None for memory of their own."""
         self._to_be_placed = False
         if len(self._head) < self._head_bytes:
             return  # then all of it gets fresh memory, when the sizes are known
@@ -3392,15 +3657,6 @@ class _Incoming(Parcel):
             buffers = [_allocate(size) for size in self._sizes]
         self.message = Message(self.pickled, buffers)
         self._unfilled.extend(buffer for buffer in buffers if buffer.nbytes)
-
-
-class _Laid(NamedTuple):
-    """Where a message lies in what a process brings to a round, all in bytes."""
-
-    start: int
-    nbytes: int
-    head_bytes: int
-    total: int  # of all that the process brings
 
 
 class _Inflow:
@@ -3413,9 +3669,7 @@ class _Inflow:
         self._process = process
         self._next, self._stop = laid.start, laid.start + laid.nbytes
         self._head_bytes = laid.head_bytes
-        self._parcel = _Incoming(
-            comm.run, comm.call, 0, laid.nbytes, laid.head_bytes, placed=placed
-        )
+        self._parcel = _Incoming(comm.run, "", 0, laid.nbytes, laid.head_bytes, placed=placed)
 
     def read_head(self) -> bytes:
         """The pickle, where it lies in the first chunk."""
@@ -3488,7 +3742,7 @@ class _Rings:
         assert parcel.message is not None
         head, buffers = parcel.message.head(), parcel.message.buffers
         nbytes = len(head) + sum(buffer.nbytes for buffer in buffers)
-        start = _RECORD.pack(nbytes, len(head), _CODES[parcel.call.verb], parcel.tag)
+        start = _RECORD.pack(nbytes, len(head), _CODES[parcel.verb], parcel.tag)
         queue = self._unsent.setdefault(process, collections.deque())
         queue.append(np.frombuffer(start + head, np.uint8))
         queue.extend(buffers)
@@ -3548,7 +3802,7 @@ class _Rings:
                 data = parcel.feed(data)
                 if parcel.done():
                     inlet.parcel = None
-                    if parcel.call.verb in _WORDS:
+                    if parcel.verb in _WORDS:
                         self._comm.deliver(process, parcel)
 
     def _begin_to_hear(self, process: int, inlet: _Inlet, data: _Bytes) -> _Bytes:
@@ -3556,19 +3810,21 @@ class _Rings:
         inlet.start += data[:missing].tobytes()
         if len(inlet.start) == _RECORD.size:
             nbytes, head_bytes, code, tag = _RECORD.unpack(inlet.start)
-            call = Call(0, 0, _VERBS[code])
-            inlet.start = b""
-            inlet.parcel = _Incoming(self._comm.run, call, tag, nbytes, head_bytes)
-            if call.verb not in _WORDS:
+            inlet.start, verb = b"", _VERBS[code]
+            inlet.parcel = _Incoming(self._comm.run, verb, tag, nbytes, head_bytes)
+            if verb not in _WORDS:
                 self._comm.deliver(process, inlet.parcel)
         return data[missing:]
 
 
 class BoardCommunicator(Communicator):
-    """The transport of multiprocessing, on main (process 0) and on the workers alike."""
+    """The transport of multiprocessing, on main (process 0) and on the workers alike.
+
+    What is written into a slot of a round has been read by all when they show the word of the next
+    one, so that a slot may be written to again two rounds later.
+    """
 
     passes_handles = True
-    one_round = True
 
     def __init__(
         self,
@@ -3583,8 +3839,7 @@ class BoardCommunicator(Communicator):
         self._doorbell = doorbell
         self._queue = queue  # None on Windows, whose pipes cannot be read without blocking
         self._at_queue = False
-        self._round = 0  # the number of the latest round, for the life of the board
-        self._base = 0  # the one by which main has called to the current run
+        self._base = 0  # the number of the round by which main has called to the current run
         self._wants_room = False  # whether this process waits for what another one has to read
         self._next_run(0)
         self._rings.close()
@@ -3592,16 +3847,17 @@ class BoardCommunicator(Communicator):
     def cut_off(self) -> None:
         super().cut_off()
         no_way: Any = _NoWay(self.process)
-        self._doorbell = self._queue = self._board = no_way
+        self._doorbell = self._queue = self._board = self._rings = no_way
 
     def _next_run(self, run: int) -> None:
         super()._next_run(run)
         self._place = 0  # of this process's words on the board
-        self._sitting: Sequence[int] = ()  # the group of others that does something
-        # How deep a group was that all have left because of the failure of another member.
-        self._group_end: int | None = None
-        self._adrift = False  # whether this process has left a round before it was complete
         self._rings = _Rings(self, self._board)
+
+    def begin_run(self) -> None:
+        super().begin_run()
+        self._everyone = self.members
+        self._place = self.members.index(self.process)
 
     def _finish(self, *, failed: bool = False) -> None:
         super()._finish()
@@ -3610,49 +3866,31 @@ class BoardCommunicator(Communicator):
         self.wake_others(p for p in self._everyone if not self._board.has_left(p, self._base))
 
     # -- rounds -------------------------------------------------------------------------------
-    #
-    # Every collective is a round, to which each process of the run brings a word, which says the
-    # number of the round, the call that it makes, and whether it has more to say than its slot
-    # holds. Nobody leaves a round before all have shown the same call, but for good: who raises
-    # anything else shows no word any more, so that late ones see what others have shown.
-    #
-    # Whatever is written into a slot of this round has been read by all when they show the word of
-    # the next one, so that a slot may be written to again two rounds later.
 
-    def begin_run(self) -> None:
-        super().begin_run()
-        self._place = self.members.index(self.process)
+    def _number_of_next_run(self) -> int:
+        return self.run + 1  # as not all come to the rounds of all runs
 
-    def _meet(self, code: int | None = None, *, large: bool = False) -> Sequence[int]:
-        """Return when all processes of the run have come to this round; who brings more to it."""
-        if self._final is not None:
-            raise self._final
-        self._adrift = True  # until the round is complete
-        board, count = self._board, len(self._everyone)
-        self._round = number = self._round + 1
-        small, parity = number << _BITS | (self._code if code is None else code) << 1, number & 1
-        word = small | large
+    def _exchange(self, word: int, wanted: bytes) -> bool:
+        board, parity, count = self._board, word >> _BITS & 1, len(self._everyone)
         board.show(parity, self._place, word)
-        if self.size == count:  # all are to show the same
-            wanted = small.to_bytes(8, sys.byteorder) * count
-        else:
-            wanted = self._wanted(small)
         alike = board.look(parity, count) == wanted
         if not alike:
-            self._await_all(word, wanted)
+            self._await_words(wanted)
             alike = board.look(parity, count) == wanted
-        self._adrift = False
         if board.does_any_sleep():
             self.wake_others(self._everyone)
-        if alike and not large:
-            return ()
-        brought = [process for process, other in self._shown(parity) if other & 1]
-        self._heed_failed_groups(word)
-        return brought
+        return alike
 
-    def _await_all(self, word: int, wanted: bytes) -> None:
+    def _words(self) -> list[int]:
+        return self._board.words(self._round & 1, len(self._everyone))
+
+    def _have_come(self) -> bool:
+        """Whether all have come to this round; an error where they do not go together."""
+        return self._judge(self._words())
+
+    def _await_words(self, wanted: bytes) -> None:
         """Return when all have come; spin at first, and then sleep."""
-        board, parity, count = self._board, word >> _BITS & 1, len(self._everyone)
+        board, parity, count = self._board, self._round & 1, len(self._everyone)
         begun = time.perf_counter()
         try:
             for turn in range(board.looks):
@@ -3660,264 +3898,62 @@ class BoardCommunicator(Communicator):
                     break
                 if board.crowded:
                     os.sched_yield()
-                if turn & 31 == 31 and self._have_come(word):
+                if turn & 31 == 31 and self._have_come():
                     break
             else:
                 begun = math.inf  # it counts by itself how long it waits
-                self._wait_until(lambda: self._have_come(word), self._missing, tried=True)
-        except Exception as error:
-            self._final = error
-            if isinstance(error, ContractError):
-                self.wake_others(self._everyone)  # who waits in this round sees the same
-            raise
+                is_idle = bool(self._sitting)
+                self._wait_until(self._have_come, self._missing, idle=is_idle, tried=True)
         finally:
             self.account.waiting += max(time.perf_counter() - begun, 0)
 
-    def _heed_failed_groups(self, word: int) -> None:
-        """Leave the groups that another member has left by an error in this round."""
-        # At each depth there is one group at a time, because all others sit it out.
-        failed = [
-            (other >> _DEPTH & 31, process)
-            for process, other in self._shown(self._round & 1)
-            if _is_failed_exit(other)
-        ]
-        if failed and min(failed)[0] <= self.call.depth and min(failed)[1] != self.process:
-            depth, process = min(failed)
-            failure: Failure = pickle.loads(self._peek(process).pickled)
-            self._final = error = failure.exception()  # for all calls in the group
-            self._group_end = depth
-            if not _is_failed_exit(word):
-                raise error
+    def _give_up_run(self, error: ContractError) -> None:
+        super()._give_up_run(error)
+        self.wake_others(self._everyone)  # who waits in this round sees the same
 
-    def _shown(self, parity: int) -> Iterator[tuple[int, int]]:
-        """Each process of the run, and its latest word of this parity."""
-        words = self._board.words(parity, len(self._everyone))
-        return zip(self._everyone, words, strict=True)
-
-    def _wanted(self, word: int) -> bytes:
-        """The words of all, if they agree, some sit out, and nobody brings more than fits."""
-        if self._sitting:
-            return b""  # what the others do is for them to agree on
-        sitting = word >> _BITS << _BITS | _SIT << 1
-        wanted = [word if process in self.members else sitting for process in self._everyone]
-        return struct.pack(f"={len(wanted)}Q", *wanted)
-
-    def _have_come(self, word: int) -> bool:
-        """Whether all have come to this round; an error where one makes another call."""
-        missing, agreed = False, 0 if self._sitting else word
-        for process, other in self._shown(self._round & 1):
-            if other >> _BITS != word >> _BITS:
-                missing = True
-            elif not self._may_fail(word, other):
-                may_sit = self._sitting or process not in self.members
-                if may_sit and other & _REST == _SIT << 1:
-                    continue
-                agreed = agreed or other  # of those whom this process sits out
-                if not self._may_call(process, other) or (other ^ agreed) > 1:
-                    raise self._disagreement(process, self._call_of(other))
-        return not missing
-
-    def _may_fail(self, word: int, other: int) -> bool:
-        """Whether one of these tells that its process leaves a group in which the other is, too."""
-        deepest, depth = self.call.depth + bool(self._sitting), other >> _DEPTH & 31
-        if _is_failed_exit(other):
-            return depth <= deepest
-        return _is_failed_exit(word) and (depth >= deepest or other & _REST == _SIT << 1)
-
-    def _may_call(self, process: int, other: int) -> bool:
-        """Whether it is in the group that calls verbs, and does so in the group."""
-        if not self._sitting:
-            return process in self.members
-        return process in self._sitting and other >> _DEPTH & 31 > self.call.depth
-
-    def _exit_code(self, deeper: int = 0) -> int:
-        """Of the word by which the members of a group, or of the run, leave it."""
-        return self.call.depth + deeper << 6 | _CODES["return"]
-
-    def _call_of(self, word: int) -> Call:
-        """What another process of this round has called; its number is near to the present one."""
-        depth, verb = word >> _DEPTH & 31, _VERBS[word >> 1 & 63]
-        if depth != self.call.depth or verb in ("return", _VERBS[_MORE]):
-            return Call(depth or 1, 0, verb)
-        ahead = (word >> 12) - self.call.number & 15
-        return Call(depth, self.call.number + (ahead if ahead < 8 else ahead - 16), verb)
-
-    def _count_who_show(self, processes: Sequence[int], rest: int) -> int:
-        """How many of these have come to the round with the same `rest` of their words."""
-        words = dict(self._shown(self._round & 1))
-        return sum(words[process] & _REST == rest for process in processes)
-
-    def in_group(self, ranks: Sequence[int], work: Callable[[], _R]) -> _R | Any:
-        # Who is not in the group comes to its rounds, too, so that what goes wrong in it is known
-        # to all in the same one.
-        group = tuple(self.members[rank] for rank in ranks)
-        with self.enter("run(comm=...)"):
-            if self.process not in group:
-                self._sit_out(group)
-                return Parallelizer.InWorkerProcess
-        if len(group) == self.size:
-            return work()
-        if self.call.depth == 31:
-            raise ContractError("run(comm=...) is nested more than 30 deep")
-        self.interruptible = False  # or a context would be left half-way
-        with self.restricted_to(ranks):
-            result, error = self._work_in_group(work)
-        self.interruptible = self.in_function
-        self._heed_signals()
-        if error is not None:
-            raise error
-        return result
-
-    def _work_in_group(self, work: Callable[[], _R]) -> tuple[_R | None, BaseException | None]:
-        """What `work` gives or raises, when all members have left the group."""
-        error: BaseException | None = None
-        result = None
-        try:
-            self.interruptible = self.in_function
-            self._heed_signals()
-            result = work()
-        except Exception as why:
-            error = why
-        finally:
-            self.interruptible = False
-        if self._final is None:
-            try:
-                self._leave_group(error)
-            except Exception as why:
-                error = error or why
-            finally:
-                self.interruptible = False
-        if self._group_end is not None:
-            error = error or self._final
-            if self._group_end == self.call.depth:
-                self._group_end = self._final = None
-        return result, error
-
-    def _sit_out(self, group: Sequence[int]) -> None:
-        """Come to rounds until the group is left."""
-        well = self._exit_code(deeper=1) << 1
-        self._sitting = group
-        try:
-            while True:
-                self._meet(_SIT)
-                left = self._count_who_show(group, well)
-                if left == len(group) or self._count_who_show(group, well | 1) > 0:
-                    return
-        finally:
-            self._sitting = ()
-
-    def _leave_group(self, error: BaseException | None) -> None:
-        """Leave the group with all others, if need be by the error of one."""
-        with self.enter("return"):
-            if error is not None:
-                failure = Failure.of(error, self.process, self.world_size)
-                if len(pickled := pickle.dumps(failure)) > _SLOT_BYTES // 2:
-                    failure = Failure.in_words(error, self.process, self.world_size)
-                    text = failure.traceback[-_SLOT_BYTES // 8 :]
-                    summary = failure.summary[: _SLOT_BYTES // 8]
-                    pickled = pickle.dumps(failure._replace(traceback=text, summary=summary))
-                self._lay(Message(pickled, []))
-            self._meet(self._exit_code(), large=error is not None)
-
-    def _missing(self) -> list[int]:
-        shown = self._shown(self._round & 1)
-        return [process for process, word in shown if word >> _BITS != self._round]
-
-    def _wait_until(self, *wait: Any, **options: Any) -> None:
-        try:
-            super()._wait_until(*wait, **options)
-        except Exception as error:
-            self._final = error
-            raise
-
-    # -- the end of a run ---------------------------------------------------------------------
-
-    def finish_run(self, report: bytes) -> list[bytes]:
-        self.enter("return")
-        self._lay(Message(report, []))
-        if self.process > 0:
-            self._show_return()
-            reports = [report]
-        else:
-            self._meet(self._exit_code())
-            reports = [self._peek(process).pickled for process in self.members]
-        self._finish()
-        return reports
-
-    def _show_return(self) -> None:
+    def _return(self) -> None:
         """Main waits until all have come to this round, but nobody else needs to."""
+        if self.process == 0:
+            super()._return()
+            return
+        if self._final is not None:
+            raise self._final
         self._round += 1
         word = self._round << _BITS | self._exit_code() << 1
         self._board.show(self._round & 1, self._place, word)
-        try:
-            self._have_come(word)
-        except ContractError as error:
-            self._final = error
-            self.wake_others(self._everyone)
-            raise
+        self._have_come()
 
     # -- what is brought to a round -------------------------------------------------------------
 
     def _lay(self, *messages: Message) -> Iterator[list[_Bytes]] | None:
         """Write messages into this process's slot of the coming round; chunks that do not fit."""
-        heads = [message.head() for message in messages]
-        table = [len(messages)]
-        for message, head in zip(messages, heads, strict=True):
-            table.append(len(head) + sum([buffer.nbytes for buffer in message.buffers]))
-            table.append(len(head))
-        nbytes = sum(table[1::2])
-        self.account.bytes_sent += nbytes
-        start = struct.pack(f"<{len(table)}Q", *table)
-        nbytes += len(start)
+        pieces, nbytes = self._described(messages)
         if nbytes <= _SLOT_BYTES and len(messages) == 1:
-            parity = self._round + 1 & 1
-            self._board.fill(self.process, parity, start + heads[0], messages[0].buffers)
+            start, head, *buffers = pieces
+            self._board.fill(self.process, self._round + 1 & 1, start + head, buffers)
             return None
-        parts: list[Any] = [start]
-        for message, head in zip(messages, heads, strict=True):
-            parts += [head, *message.buffers]
-        chunks = _chunks(map(_as_bytes, parts), _SLOT_BYTES)
+        chunks = _chunks(map(_as_bytes, pieces), _SLOT_BYTES)
         self._fill_slot(next(chunks))
         return chunks if nbytes > _SLOT_BYTES else None
+
+    def _lay_failure(self, failure: Failure, error: BaseException) -> None:
+        if len(pickled := pickle.dumps(failure)) > _SLOT_BYTES // 2:
+            failure = Failure.in_words(error, self.process, self.world_size)
+            text, summary = failure.traceback[-_SLOT_BYTES // 32 :], failure.summary
+            failure = failure._replace(traceback=text, summary=summary[: _SLOT_BYTES // 32])
+            pickled = pickle.dumps(failure)
+        self._lay(Message(pickled, []))
 
     def _fill_slot(self, chunk: Iterable[_Bytes]) -> None:
         """Write a chunk into this process's slot of the coming round."""
         self._board.fill(self.process, self._round + 1 & 1, b"", chunk)
 
-    def _find(self, process: int, index: int, parity: int) -> _Laid:
-        """The message of this index, or the only one, in what a process brings."""
-        memory, place = self._board.memory, self._board.place(process, parity)
-        count, nbytes, head_bytes = _LAID.unpack_from(memory, place)
-        if count == 1:
-            return _Laid(_LAID.size, nbytes, head_bytes, _LAID.size + nbytes)
-        table = struct.unpack_from(f"<{2 * count}Q", memory, place + 8)
-        sizes, begin = table[::2], 8 + 16 * count
-        start = begin + sum(sizes[:index])
-        return _Laid(start, sizes[index], table[2 * index + 1], begin + sum(sizes))
+    def _place_of(self, process: int, parity: int) -> tuple[Any, int]:
+        return self._board.memory, self._board.place(process, parity)
 
-    def _peek(self, process: int, index: int = 0, parity: int | None = None) -> Message:
-        """A message that lies in a process's slot, as do the buffers of the result."""
-        parity = self._round & 1 if parity is None else parity
-        memory, begin = self._board.memory, self._board.place(process, parity)
-        count, _, head_bytes = _LAID.unpack_from(memory, begin)
-        start = _LAID.size
-        if count != 1:
-            start, _, head_bytes, _ = self._find(process, index, parity)
-        begin += start
-        head = memory[begin : begin + head_bytes]
-        if head.startswith(_NO_BUFFERS):
-            return Message(head[len(_NO_BUFFERS) :], ())
-        sizes, pickled = _parse_head(head)
-        slot = self._board.slot(process, parity)
-        ends = itertools.accumulate(sizes, initial=start + head_bytes)
-        return Message(pickled, [slot[begin:end] for begin, end in itertools.pairwise(ends)])
-
-    def _copy(self, message: Message, process: int) -> Message:
-        """The same in memory of its own."""
-        try:
-            return message.copy() if message.buffers else message
-        except MemoryError as why:
-            raise self.out_of_memory(process, why) from why
+    def slot(self, process: int) -> _Bytes:
+        """What a process has written for this round."""
+        return self._board.slot(process, self._round & 1)
 
     def _take_up(self, process: int, index: int = 0, *, placed: bool = False) -> _Inflow:
         """Begin to read a message of which a slot does not hold all."""
@@ -3941,87 +3977,26 @@ class BoardCommunicator(Communicator):
             if number < longest - 1:
                 self._meet(self.call.depth << 6 | _MORE)
 
-    def broadcast(self, message: Message | None) -> Message:
-        return self._from_root([] if message is None else [message])
-
-    def scatter(self, messages: Sequence[Message] | None) -> Message:
-        received = self._from_root(messages[1:] if messages else [])
-        return messages[0] if messages else received
-
-    def _from_root(self, messages: Sequence[Message]) -> Message:
-        """On all but rank 0, its only message, or the one of several that is for this rank."""
+    def _large_from_root(
+        self, messages: Sequence[Message], rest: Iterator[list[_Bytes]] | None
+    ) -> Message:
         root = self.members[0]
-        chunks = self._lay(*messages) if messages else None
-        large = self._meet(large=chunks is not None)
-        if not large:
-            return messages[0] if messages else self._copy(self._peek(root, self.rank - 1), root)
         inflows = [] if messages else [self._take_up(root, self.rank - 1)]
-        self._carry_on(large, chunks, inflows)
+        self._carry_on([root], rest, inflows)
         return messages[0] if messages else inflows[0].message()
 
-    def gather(self, message: Message, plan: GatherPlan) -> list[Message] | None:
-        chunks = self._lay(message) if self.rank > 0 else None
-        large = self._meet(large=chunks is not None)
-        if self.rank == 0:
-            return self._taken_in(message, plan, large, chunks)
-        if large:
-            self._carry_on(large, chunks, [])
-        return None
-
-    def allgather(self, message: Message, plan: GatherPlan) -> list[Message]:
-        chunks = self._lay(message)
-        large = self._meet(large=chunks is not None)
-        messages = self._taken_in(message, plan, large, chunks)
-        if plan.result is None:
-            messages[self.rank] = self._copy(message, self.process)
-        return messages
-
-    def alltoall(self, messages: Sequence[Message]) -> list[Message]:
-        chunks = self._lay(*messages)
-        large = self._meet(large=chunks is not None)
-        others = [process for process in self.members if process != self.process]
-        if large:
-            inflows = [self._take_up(process, self.rank) for process in others]
-            self._carry_on(large, chunks, inflows)
-            received = [inflow.message() for inflow in inflows]
-        else:
-            received = [self._copy(self._peek(process, self.rank), process) for process in others]
-        received.insert(self.rank, messages[self.rank])
-        return received
-
-    def _taken_in(
+    def _large_to(
         self,
         message: Message,
-        plan: GatherPlan,
+        plan: GatherPlan | None,
         large: Sequence[int],
-        chunks: Iterator[list[_Bytes]] | None,
+        rest: Iterator[list[_Bytes]] | None,
     ) -> list[Message]:
-        """The messages of all, this process's own among them, in rank order."""
+        if plan is None:
+            self._carry_on(large, rest, [])
+            return []
         others = [process for process in self.members if process != self.process]
-        if large:
-            return self._large_ones(
-                message, plan, [self._take_up(p, placed=True) for p in others], large, chunks
-            )
-        found = [self._peek(process) for process in others]
-        messages = [*found[: self.rank], message, *found[self.rank :]]
-        if not any(one.buffers for one in messages):
-            return messages
-        places = plan.place([one.pickled for one in messages])
-        if places is None:
-            copies = [self._copy(one, process) for one, process in zip(found, others, strict=True)]
-            return [*copies[: self.rank], message, *copies[self.rank :]]
-        for place, one in zip(places, messages, strict=True):
-            place[:] = one.buffers[0]
-        return messages
-
-    def _large_ones(
-        self,
-        message: Message,
-        plan: GatherPlan,
-        inflows: list[_Inflow],
-        large: Sequence[int],
-        chunks: Iterator[list[_Bytes]] | None,
-    ) -> list[Message]:
+        inflows = [self._take_up(process, placed=True) for process in others]
         heads = [inflow.read_head() for inflow in inflows]
         heads.insert(self.rank, message.pickled)
         places = None
@@ -4034,83 +4009,56 @@ class BoardCommunicator(Communicator):
             places.pop(self.rank)[:] = message.buffers[0]
         for index, inflow in enumerate(inflows):
             inflow.place(None if places is None else places[index])
-        self._carry_on(large, chunks, inflows)
+        self._carry_on(large, rest, inflows)
         messages = [inflow.message() for inflow in inflows]
         messages.insert(self.rank, message)
         return messages
 
-    def gather_in_turn(self, message: Message) -> Generator[Message, None, None]:
-        chunks = self._lay(message) if self.rank > 0 else None
-        large = self._meet(large=chunks is not None)
-        moved = self._take_turns(large, chunks)
-        next(moved)
-        if self.rank > 0:
-            for _ in moved:
-                pass
-        return moved
+    def _large_to_each(
+        self,
+        messages: Sequence[Message],
+        large: Sequence[int],
+        rest: Iterator[list[_Bytes]] | None,
+    ) -> list[Message]:
+        others = [process for process in self.members if process != self.process]
+        inflows = [self._take_up(process, self.rank) for process in others]
+        self._carry_on(large, rest, inflows)
+        received = [inflow.message() for inflow in inflows]
+        received.insert(self.rank, messages[self.rank])
+        return received
 
-    def _take_turns(
-        self, large: Sequence[int], chunks: Iterator[list[_Bytes]] | None
-    ) -> Generator[Any, None, None]:
-        """Main gets one message after the other; to what is large, all come."""
-        parity = self._round & 1
-        waiting = list(self.members[1:])
-        try:
-            yield None  # begun, so that it ends in what is below
-            while waiting:
-                process = waiting.pop(0)
-                if process in large:
-                    yield from self._take_turn(process, parity, chunks)
-                elif self.rank == 0:
-                    yield self._copy(self._peek(process, parity=parity), process)
-        finally:
-            # Where it is given up, too, as the others go on.
-            if not self._adrift:
-                for process in waiting:
-                    if process in large:
-                        for _ in self._take_turn(process, parity, chunks):
-                            pass
-                self._align(parity)
-
-    def _take_turn(
-        self, process: int, parity: int, chunks: Iterator[list[_Bytes]] | None
+    def _large_in_turn(
+        self, process: int, parity: int, rest: Iterator[list[_Bytes]] | None
     ) -> Iterator[Message]:
-        self._align(parity)
+        self._end_turns(parity)
         inflows = [self._take_up(process)] if self.rank == 0 else []
-        self._carry_on([process], chunks if process == self.process else None, inflows)
+        self._carry_on([process], rest if process == self.process else None, inflows)
         for inflow in inflows:
             yield inflow.message()
 
-    def _align(self, parity: int) -> None:
+    def _end_turns(self, parity: int) -> None:
         """Go on in a round of this parity, so that a slot that lies unread is not written to."""
         if self._round & 1 != parity:
             self._meet(self.call.depth << 6 | _MORE)
 
-    def barrier(self) -> None:
-        self._meet()
+    # -- mail ---------------------------------------------------------------------------------
 
     def deliver(self, process: int, parcel: Parcel) -> None:
         """Take in what has come through a ring."""
-        if parcel.failure is not None and parcel.call.verb in _WORDS:
+        if parcel.failure is not None and parcel.verb == "control":
+            return  # it will be asked again
+        if parcel.failure is not None and parcel.verb == "failed":
             error = self.out_of_memory(process, parcel.failure)
-            parcel = Parcel(parcel.run, parcel.call, Message(pickle.dumps(error), []))
+            parcel = Parcel(parcel.run, parcel.verb, Message(pickle.dumps(error), []))
         self._deliver(process, parcel)
-
-    def slot(self, process: int) -> _Bytes:
-        """What a process has written for this round."""
-        return self._board.slot(process, self._round & 1)
-
-    # -- what goes to one process alone ---------------------------------------------------------
 
     def _post(self, process: int, parcel: Parcel) -> None:
         self._rings.send(process, parcel)
 
-    def _transmit(self, processes: Sequence[int], parcel: Parcel) -> None:
-        for process in processes:
-            self._post(process, parcel)
-        for process in processes:
-            while not self._rings.has_sent(process):
-                self._await_room(process)
+    def _transmit(self, process: int, parcel: Parcel) -> None:
+        self._post(process, parcel)
+        while not self._rings.has_sent(process):
+            self._await_room(process)
 
     def _await_room(self, process: int) -> None:
         """Return when something more has been written."""
@@ -4127,7 +4075,8 @@ class BoardCommunicator(Communicator):
             self._rings.take_in()  # what they have sent before
             if self.first_sender(ranks, tag) is None:
                 told = f"rank {self.members[ranks[0]]} returned while rank {self.process}"
-                raise ContractError(f"{told} waits in {self._doing(doing)}")
+                self._final = ContractError(f"{told} waits in {self._doing(doing)}")
+                raise self._final
         return False
 
     # -- waiting ------------------------------------------------------------------------------
@@ -4249,6 +4198,7 @@ class _WorkerEnd(BoardCommunicator):
         self.limit = setup.limit
         self._main_pid = setup.main_pid
         self._life = setup.life.fileno()
+        self._unheard = False  # whether main may not know yet that this process has failed
 
     def _handles(self) -> Iterable[int]:
         return (self._life,)
@@ -4276,7 +4226,7 @@ class _WorkerEnd(BoardCommunicator):
                 return None
             self._next_run(self.run + 1)
             self._round = self._base = number
-            self._in_run = True
+            self._in_run, self._unheard = True, False
             try:
                 return self._take_command()
             except (RunEnded, ParallelizerError, MemoryError) as error:
@@ -4295,15 +4245,23 @@ class _WorkerEnd(BoardCommunicator):
             self._carry_on([0], None, [inflow])
             return inflow.message()
 
-    def _leave_early(self, error: BaseException) -> BaseException:
+    def _end_run(self, error: BaseException) -> BaseException:
         if not (self._ends_own_run(error) or self._is_called_off()):
             self._unheard = True
-            self._tell_failure([0], "failed", self._for_others(error))
+            self._tell_main(self._for_others(error))
             # Main may compute, and take in nothing.
             if not self.listen(_SETTLING, lambda: self._rings.has_sent(0)):
                 _interrupt(self._main_pid)
                 self.listen(math.inf, lambda: self._rings.has_sent(0))
         return error
+
+    def _tell_main(self, error: BaseException) -> None:
+        """Main waits for it, so it is told whatever interrupts the pickling of `error`."""
+        failure = Failure.in_words(error, self.process, self.world_size)
+        try:
+            failure = failure.with_exception(error)
+        finally:
+            self._tell(0, "failed", failure)
 
 
 class _MainEnd(BoardCommunicator):
@@ -4313,7 +4271,14 @@ class _MainEnd(BoardCommunicator):
         super().__init__(0, workers.board, workers.doorbell, workers.queue, timeout)
         self.limit = workers.limit
         self._workers = workers
+        self._command: Sequence[Message] | None = None  # of the coming run
         _listen(self)
+
+    def _next_run(self, run: int) -> None:
+        super()._next_run(run)
+        self._board.empty_rings()
+        self._failures: dict[int, Failure | BaseException] = {}
+        self._called: set[int] = set()  # who knows of the run, and has not died in it
 
     def _handles(self) -> Iterable[int]:
         return self._workers.sentinels
@@ -4326,9 +4291,13 @@ class _MainEnd(BoardCommunicator):
         error = self._workers.bury(process)
         if process in self._everyone and self._in_run:
             # Also where it has returned: others may be sending to it.
-            self._end.failures.setdefault(process, error)
-            self._end.called_off = True
-        self._end.left.add(process)
+            self._failures.setdefault(process, error)
+            self._failed_run = self.run
+        self._called.discard(process)
+
+    def _on_failure(self, source: int, parcel: Parcel) -> None:
+        super()._on_failure(source, parcel)
+        self._failures[source] = pickle.loads(parcel.pickled)
 
     def start_others(self) -> None:
         self._workers.start_missing()
@@ -4339,9 +4308,13 @@ class _MainEnd(BoardCommunicator):
             self._board.let_go()
             self.wake_others(self.members)
 
-    def _next_run(self, run: int) -> None:
-        super()._next_run(run)
-        self._board.empty_rings()
+    def begin_run(self) -> None:
+        command, self._command = self._command, None
+        super().begin_run()
+        self._handle_all()  # who died since the last run
+        self._raise_failure()
+        if command is not None:
+            self._begin_on_others(command)
 
     def _begin_on_others(self, command: Sequence[Message]) -> None:
         # Where a run has failed, the processes may have counted differently.
@@ -4349,17 +4322,51 @@ class _MainEnd(BoardCommunicator):
         self._round = self._base - 1
         chunks = self._lay(*command)
         self._round = self._base
-        self._told = set(self.members[1:])
+        self._called = set(self.members[1:])
         self._board.call(self.members, self._base)
         self.wake_others(self.members)
         if chunks is not None:
             self._carry_on([0], chunks, [])
 
-    def _inside(self) -> list[int]:
-        board, left = self._board, self._end.left
-        return sorted(p for p in self._told - left if not board.has_left(p, self._base))
+    # -- the end of a run that has failed -------------------------------------------------------
 
-    def _see_all_leave(self) -> bool:
+    def _inside(self) -> list[int]:
+        """Who has not left the run."""
+        return sorted(p for p in self._called if not self._board.has_left(p, self._base))
+
+    def _end_run(self, error: BaseException) -> BaseException:
+        """Have all leave the run, and find the failure that is to be told."""
+        failures = self._failures
+        if not self._ends_own_run(error):
+            failures[0] = self._for_others(error)
+        self._make_all_leave()
+        order = sorted(failures, key=lambda process: (_is_consequence(failures[process]), process))
+        first, *others = [failures[process] for process in order]
+        self.spokesman = order[0]
+        raised = first.exception() if isinstance(first, Failure) else first
+        for process, other in zip(order[1:], others, strict=True):
+            summary = other.summary if isinstance(other, Failure) else _summary(other)
+            _add_note(raised, f"rank {process} failed too: {summary}")
+        failures.clear()
+        return error if self.ends_outer_run(error) else raised
+
+    def _make_all_leave(self) -> None:
+        """Return when all have left the run, or are killed, as they have not within their time."""
+        doomed = list(self._workers.processes)
+        try:
+            # Several may have failed at once.
+            self.listen(_SETTLING, lambda: not self._inside())
+            if not self._call_off():
+                _logger().warning(
+                    "rank(s) %s did not leave a failed run within %s s", self._inside(), _GRACE
+                )
+            doomed = self._inside()
+            self._rings.take_in()  # what they have told before they left
+        finally:  # a second Ctrl-C dooms them all
+            self._workers.kill(doomed)
+
+    def _call_off(self) -> bool:
+        """Whether all have left the run within the time they get."""
         self._board.call_off(self._base)
         # Again and again, as Python swallows what a signal's handler raises in a destructor.
         for _ in range(10):
@@ -4369,15 +4376,6 @@ class _MainEnd(BoardCommunicator):
             if self.listen(_GRACE / 10, lambda: not self._inside()):
                 return True
         return False
-
-    def _make_all_leave(self, error: BaseException) -> None:
-        doomed = list(self._workers.processes)
-        try:
-            super()._make_all_leave(error)
-            doomed = self._inside()
-            self._rings.take_in()  # what they have told before they left
-        finally:  # a second Ctrl-C dooms them all
-            self._workers.kill(doomed)
 
     def close(self) -> None:
         _stop_listening(self)
@@ -5405,37 +5403,49 @@ def _die_with_main(life: Any) -> Any:
     return own
 
 
-# -- MPI: letters, and buffer verbs for what is large --------------------------------------------
+# -- MPI: a round is one collective ----------------------------------------------------------------
 #
-# What a parcel says of itself, and the parts of its message that fit into _EAGER_BYTES, make a
-# *letter*, which the receiver probes for. The others follow: short ones together, and those from
-# _LONG_BYTES on as they are, from array to array. So the blocks of gather and scatter go straight
-# between main and the others, and a broadcast goes down a binomial tree.
+# What a rank brings to a round is a *card* of fixed size: its word, the sizes of its message, and
+# as much of that as there is room for. One collective shows all cards to all. What does not fit
+# follows as MPI moves it best, from array to array, as all know the sizes by then.
 #
-# From _BCAST_BYTES on, a broadcast goes by Bcast, which cannot be interrupted, so that all ranks
-# *agree* before: word goes up the tree that all are here, and down again that all may go on.
-# Main decides, as it also is who calls a run off: whoever has been counted on stays until it has
-# heard either.
+# A round that has begun cannot be left, because MPI has no way out of a collective. So whoever
+# fails shows that by its card of the next round, and waits until all have come to it; all see it
+# in the same round, and who waits for mail meanwhile is told by a letter. The end of a run, and
+# that of the program, are rounds as well. Where a wait is given up all the same, as `timeout`
+# asks for, the communicator cannot be used any more. And what cannot be told is not left unsaid:
+# an error of MPI, want of memory for what has been announced, or a second Ctrl-C amid a round end
+# the job with their traceback.
 #
 # A process that computes is told nothing, as MPI has no signals across hosts: it learns of a
-# failure at its next verb. If that is main, the failed rank raises alone after _GRACE; if nobody
-# handles its exception, `_JobEnd` aborts the job.
+# failure at its next verb. Whoever has failed waits _GRACE for that, and then raises alone, with
+# its card under way. If nobody handles its exception, `_JobEnd` aborts the job; if somebody does,
+# the next verb completes that round first.
 #
-# What 1,000 ranks cost, on paper: a broadcast takes 10 steps of one letter each, `wait` 20, a
-# large array 30 and a Bcast; `gather` and `scatter` have main handle 1,000 letters, some 10 ms,
-# and move each byte once; a run ends with a letter from each rank and one to each, some 20 ms.
-# `reduce` and `allreduce` have main fold 1,000 values, one after the other. Of `map`, main handles
-# two letters per chunk, some 64 chunks per rank, and gathers the results. A failure costs main
-# three letters to each rank. A rank holds two communicators, and nothing per other rank.
+# What 1,000 ranks cost, on paper. A round is an allreduce of 0.5 KiB: 10 steps of one message,
+# some 20 us on a cluster, and as many Python calls as for two ranks, 14 for `wait` and some 35
+# where values are packed. A small broadcast is that, too; to what all ranks bring, as to a gather,
+# an allgather of 0.5 KiB for each rank comes, some 0.5 ms. Of what is large, main handles 1,000
+# messages in gather and scatter, some 10 ms, and moves each byte once; alltoall and an allgather
+# have each rank do so. A run ends with a round, to which each brings its report. A failure is a
+# round, and two letters to each rank. Of `map`, main handles two letters per chunk, some 64 chunks
+# per rank. A rank holds two communicators, and one for each group that has broadcast or scattered
+# what is large; and 0.5 KiB per other rank for cards.
 
+_CARD_BYTES = 512
+_ROOM = _CARD_BYTES - 8  # beside the word
+_MOST_BY_ALLGATHER = 32  # ranks; to more of them, cards go where they are needed
+_CELL_BYTES = 256  # of sizes, and perhaps a head, for each rank in scatter and alltoall
+_CELL = struct.Struct("<QQ")  # bytes, and those of the head
+_FAILED = struct.Struct("<?H")  # of a failure: whether it is a consequence, bytes of its summary
+_SPINNING = 250e-6  # seconds, in which others may come soon
+_LONGEST_NAP, _LONGEST_IDLE_NAP = 5e-3, 25e-3
 _EAGER_BYTES = 1 << 13  # up to here the parts of a message ride in its letter
-_BCAST_BYTES = 1 << 23
-_LARGE = b"L"  # begins the letter that announces a Bcast; no pickle of protocol 2 or later does
-_PIECE_BYTES = 1 << 30  # of a longer part, as counts end at 2**31 - 1 before MPI 4
+_UNIT_BYTES = 64  # of what is longer than MPI can count in bytes before version 4
 _LONG_BYTES = 1 << 16  # from here on, a part is moved by itself, from array to array
 _JOINT_BYTES = 1 << 18  # about as many of shorter parts are moved as one
-_LETTER = struct.Struct("<qIIBqII")  # run, depth, number, verb, tag, bulk tag, number of parts
-_BULK_TAGS = 1 << 14  # MPI promises 2**15
+_LETTER = struct.Struct("<qBqII")  # run, verb, tag, bulk tag, number of parts
+_BULK_TAGS = 1 << 14  # MPI promises 2**15; 0 is for what follows a round
 _MOST_UNDER_WAY = 256  # letters that nobody has taken in yet
 
 _Requests = collections.deque[Any]
@@ -5477,36 +5487,271 @@ def _riding(sizes: Sequence[int]) -> int:
     return sum(end <= _EAGER_BYTES for end in itertools.accumulate(sizes))
 
 
+class _OthersCompute(ParallelizerError):
+    """They do not come to the round that tells them of a failure: this rank raises alone."""
+
+
+class _CardsByAllgather:
+    """A round in which each rank gets the cards of all."""
+
+    def __init__(self, mpi: Any, comm: Any) -> None:
+        self._mpi, self._comm = mpi, comm
+        self.own = mmap.mmap(-1, _CARD_BYTES)
+        self.all = mmap.mmap(-1, _CARD_BYTES * comm.Get_size())
+        self.words = np.frombuffer(self.all, np.uint64)[:: _CARD_BYTES // 8]
+        self._persistent: list[Any] = []
+        self._gather = self._collective("allgather", [self.own, mpi.BYTE], [self.all, mpi.BYTE])
+        self.active = False  # whether a round has begun, and has not been found to be complete
+
+    def _collective(self, name: str, *arguments: Any) -> Callable[[], Any]:
+        """What starts it: a persistent one, where both MPI and mpi4py know such."""
+        init = getattr(self._comm, f"{name.capitalize()}_init", None)
+        if init is None or self._mpi.Get_version() < (4, 0):
+            return functools.partial(getattr(self._comm, f"I{name}"), *arguments)
+        request = init(*arguments)
+        self._persistent.append(request)
+
+        def start() -> Any:
+            request.Start()
+            return request
+
+        return start
+
+    def start(self, word: int, *, laid: bool) -> None:
+        self.own[:8] = word.to_bytes(8, sys.byteorder)
+        self.test: Callable[[], bool] = self._gather().Test  # whether it is complete
+        self.active = True
+
+    def free(self) -> None:
+        for request in self._persistent:
+            request.Free()
+        self._persistent.clear()
+
+
+class _CardsByAllreduce(_CardsByAllgather):
+    """The same for many ranks: all cards go to all where they differ, or several have laid any.
+
+    First comes the maximum over all ranks of the word and of its complement, of the rank if it has
+    laid something on its card, counted from either end, and of what it has laid. If all words are
+    the same, and one rank alone has laid something, that is on the card of this one.
+    """
+
+    def __init__(self, mpi: Any, comm: Any) -> None:
+        super().__init__(mpi, comm)
+        self._rank, self._size = comm.Get_rank(), comm.Get_size()
+        self._offered = np.zeros(4 + _ROOM // 8, np.uint64)
+        self._most = np.zeros_like(self._offered)
+        self._reduce = self._collective(
+            "allreduce", [self._offered, mpi.UINT64_T], [self._most, mpi.UINT64_T], mpi.MAX
+        )
+
+    def start(self, word: int, *, laid: bool) -> None:
+        self.own[:8] = word.to_bytes(8, sys.byteorder)
+        self._offered[4:] = np.frombuffer(self.own, np.uint64)[1:] if laid else 0
+        places = (self._rank + 1, self._size - self._rank) if laid else (0, 0)
+        self._offered[:4] = (word, word ^ 2**64 - 1, *places)
+        self._request = self._reduce()
+        self.test = self._test_reduction
+        self.active = True
+
+    def _test_reduction(self) -> bool:
+        if not self._request.Test():
+            return False
+        word, complement, first, last = self._most[:4].tolist()
+        if word + complement != 2**64 - 1 or first + last > self._size + 1:
+            self.test = self._gather().Test
+            return False
+        self.words[:] = word
+        if first:
+            cards = np.frombuffer(self.all, np.uint64).reshape(self._size, -1)
+            cards[first - 1, 1:] = self._most[4:]
+        return True
+
+
+class _Arrival:
+    """A message of which only the sizes, and perhaps the head, have come with the cards."""
+
+    def __init__(self, source: int, memory: Any, place: int, room: int) -> None:
+        self.source = source
+        _, self._head_bytes = _CELL.unpack_from(memory, place)
+        start, end = place + _CELL.size, place + _CELL.size + self._head_bytes
+        self.head: Any = memory[start:end] if end <= place + room else None
+
+    def head_to_come(self) -> list[_Bytes]:
+        """Where the head is to be received, if it has not come."""
+        if self.head is None:
+            self.head = _allocate(self._head_bytes)
+            return [self.head]
+        return []
+
+    def open(self) -> bytes:
+        """When the head has come: the pickle."""
+        self._sizes, self.pickled = _parse_head(bytes(self.head))
+        return self.pickled
+
+    def place(self, buffers: Sequence[_Bytes] | None) -> Sequence[_Bytes]:
+        """Where the buffers are to be received; in fresh memory for None."""
+        self._buffers = [_allocate(size) for size in self._sizes] if buffers is None else buffers
+        return self._buffers
+
+    def message(self) -> Message:
+        return Message(self.pickled, self._buffers)
+
+
+class _Bulk:
+    """Moves what is too large for a card or a letter, from array to array."""
+
+    def __init__(self, mpi: Any, comm: Any) -> None:
+        self._mpi = mpi
+        self.comm = comm
+        self._unit = mpi.BYTE.Create_contiguous(_UNIT_BYTES).Commit()
+        self._groups = {tuple(range(comm.Get_size())): comm}
+
+    def group(self, members: tuple[int, ...]) -> Any:
+        """The communicator of these ranks, who have agreed and make it when they first need it."""
+        if members not in self._groups:
+            everyone = self.comm.Get_group()
+            group = everyone.Incl(list(members))
+            # Not beside the letters, as MPI may do it by messages that would be taken for some.
+            self._groups[members] = self.comm.Create_group(group, _BULK_TAGS + 1)
+            group.Free()
+            everyone.Free()
+        return self._groups[members]
+
+    def pieces(self, parts: Iterable[bytes | _Bytes], *, sent: bool = False) -> Iterator[list[Any]]:
+        """The parts as MPI takes them: short neighbours in one piece, each long one by itself.
+
+        Short ones are `sent` from a copy in one stretch, as MPICH moves scattered memory only
+        while its sender calls MPI, too; they are received into their scattered places.
+        """
+        views = [_as_bytes(part) for part in parts]
+        if len(views) == 1:
+            yield from self._countable(views[0])
+            return
+        ends = itertools.accumulate(map(len, views))
+        # Neighbours that end in the same stretch of the message.
+        keys = [
+            (len(view) >= _LONG_BYTES, end // _JOINT_BYTES)
+            for view, end in zip(views, ends, strict=True)
+        ]
+        keyed = zip(keys, views, strict=True)
+        for (is_long, _), group in itertools.groupby(keyed, operator.itemgetter(0)):
+            some = [view for _, view in group]
+            if is_long:
+                for view in some:
+                    yield from self._countable(view)
+            elif sent:
+                yield [np.concatenate(some), self._mpi.BYTE]
+            else:
+                sizes, places = zip(
+                    *((len(v), self._mpi.Get_address(v)) for v in some), strict=True
+                )
+                kind = self._mpi.BYTE.Create_hindexed(sizes, places).Commit()
+                yield [self._mpi.BOTTOM, 1, kind]
+                kind.Free()  # MPI keeps it for what is under way
+
+    def _countable(self, view: _Bytes) -> Iterator[list[Any]]:
+        """In larger units, if there are more bytes than MPI counts before version 4."""
+        if view.nbytes < 2**31:
+            yield [view, self._mpi.BYTE]
+            return
+        units = view.nbytes // _UNIT_BYTES
+        yield [view[: units * _UNIT_BYTES], units, self._unit]
+        if view.nbytes % _UNIT_BYTES:
+            yield [view[units * _UNIT_BYTES :], self._mpi.BYTE]
+
+    def cells(self, messages: Sequence[Message]) -> np.ndarray[Any, Any]:
+        """A row for each rank, of what is for it."""
+        cells = np.zeros((len(messages), _CELL_BYTES), np.uint8)
+        for cell, message in zip(cells, messages, strict=True):
+            head = message.head()
+            told = _CELL.pack(len(head) + sum(b.nbytes for b in message.buffers), len(head))
+            if len(told) + len(head) <= _CELL_BYTES:
+                told += head
+            cell[: len(told)] = np.frombuffer(told, np.uint8)
+        return cells
+
+    def broadcast(
+        self, members: tuple[int, ...], message: Message | None, arrival: _Arrival
+    ) -> Message:
+        """The message that the first of the members has."""
+        group, byte = self.group(members), self._mpi.BYTE
+        if arrival.head is None:
+            head: Any = arrival.head_to_come() if message is None else [message.head()]
+            group.Bcast([*head, byte])
+        result = message
+        if result is None:
+            arrival.open()
+            arrival.place(None)
+            result = arrival.message()
+        for piece in self.pieces(result.buffers, sent=message is not None):
+            group.Bcast(piece)
+        return result
+
+    def send(self, messages: Iterable[tuple[int, Message]], room: int) -> list[Any]:
+        """Begin to send what does not ride; the requests, and what they need."""
+        pending: list[Any] = []
+        for process, message in messages:
+            head = message.head()
+            rides = _CELL.size + len(head) <= room
+            pieces: list[Any] = [] if rides else [[head, self._mpi.BYTE]]
+            pieces += self.pieces(message.buffers, sent=True)
+            pending += [(self.comm.Isend(piece, process, 0), piece) for piece in pieces]
+        return pending
+
+    def receive(
+        self,
+        arrivals: Sequence[_Arrival],
+        place: Callable[[Sequence[bytes]], Sequence[_Bytes] | None] | None,
+        pending: list[Any],
+    ) -> list[Message]:
+        """All of these, when what is `pending` is done, too; `place` may say where they go."""
+        heads = [(one, part) for one in arrivals for part in one.head_to_come()]
+        self.wait(
+            [(self.comm.Irecv([part, self._mpi.BYTE], one.source, 0), part) for one, part in heads]
+        )
+        pickles = [one.open() for one in arrivals]
+        places = None if place is None else place(pickles)
+        for index, one in enumerate(arrivals):
+            parts = one.place(None if places is None else [places[index]])
+            pending += [
+                (self.comm.Irecv(piece, one.source, 0), piece) for piece in self.pieces(parts)
+            ]
+        self.wait(pending)
+        return [one.message() for one in arrivals]
+
+    def wait(self, pending: Sequence[tuple[Any, Any]]) -> None:
+        if len(pending) == 1:
+            pending[0][0].Wait()
+        elif pending:
+            self._mpi.Request.Waitall([request for request, _ in pending])
+
+    def free(self) -> None:
+        for comm in self._groups.values():
+            comm.Free()
+        self._unit.Free()
+
+
 class _Letter(Parcel):
-    """A parcel that has come by MPI, whose longer parts `follow` when asked for."""
+    """A parcel that comes by MPI, whose longer parts `follow`."""
 
     def __init__(
         self, content: bytearray, follow: Callable[[int, Sequence[_Bytes]], Callable[[], bool]]
     ) -> None:
-        run, depth, number, verb, tag, self._bulk_tag, count = _LETTER.unpack_from(content)
-        super().__init__(run, Call(depth, number, _VERBS[verb]), None, tag)
-        self._content = content
-        self._sizes = struct.unpack_from(f"<{count}Q", content, _LETTER.size)
-        self._start = start = _LETTER.size + 8 * count
-        self._follow = follow
-        self._have_followed: Callable[[], bool] = lambda: False
-        self._parts: list[_Bytes] = []
-        if self._sizes[0] <= _EAGER_BYTES:
-            self.pickled = bytes(content[start : start + self._sizes[0]])
-            if count == 1:
-                self.message = Message(self.pickled, [])
-
-    def place(self, buffers: Sequence[_Bytes] | None) -> None:
-        if self.message is not None:
-            super().place(buffers)
+        run, verb, tag, bulk_tag, count = _LETTER.unpack_from(content)
+        super().__init__(run, _VERBS[verb], None, tag)
+        sizes = struct.unpack_from(f"<{count}Q", content, _LETTER.size)
+        start = _LETTER.size + 8 * count
+        if count == 1 and sizes[0] <= _EAGER_BYTES:
+            self.pickled = bytes(content[start:])
+            self.message = Message(self.pickled, [])
             return
-        fresh = buffers or [_allocate(size) for size in self._sizes[1:]]
-        self._parts = [_allocate(self._sizes[0]), *fresh]
-        riding, start = _riding(self._sizes), self._start
+        self._parts = [_allocate(size) for size in sizes]
+        riding = _riding(sizes)
         for part in self._parts[:riding]:
-            part[:] = np.frombuffer(self._content, np.uint8, part.nbytes, start)
+            part[:] = np.frombuffer(content, np.uint8, part.nbytes, start)
             start += part.nbytes
-        self._have_followed = self._follow(self._bulk_tag, self._parts[riding:])
+        self._have_followed = follow(bulk_tag, self._parts[riding:])
 
     def done(self) -> bool:
         if self.message is None and self._have_followed():
@@ -5514,19 +5759,130 @@ class _Letter(Parcel):
             self.message = Message(self.pickled, self._parts[1:])
         return self.message is not None
 
-    def take_in(self) -> None:
-        if self.message is None and not self._parts:  # else it is coming
-            self.place(None)
 
-    def discard(self) -> None:
-        # What has been sent must be taken in, or it would be taken for something else.
-        self.take_in()
+class _Letters:
+    """What a rank sends to others, one by one, and hears from them."""
+
+    def __init__(self, mpi: Any, comm: Any, bulk: _Bulk) -> None:
+        self._mpi = mpi
+        self.comm = comm
+        self._bulk = bulk
+        self._status = mpi.Status()
+        self.sent, self.taken = [0] * comm.Get_size(), [0] * comm.Get_size()
+        self._spins = 0  # turns of waiting since something has happened
+        self._bulk_tag = 0
+        # Requests, and what must not go before they are done.
+        self._sending: collections.deque[tuple[_Requests, object]] = collections.deque()
+        self._receiving: list[tuple[_Requests, object]] = []
+        self._incomplete: list[tuple[int, _Letter]] = []  # words that are not whole yet
+
+    def take(self) -> tuple[int, _Letter] | None:
+        """Receive one, and its sender; None where there is none, or not the whole of a word."""
+        for source, word in self._incomplete:
+            if word.done():
+                self._incomplete.remove((source, word))
+                return source, word
+        status = self._status
+        if not self.comm.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, status):
+            return None
+        content = bytearray(status.Get_count(self._mpi.BYTE))
+        source = status.Get_source()
+        self.comm.Recv([content, self._mpi.BYTE], source)
+        self.taken[source] += 1
+        letter = _Letter(content, functools.partial(self._receive_parts, source))
+        self._spins = 0
+        if letter.verb in _WORDS and not letter.done():
+            self._incomplete.append((source, letter))
+            return self.take()
+        return source, letter
+
+    def _receive_parts(self, source: int, tag: int, parts: Sequence[_Bytes]) -> Callable[[], bool]:
+        requests = collections.deque(
+            self._bulk.comm.Irecv(piece, source, tag) for piece in self._bulk.pieces(parts)
+        )
+        self.are_coming()  # forget what has come
+        if requests:
+            self._receiving.append((requests, parts))
+        return functools.partial(self.are_done, requests)
+
+    def are_coming(self) -> bool:
+        """Whether parts of some are under way."""
+        self._receiving = [item for item in self._receiving if not self.are_done(item[0])]
+        return bool(self._receiving)
+
+    def send(self, process: int, parcel: Parcel, *, synchronous: bool) -> _Requests:
+        """Send a letter on its way, and what follows it; the requests of that."""
+        assert parcel.message is not None
+        parts: list[Any] = [parcel.message.pickled, *parcel.message.buffers]
+        sizes = [len(part) for part in parts]
+        riding = _riding(sizes)
+        self._bulk_tag = tag = self._bulk_tag % _BULK_TAGS + 1
+        head = _LETTER.pack(parcel.run, _CODES[parcel.verb], parcel.tag, tag, len(sizes))
+        letter = b"".join([head, struct.pack(f"<{len(sizes)}Q", *sizes), *parts[:riding]])
+        # Of a synchronous one it is known when it has been taken in, so that they do not pile up.
+        send = self.comm.Issend if synchronous else self.comm.Isend
+        self._keep([send([letter, self._mpi.BYTE], process)], letter)
+        self.sent[process] += 1
+        if riding == len(parts):
+            return collections.deque()
+        following = (
+            self._bulk.comm.Isend(piece, process, tag)
+            for piece in self._bulk.pieces(parts[riding:], sent=True)
+        )
+        return self._keep(following, parts)
+
+    def _keep(self, requests: Iterable[Any], data: object) -> _Requests:
+        """Keep alive what is on its way."""
+        while self._sending and self.are_done(self._sending[0][0]):
+            self._sending.popleft()
+        self._sending.append((collections.deque(requests), data))
+        return self._sending[-1][0]
+
+    def are_done(self, requests: _Requests) -> bool:
+        """Whether all are; those found to be so are dropped, as there may be many."""
+        while requests and requests[0].Test():
+            requests.popleft()
+            self._spins = 0
+        return not requests
+
+    def has_room(self) -> bool:
+        """Whether not too much is under way."""
+        most = _MOST_UNDER_WAY + len(self.sent)
+        if len(self._sending) > most:
+            self.forget_done()
+        return len(self._sending) <= most
+
+    def forget_done(self) -> None:
+        """Let go of what has been sent and received."""
+        still = (item for item in self._sending if not self.are_done(item[0]))
+        self._sending = collections.deque(still)
+        self.are_coming()
+
+    def rest(self, seconds: float) -> None:
+        """MPI has no handle to wait for: try often at first, then ever less so."""
+        self._spins += 1
+        if self._spins == 1000:
+            self.forget_done()
+        if self._spins > 1000 and seconds > 0:
+            time.sleep(min(seconds, _LONGEST_NAP, (self._spins - 1000) * 10e-6))
+        elif hasattr(os, "sched_yield"):
+            os.sched_yield()
+
+    def try_often(self) -> None:
+        """A wait begins."""
+        self._spins = 0
+
+    def are_sent(self) -> bool:
+        return all(self.are_done(requests) for requests, _ in self._sending)
+
+    def are_settled(self) -> bool:
+        """Whether nothing is under way to or from this rank, as far as it knows."""
+        return self.are_sent() and not (self._incomplete or self.are_coming())
 
 
 class MPICommunicator(Communicator):
     """The transport of MPI, by mpi4py's buffer verbs."""
 
-    spmd = True
     known: ClassVar[weakref.WeakValueDictionary[str, MPICommunicator]] = (
         weakref.WeakValueDictionary()
     )
@@ -5535,32 +5891,37 @@ class MPICommunicator(Communicator):
         super().__init__(comm.Get_rank(), comm.Get_size())
         self._mpi = mpi
         # Apart from the user's own messages, and from each other.
-        self._letters, self._bulk = comm.Dup(), comm.Dup()
+        self._comm = comm.Dup()
+        self._bulk = _Bulk(mpi, self._comm)
+        self._letters = _Letters(mpi, comm.Dup(), self._bulk)
         # By which pickled parallelizers find it, the same on all ranks.
-        self.key: str = self._letters.bcast(os.urandom(16).hex())
+        self.key: str = self._comm.bcast(os.urandom(16).hex())
         self.known[self.key] = self
         self.made = 0  # parallelizers, by this rank
-        self._groups = {self.members: self._bulk}
-        self._status = mpi.Status()
-        self._sent, self._taken = [0] * self.world_size, [0] * self.world_size  # letters
+        by_allgather = self.world_size <= _MOST_BY_ALLGATHER
+        self._cards = (_CardsByAllgather if by_allgather else _CardsByAllreduce)(mpi, self._comm)
+        self._hosts: list[str] = []
+        self._here: set[int] = set()  # who has told to be in the round in which this one waits
         self.closed = False
-        self._spins = 0
-        self._bulk_tag = 0
-        # Requests, and what must not go before they are done.
-        self._sending: collections.deque[tuple[_Requests, object]] = collections.deque()
-        self._receiving: list[tuple[_Requests, object]] = []
-        self._words: list[tuple[int, _Letter]] = []  # that are not whole yet
-        # Of the end of the program: who has come to theirs, and who tells of an error.
-        self._exited: set[int] = set()
-        self._main_ended_after = math.inf  # this run
-        self._leaving = self._all_left = False
-        # In whose runs this thread executes the current one.
+        self.lost = ""  # why it cannot be used any more
+        self._exits = self._all_have_left = False  # at the end of the program
+        # In whose runs this thread executes the current one, and the round to which another rank,
+        # which such a run has left there, asks this one to come; and to which this one asks others.
         self._outer: list[MPICommunicator] = []
+        self._asked_to_come = self._asks = 0
+        self._failures: dict[tuple[int, int], Failure] = {}  # by rank and round, as they come
         self.dying: set[int] = set()  # by the precedence of what they have to tell
+
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._laid = False  # whether this rank has put something on its next card
+        self._leaves_after = math.inf  # seconds of waiting for others to come to the end of a run
+        self._own_failure: Failure | None = None  # that this rank's latest card tells of
 
     def cut_off(self) -> None:
         super().cut_off()
-        self._letters = self._bulk = _NoWay(self.process)
+        no_way: Any = _NoWay(self.process)
+        self._comm = self._letters = self._bulk = self._cards = no_way
 
     def agree_on_threads(self) -> None:
         """Give all ranks the least of the numbers that each would have; they stay so.
@@ -5575,7 +5936,7 @@ class MPICommunicator(Communicator):
         else:
             offer = {kind: [share, *numbers] for kind, numbers in present.items()}
         able = _thread_libraries() is not None
-        told = self._letters.allgather((able, present, offer))
+        told = self._comm.allgather((able, present, offer))
         agreed = {kind: min(min(one[kind]) for _, _, one in told) for kind in _THREAD_KINDS}
         as_they_are = [numbers for _, numbers, _ in told]
         if not all(able for able, _, _ in told):
@@ -5589,413 +5950,505 @@ class MPICommunicator(Communicator):
     def _share_of_cpus(self) -> int:
         """CPUs for this rank, where each is divided among the ranks that may run on it."""
         own, host = _affinity(), _hostname()
-        beside = [cpus for where, cpus in self._letters.allgather((host, own)) if where == host]
+        told = self._comm.allgather((host, own))
+        self._hosts = [where for where, _ in told]
+        beside = [cpus for where, cpus in told if where == host]
         ranks_on = collections.Counter(itertools.chain.from_iterable(beside))
         share = sum(1 / ranks_on[cpu] for cpu in own) + 1e-6  # not to round a whole number down
         quotas = [quota // len(beside) for quota in _cgroup_cpus()]
         return max(1, min([int(share), *quotas, *_slurm_cpus()]))
 
-    # -- what arrives -------------------------------------------------------------------------
+    # -- rounds -------------------------------------------------------------------------------
+
+    def _exchange(self, word: int, wanted: bytes) -> bool:
+        cards = self._cards
+        try:
+            self._settle()
+        except BaseException:
+            self._round -= 1  # to which this rank has not come
+            raise
+        cards.start(word, laid=self._laid)
+        self._laid = False
+        for _ in range(20):
+            if cards.test():
+                cards.active = False
+                break
+        else:
+            self._await_cards()
+        return cards.words.tobytes() == wanted
+
+    def _words(self) -> list[int]:
+        words: list[int] = self._cards.words.tolist()
+        return words
+
+    def _await_cards(self) -> None:
+        """Return when the round is complete, without burning CPU time that others need."""
+        cards, begun = self._cards, time.perf_counter()
+        try:
+            while (waited := time.perf_counter() - begun) < _SPINNING:
+                if cards.test():
+                    cards.active = False
+                    return
+                if hasattr(os, "sched_yield"):
+                    os.sched_yield()
+            self._watch.begin(self._describe_round)
+            # A nap delays all who wait for this rank in turn, along the steps of a collective.
+            share = 64 * max(math.log2(self.world_size), 1)
+            longest = _LONGEST_IDLE_NAP if self._idle else _LONGEST_NAP
+            interrupted = math.inf
+            # What the first look finds may only be a step of the collective.
+            while not (cards.test() or cards.test()):
+                self._look_after(waited)
+                if _CTRL_C.pending:
+                    interrupted = min(interrupted, waited)
+                if waited - interrupted >= _GRACE:
+                    raise KeyboardInterrupt
+                time.sleep(min(longest, waited / share))
+                waited = time.perf_counter() - begun
+            cards.active = False
+        except BaseException as error:  # of a signal's handler, or of MPI itself
+            if not isinstance(error, ParallelizerError) and self._leaves_after == math.inf:
+                self._abort(error)
+            raise
+        finally:
+            self._watch.end()
+            self.account.waiting += time.perf_counter() - begun
+
+    def _settle(self) -> None:
+        """Wait for the end of a round that this rank has come to, and left alone.
+
+        Who fails again meanwhile does not leave again, or the others would lose count.
+        """
+        if self._cards.active:
+            leaves, self._leaves_after = self._leaves_after, math.inf
+            self._await_cards()
+            self._leaves_after = leaves
+
+    def _describe_round(self, number: int) -> _Wait:
+        others = tuple(process for process in self._everyone if process != self.process)
+        return _Wait(self.process, number, self.call, self._doing(""), others)
+
+    def _abort(self, error: BaseException) -> NoReturn:
+        told = "the other ranks cannot leave the collective call that this has interrupted"
+        _abort_mpi_job(self._mpi, 1, f"{_formatted(error)}{told}")
+
+    def _look_after(self, waited: float) -> None:
+        """While a round is not complete: what else there is to do, or to heed."""
+        for other in list(_COMMUNICATORS):
+            if isinstance(other, MPICommunicator) and other.is_of_this_thread():
+                other.handle_letters()
+        if self.lost:
+            self._over = True
+            raise ContractError(self.lost)
+        if waited >= self._leaves_after:
+            raise _OthersCompute
+        if any(outer.is_called_off() for outer in self._outer) and self._asks != self._round:
+            self._asks = self._round
+            self.tell_all("come", self._round)
+        may_last = self._idle or self._sitting or self._leaves_after < math.inf
+        if not may_last and waited >= (self.timeout or math.inf):
+            self._give_up_waiting()
+
+    def is_of_this_thread(self) -> bool:
+        """Whether no other one is at work with it."""
+        is_up = not (self.gone or self.closed)
+        return is_up and self.runner in (None, threading.get_ident())
+
+    def handle_letters(self) -> None:
+        """Take in what has come; and come to a round, if another rank is lost there."""
+        self._handle_all()
+        if self._asked_to_come == self._round + 1 and not self._in_run and not self._cards.active:
+            self._round += 1
+            self._cards.start(self._round << _BITS | _LEFT << 1, laid=False)
+
+    def _give_up_waiting(self) -> NoReturn:
+        """Tell who is missing; those who have come answer at once."""
+        self._here = {self.process}
+        self.tell_all("here", self.process, self._round, True)
+        self.listen(4 * _SETTLING, lambda: len(self._here) == self.world_size)
+        missing = [process for process in self._everyone if process not in self._here]
+        self.lost = (
+            f"this MPIParallelizer cannot be used any more, because rank {self.process} has given "
+            f"up its wait in {self._doing('')} after {self.timeout} s, and MPI has no way out of a "
+            f"collective call; raise timeout=, or let the error end the program"
+        )
+        self._over = True
+        self.tell_all("lost", self.lost)
+        told = [f"{p} on {self._hosts[p]}" for p in missing] or ["that have come meanwhile"]
+        self._raise_timeout(told, "")
+
+    def _heed_failure(self, word: int, words: Sequence[int]) -> None:
+        super()._heed_failure(word, words)
+        left = [p for p, one in zip(self._everyone, words, strict=True) if one >> 1 & 63 == _LEFT]
+        if left and not any(map(_is_failed_exit, words)):
+            self._over = True
+            self._final = self._without(left[0])
+            for outer in self._outer:
+                outer.heed()
+            raise self._final
+
+    def _failure_of(self, process: int) -> Failure:
+        told = (process, self._round)
+        if not self.listen(3 * _GRACE, lambda: told in self._failures):
+            lost = "(its traceback has not come)"  # as that process computes again, perhaps
+            self._failures[told] = Failure(process, self._told_of(process)[1], lost)
+        failure = self._failures[told]
+        self._failures = {at: one for at, one in self._failures.items() if at[1] > self._round}
+        return failure
+
+    def _pass_on_failure(self) -> None:
+        """By letters, because this rank may be about to leave the others alone."""
+        if self._own_failure is None:
+            return
+        for process in self._everyone:
+            if process != self.process:
+                self._tell(process, "failed", (self._round, self._own_failure))
+        # What is too long for a letter moves only while both sides call MPI.
+        self.listen(_GRACE, self._letters.are_sent)
+
+    def _on_failure(self, source: int, parcel: Parcel) -> None:
+        number, failure = pickle.loads(parcel.pickled)
+        self._failures[source, number] = failure
+
+    def _told_of(self, process: int) -> tuple[bool, str]:
+        memory, place = self._place_of(process, 0)
+        consequence, length = _FAILED.unpack_from(memory, place)
+        start = place + _FAILED.size
+        return consequence, str(memory[start : start + length], errors="replace")
+
+    def _lay_failure(self, failure: Failure, error: BaseException) -> None:
+        self._own_failure = failure
+        summary = failure.summary.encode()[: _ROOM - _FAILED.size]
+        self._write_card(_FAILED.pack(failure.consequence, len(summary)) + summary)
+
+    def _write_card(self, content: bytes) -> None:
+        self._settle()  # as MPI may still read what lies there
+        self._cards.own[8 : 8 + len(content)] = content
+        self._laid = True
+
+    # -- what is brought to a round -------------------------------------------------------------
+
+    def _place_of(self, process: int, parity: int) -> tuple[Any, int]:
+        return self._cards.all, process * _CARD_BYTES + 8
+
+    def _lay(self, *messages: Message) -> Sequence[Message] | None:
+        pieces, nbytes = self._described(messages)
+        if nbytes > _ROOM:
+            head_fits = len(messages) == 1 and _LAID.size + len(pieces[1]) <= _ROOM
+            pieces = pieces[:2] if head_fits else [pieces[0][: _LAID.size]]
+        self._write_card(b"".join(pieces))
+        return None if nbytes <= _ROOM else messages
+
+    @contextlib.contextmanager
+    def _unbreakable(self) -> Iterator[None]:
+        """Within, what all have agreed on is moved: nobody may leave that alone."""
+        try:
+            self._handle_all()
+        except BaseException as error:
+            self._abort(error)
+        self.check_is_open()  # who has come too late finds the others gone
+        try:
+            yield
+        except BaseException as error:
+            self._abort(error)
+
+    def _arrival(self, process: int) -> _Arrival:
+        """Of the only message that it brings to this round."""
+        memory, place = self._place_of(process, 0)
+        return _Arrival(process, memory, place + 8, _ROOM - 8)
+
+    def _large_from_root(
+        self, messages: Sequence[Message], rest: Sequence[Message] | None
+    ) -> Message:
+        root, bulk, byte = self.members[0], self._bulk, self._mpi.BYTE
+        (count,) = struct.unpack_from("<Q", *self._place_of(root, 0))
+        with self._unbreakable():
+            if count == 1:
+                message = messages[0] if messages else None
+                return bulk.broadcast(self.members, message, self._arrival(root))
+            own = np.empty(_CELL_BYTES, np.uint8)
+            cells = [bulk.cells([Message(b"", ()), *messages]), byte] if messages else None
+            bulk.group(self.members).Scatter(cells, [own, byte])
+            if messages:
+                outgoing = zip(self.members[1:], messages, strict=True)
+                bulk.wait(bulk.send(outgoing, _CELL_BYTES))
+                return messages[0]
+            return bulk.receive([_Arrival(root, own.tobytes(), 0, _CELL_BYTES)], None, [])[0]
+
+    def _large_to(
+        self,
+        message: Message,
+        plan: GatherPlan | None,
+        large: Sequence[int],
+        rest: Sequence[Message] | None,
+    ) -> list[Message]:
+        others = [process for process in self.members if process != self.process]
+        with self._unbreakable():
+            if plan is None:
+                if rest is not None:
+                    self._bulk.wait(self._bulk.send([(self.members[0], message)], _ROOM - 8))
+                return []
+            pending = []
+            if rest is not None:  # an allgather, as main brings nothing to a gather
+                pending = self._bulk.send([(other, message) for other in others], _ROOM - 8)
+            riding = {p: self._peek(p) for p in others if p not in large}
+
+            def place(pickles: Sequence[bytes]) -> Sequence[_Bytes] | None:
+                coming = dict(zip((p for p in others if p in large), pickles, strict=True))
+                coming |= {p: one.pickled for p, one in riding.items()}
+                coming[self.process] = message.pickled
+                places = plan.place([coming[p] for p in self.members])
+                if places is None:
+                    return None
+                where = dict(zip(self.members, places, strict=True))
+                where[self.process][:] = message.buffers[0]
+                for p, one in riding.items():
+                    where[p][:] = one.buffers[0]
+                return [where[p] for p in others if p in large]
+
+            arrivals = [self._arrival(p) for p in others if p in large]
+            received = dict(zip((p for p in others if p in large),
+                                self._bulk.receive(arrivals, place, pending),
+                                strict=True))  # fmt: skip
+            for p, one in riding.items():
+                received[p] = one if plan.result is not None else self._copy(one, p)
+            received[self.process] = message
+            return [received[p] for p in self.members]
+
+    def _large_to_each(
+        self,
+        messages: Sequence[Message],
+        large: Sequence[int],
+        rest: Sequence[Message] | None,
+    ) -> list[Message]:
+        others = [process for process in self.members if process != self.process]
+        with self._unbreakable():
+            cells = self._bulk.cells(messages)
+            told = np.empty_like(cells)
+            byte = self._mpi.BYTE
+            self._bulk.group(self.members).Alltoall([cells, byte], [told, byte])
+            outgoing = [
+                (p, one) for p, one in zip(self.members, messages, strict=True) if p in others
+            ]
+            pending = self._bulk.send(outgoing, _CELL_BYTES)
+            arrivals = [
+                _Arrival(p, told[rank].tobytes(), 0, _CELL_BYTES)
+                for rank, p in enumerate(self.members)
+                if p != self.process
+            ]
+            received = self._bulk.receive(arrivals, None, pending)
+        received.insert(self.rank, messages[self.rank])
+        return received
+
+    def _large_in_turn(
+        self, process: int, parity: int, rest: Sequence[Message] | None
+    ) -> Iterator[Message]:
+        with self._unbreakable():
+            if process == self.process and rest is not None:
+                pending = self._bulk.send([(self.members[0], rest[0])], _ROOM - 8)
+                # Main may be long in coming to it, as it works on what it gets.
+                self._letters.try_often()
+                while not all(request.Test() for request, _ in pending):
+                    self._letters.rest(_LONGEST_NAP)
+            arrivals = [self._arrival(process)] if self.rank == 0 else []
+            received = self._bulk.receive(arrivals, None, [])
+        yield from received
+
+    # -- letters ------------------------------------------------------------------------------
 
     def _progress(self, seconds: float) -> None:
-        if self._take_letter():
-            self._spins = 0
-        else:
-            self._rest(seconds)
+        if not self._take_letter():
+            self._letters.rest(seconds)
 
     def _handle_all(self) -> None:
         while self._take_letter():
             pass
 
+    def _take_letter(self) -> bool:
+        letter = self._letters.take()
+        if letter is not None:
+            self._deliver(*letter)
+        return letter is not None
+
     def _is_receiving(self) -> bool:
-        self._receiving = [item for item in self._receiving if not self._are_done(item[0])]
-        return bool(self._receiving)
+        return self._letters.are_coming()
 
     def _is_soon(self, ready: Callable[[], object]) -> bool:
-        self._spins = 0
+        self._letters.try_often()
         for _ in range(100):
             self._take_letter()
             if ready():
                 return True
         return False
 
-    def _take_letter(self) -> bool:
-        """Receive and deliver one letter; False where none is there."""
-        for source, word in self._words:
-            if word.done():
-                self._words.remove((source, word))
-                self._deliver(source, word)
-                return True
-        status = self._status
-        if not self._letters.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, status):
-            return False
-        content = bytearray(status.Get_count(self._mpi.BYTE))
-        source = status.Get_source()
-        self._letters.Recv([content, self._mpi.BYTE], source)
-        self._taken[source] += 1
-        letter = _Letter(content, functools.partial(self._receive_parts, source))
-        verb = letter.call.verb
-        if self.process > 0 or verb in ("send", *_WORDS):
-            letter.place(None)  # else it is a gather's, whose buffers have their places
-        if verb in _WORDS and not letter.done():
-            self._words.append((source, letter))
-        else:
-            self._deliver(source, letter)
-        return True
-
     def wake(self) -> None:
         """It wakes by itself, often enough."""
-
-    def _rest(self, seconds: float) -> None:
-        """MPI has no handle to wait for: try often at first, then ever less so."""
-        self._spins += 1
-        if self._spins == 1000:
-            self._forget_done()
-        if self._spins > 1000 and seconds > 0:
-            time.sleep(min(seconds, 5e-3, (self._spins - 1000) * 10e-6))
-        elif hasattr(os, "sched_yield"):
-            os.sched_yield()
-
-    def _receive_parts(self, source: int, tag: int, parts: Sequence[_Bytes]) -> Callable[[], bool]:
-        requests = collections.deque(
-            self._bulk.Irecv(piece, source, tag) for piece in self._pieces(parts)
-        )
-        self._is_receiving()  # forget what has come
-        if requests:
-            self._receiving.append((requests, parts))
-        return functools.partial(self._are_done, requests)
 
     def _on_control(self, content: Any) -> None:
         kind, *about = content
         if kind == "dying":
             _flush_output()  # this rank may be ended at any moment
             self.dying.update(about)
-        elif kind == "exit":
-            self._exited.update(about)
-        elif kind == "main's exit":
-            (self._main_ended_after,) = about
-        elif kind == "all left":
-            self._all_left = True
+        elif kind == "come":
+            (self._asked_to_come,) = about
+        elif kind == "here":
+            process, number, asks = about
+            if number == self._round and self._cards.active:
+                self._here.add(process)
+                if asks:
+                    self._tell_control(process, "here", self.process, number, False)
+        elif kind == "lost":
+            (self.lost,) = about
         else:
             super()._on_control(content)
-
-    def _raise_failure(self) -> None:
-        super()._raise_failure()
-        for outer in self._outer if self._in_run else ():
-            outer.heed()
-        # Not by the order of arrival: the last command, down the tree, may come after this word.
-        if self._idle and self._main_ended_after < self.run:
-            raise ContractError(
-                f"rank 0 ended its program while rank {self.process} waits for a command"
-            )
-
-    # -- what is sent -------------------------------------------------------------------------
-
-    def _post(self, process: int, parcel: Parcel) -> None:
-        self._begin_sending(process, parcel, synchronous=False)
-
-    def _transmit(self, processes: Sequence[int], parcel: Parcel) -> None:
-        self._finish_sending([(p, self._begin_sending(p, parcel)) for p in processes])
-
-    def _begin_sending(
-        self, process: int, parcel: Parcel, *, synchronous: bool = True
-    ) -> _Requests:
-        """Send a letter on its way, and what follows it; the requests of that."""
-        assert parcel.message is not None
-        depth, number, verb = parcel.call
-        parts: list[Any] = [parcel.message.pickled, *parcel.message.buffers]
-        sizes = [len(part) for part in parts]
-        riding = _riding(sizes)
-        self._bulk_tag = tag = self._bulk_tag % _BULK_TAGS + 1
-        head = _LETTER.pack(
-            parcel.run, depth, number, _VERBS.index(verb), parcel.tag, tag, len(sizes)
-        )
-        letter = b"".join([head, struct.pack(f"<{len(sizes)}Q", *sizes), *parts[:riding]])
-        # Of a synchronous one it is known when it has been taken in, so that they do not pile up.
-        send = self._letters.Issend if synchronous else self._letters.Isend
-        self._keep([send([letter, self._mpi.BYTE], process)], letter)
-        self._sent[process] += 1
-        if riding == len(parts):
-            return collections.deque()
-        following = (
-            self._bulk.Isend(piece, process, tag)
-            for piece in self._pieces(parts[riding:], sent=True)
-        )
-        return self._keep(following, parts)
-
-    def _tell_verdict(self, first: Failure | BaseException | None) -> None:
-        super()._tell_verdict(first)
-        if first is not None:
-            # What is too long for a letter moves only while both sides call MPI.
-            told = list(self._sending)[-2 * self.size :]
-            self.listen(_GRACE, lambda: all(self._are_done(requests) for requests, _ in told))
-
-    def _finish_sending(self, sending: Sequence[tuple[int, _Requests]]) -> None:
-        """Return when all of this is sent, and not too many letters are under way."""
-        self._wait_until(
-            lambda: all(self._are_done(requests) for _, requests in sending) and self._has_room(),
-            lambda: [p for p, requests in sending if not self._are_done(requests)] or self.members,
-            f"sending in {self._doing('')}",
-        )
-
-    def _pieces(
-        self, parts: Iterable[bytes | _Bytes], *, sent: bool = False
-    ) -> Iterator[list[Any]]:
-        """The parts as MPI takes them: short neighbours in one piece, a huge one in several.
-
-        Short ones are `sent` from a copy in one stretch, as MPICH moves scattered memory only
-        while its sender calls MPI, too; they are received into their scattered places.
-        """
-        views = [_as_bytes(part) for part in parts]
-        ends = itertools.accumulate(map(len, views))
-        # Neighbours that end in the same stretch of the message.
-        keys = (
-            (len(view) >= _LONG_BYTES, end // _JOINT_BYTES)
-            for view, end in zip(views, ends, strict=True)
-        )
-        for (is_long, _), some in itertools.groupby(views, lambda _: next(keys)):
-            if is_long:
-                for view in some:
-                    for start in range(0, len(view), _PIECE_BYTES):
-                        yield [view[start : start + _PIECE_BYTES], self._mpi.BYTE]
-            elif sent:
-                yield [np.concatenate(list(some)), self._mpi.BYTE]
-            else:
-                sizes, places = zip(
-                    *((len(v), self._mpi.Get_address(v)) for v in some), strict=True
-                )
-                kind = self._mpi.BYTE.Create_hindexed(sizes, places).Commit()
-                yield [self._mpi.BOTTOM, 1, kind]
-                kind.Free()  # MPI keeps it for what is under way
-
-    def _keep(self, requests: Iterable[Any], data: object) -> _Requests:
-        """Keep alive what is on its way."""
-        while self._sending and self._are_done(self._sending[0][0]):
-            self._sending.popleft()
-        self._sending.append((collections.deque(requests), data))
-        return self._sending[-1][0]
-
-    def _are_done(self, requests: _Requests) -> bool:
-        """Whether all are; those found to be so are dropped, as there may be many."""
-        while requests and requests[0].Test():
-            requests.popleft()
-            self._spins = 0
-        return not requests
-
-    def _has_room(self) -> bool:
-        """Whether not too much is under way."""
-        most = _MOST_UNDER_WAY + self.world_size
-        if len(self._sending) > most:
-            self._forget_done()
-        return len(self._sending) <= most
-
-    def _forget_done(self) -> None:
-        """Let go of what has been sent and received."""
-        still = (item for item in self._sending if not self._are_done(item[0]))
-        self._sending = collections.deque(still)
-        self._is_receiving()
-
-    def _finish(self, *, failed: bool = False) -> None:
-        super()._finish(failed=failed)
-        self._forget_done()
-
-    # -- collectives --------------------------------------------------------------------------
-
-    def _set_members(self, members: tuple[int, ...]) -> None:
-        super()._set_members(members)
-        # In a binomial tree, whose root is rank 0.
-        reach = self.rank & -self.rank or self.size
-        steps = (1 << level for level in reversed(range((reach - 1).bit_length())))
-        self._parent = members[self.rank & (self.rank - 1)]
-        self._children = [members[self.rank + s] for s in steps if self.rank + s < self.size]
-
-    def _agree(self) -> None:
-        """Return when all ranks have made the present call, and none may leave it any more."""
-        self._collect(self._children)
-        word = Parcel(self.run, self.call, _NOTHING)
-        if self.rank > 0:
-            self._post(self._parent, word)
-            self._await_consent(self._parent)
-        else:
-            self._handle_all()
-            self._raise_failure()  # of who has been there, but gave up
-        for child in self._children:
-            self._post(child, word)
-
-    def _await_consent(self, parent: int) -> None:
-        try:
-            self._next_from(parent)
-        except BaseException as error:
-            if self._ends_own_run(error):
-                raise
-            # Main may be counting on this rank, which therefore stays until main knows of it.
-            self._tell_failure([0], "failed", error)
-            self.listen(_GRACE, lambda: self._heard(parent) or self._end.called_off)
-            if not self._heard(parent):
-                raise
-            self._arrived[parent].popleft()  # all go on together, and main then ends the run
-
-    def _group(self) -> Any:
-        """The communicator of the members, who have agreed and make it when they first need it."""
-        if self.members not in self._groups:
-            everyone = self._letters.Get_group()
-            group = everyone.Incl(list(self.members))
-            self._groups[self.members] = self._letters.Create_group(group)
-            group.Free()
-            everyone.Free()
-        return self._groups[self.members]
-
-    def broadcast(self, message: Message | None) -> Message:
-        if message is None:
-            received = self._down_the_tree(None)
-            if not received.pickled.startswith(_LARGE):
-                return received
-            sizes = struct.unpack(f"<{(len(received.pickled) - 1) // 8}Q", received.pickled[1:])
-            parts = [_allocate(size) for size in sizes]
-            self._broadcast_parts(parts)
-            return Message(parts[0].tobytes(), parts[1:])
-        if message.nbytes < _BCAST_BYTES:
-            return self._down_the_tree(message)
-        parts = [_as_bytes(message.pickled), *message.buffers]
-        announced = struct.pack(f"<{len(parts)}Q", *map(len, parts))
-        self._down_the_tree(Message(_LARGE + announced, []))
-        self.account.bytes_sent += message.nbytes
-        self._broadcast_parts(parts)
-        return message
-
-    def _down_the_tree(self, message: Message | None) -> Message:
-        if message is None:
-            message = self._complete(self._next_from(self._parent), self._parent)
-            parcel = Parcel(self.run, self.call, message)
-        else:
-            parcel = self._outgoing(message)
-        if self._children:
-            self._transmit(self._children, parcel)
-        return message
-
-    def _broadcast_parts(self, parts: Iterable[_Bytes]) -> None:
-        self._agree()
-        try:
-            for piece in self._pieces(parts, sent=self.rank == 0):
-                self._group().Bcast(piece)
-        except BaseException as error:  # of a signal's handler, or of MPI itself
-            told = "the other ranks cannot leave the broadcast that this has interrupted"
-            _abort_mpi_job(self._mpi, 1, f"{_formatted(error)}{told}")
-
-    def scatter(self, messages: Sequence[Message] | None) -> Message:
-        if messages is None:
-            return self._from_main()
-        # All at once, not one after the other.
-        pairs = zip(self.members[1:], messages[1:], strict=True)
-        self._finish_sending([(p, self._begin_sending(p, self._outgoing(m))) for p, m in pairs])
-        return messages[0]
-
-    def barrier(self) -> None:
-        self._agree()
-
-    # -- commands, and the end of the program ---------------------------------------------------
-
-    def command(self, messages: Sequence[Message] | None) -> None:
-        """Down the tree to all ranks, which count the run whether they take part in it or not."""
-        message = messages[0] if messages else None
-        self._next_run(self.run + 1)
-        self.call = Call(0, 0, "run")
-        with self._idling():
-            self.broadcast(message or Message(b"", []))
-        self._in_run = message is not None
-
-    def next_command(self) -> Message | None:
-        self._in_run = False
-        self._next_run(self.run + 1)
-        self.call = Call(0, 0, "run")
-        with self._idling():
-            message = self.broadcast(None)
-        self._in_run = bool(message.pickled)
-        return message if message.pickled else None
-
-    def begin_run(self) -> None:
-        if not self._in_run:
-            self._keep_count()
-        super().begin_run()
-
-    def sit_out(self) -> None:
-        self._keep_count()
-        super().sit_out()
-
-    def heed(self) -> None:
-        """Raise where this run is known to have failed, while another one waits within it."""
-        self._handle_all()
-        self._raise_failure()
-
-    def _keep_count(self) -> None:
-        """Number runs within a run of other ranks by that, too.
-
-        It may have failed before this rank came to an earlier one in it. Counted one by one, this
-        rank would then be behind the others for ever.
-        """
-        self._outer = [
-            other
-            for other in list(_COMMUNICATORS)
-            if isinstance(other, MPICommunicator) and other is not self and other.is_executed_here()
-        ]
-        if self._outer:
-            latest = max(other.run for other in self._outer)
-            self.run = max(self.run, min(latest << 12, 2**62))
 
     def tell_all(self, *content: object) -> None:
         for process in range(self.world_size):
             if process != self.process:
                 self._tell_control(process, *content)
 
+    def _raise_failure(self) -> None:
+        super()._raise_failure()
+        if self._in_run:
+            for outer in self._outer:
+                outer.heed()
+
+    def _post(self, process: int, parcel: Parcel) -> None:
+        self._letters.send(process, parcel, synchronous=False)
+
+    def _transmit(self, process: int, parcel: Parcel) -> None:
+        letters = self._letters
+        sending = letters.send(process, parcel, synchronous=True)
+        self._wait_until(
+            lambda: letters.are_done(sending) and letters.has_room(),
+            lambda: self.members if letters.are_done(sending) else [process],
+            f"sending in {self._doing('')}",
+        )
+
+    # -- runs ---------------------------------------------------------------------------------
+
+    def _start_run(self) -> None:
+        self._outer = [
+            other
+            for other in list(_COMMUNICATORS)
+            if isinstance(other, MPICommunicator) and other is not self and other.is_executed_here()
+        ]
+        for outer in self._outer:
+            outer.heed()  # before this run begins
+        super()._start_run()
+
+    def _finish(self, *, failed: bool = False) -> None:
+        super()._finish(failed=failed)
+        self._outer = []
+        self._handle_all()  # what nobody has received, which is forgotten
+        self._next_run(self._number_of_next_run())  # mail may be sent between two runs, too
+        self._letters.forget_done()
+
+    def command(self, messages: Sequence[Message] | None) -> None:
+        self.check_is_open()
+        super().command(messages)
+
+    def next_command(self) -> Message | None:
+        self.check_is_open()
+        return super().next_command()
+
+    def _show_end(self, error: BaseException) -> None:
+        self._leaves_after = _GRACE
+        try:
+            super()._show_end(error)
+        except BaseException:  # this rank leaves, perhaps before the others come
+            self._pass_on_failure()
+            raise
+
+    def _come_to_end(self, depth: int) -> None:
+        # Later than who has failed, whose error is to come. A group is left together.
+        self._leaves_after = 2 * _GRACE if depth == 1 else math.inf
+        try:
+            super()._come_to_end(depth)
+        except _OthersCompute:
+            told = (one for (_, number), one in self._failures.items() if number == self._round)
+            self._over, self._verdict = True, next(told, None)
+            self._final = RunEnded(self)
+            raise self._final from None
+        finally:
+            self._leaves_after = math.inf
+
+    def is_called_off(self) -> bool:
+        ends = self._is_called_off() or self._end_of_group[0] == self._round + 1
+        return self._in_run and (self._over or ends)
+
+    def heed(self) -> None:
+        """Raise where this run is known to have failed, while another one waits within it."""
+        self._handle_all()
+        if self._in_run and self._over:
+            raise RunEnded(self)
+        self._raise_failure()
+
+    def _without(self, process: int) -> ContractError:
+        return ContractError(
+            f"rank {process} left the run, because an outer one, in which it was begun, has "
+            f"failed: see the error of that"
+        )
+
+    # -- the end of the program -----------------------------------------------------------------
+
     def begin_leaving(self) -> Callable[[], bool]:
-        """At the end of the program: tell main, and main all; whether all have come to theirs."""
-        if not self._leaving:
-            self._leaving = True
+        """Come to rounds until the programs of all ranks have ended; whether they have."""
+        if not self._exits:
+            self._exits = True
+            self._between_runs()
             self._watch.begin(self._describe_leaving)
-            if self.process == 0:
-                self.tell_all("main's exit", self.run)
-            else:
-                self._tell_control(0, "exit", self.process)
         return self._have_all_left
 
     def _describe_leaving(self, number: int) -> _Wait:
-        awaited = [0] if self.process > 0 else sorted({*range(1, self.world_size)} - self._exited)
-        return _Wait(self.process, number, self.call, "exit", tuple(awaited))
+        return self._describe_round(number)._replace(doing="exit")
 
     def _have_all_left(self) -> bool:
-        if self.process == 0 and len(self._exited) == self.world_size - 1 and not self._all_left:
-            self._all_left = True
-            self.tell_all("all left")
-        return self._all_left
+        cards, code = self._cards, _CODES["exit"] << 1
+        if cards.active and not cards.test():
+            return False
+        cards.active = False
+        words = self._words()
+        self._all_have_left |= all(word == self._round << _BITS | code for word in words)
+        if not self._all_have_left:
+            self._round += 1
+            cards.start(self._round << _BITS | code, laid=False)
+        return self._all_have_left
+
+    def close(self) -> None:
+        """Its communicator is freed, or MPI is finalized."""
+        if not self.closed:
+            self.closed = True
+            if not self._cards.active:
+                self._cards.free()
 
     def free(self) -> None:
         """Give back what MPI keeps for it: all ranks come here, and run nothing any more."""
+        if self.lost:
+            self.closed = True  # others wait in what would be freed
         if not self.closed:
             self._take_in_the_rest()
-            for comm in (self._letters, *self._groups.values()):
-                comm.Free()
-            self.closed = True
+            self.close()
+            self._letters.comm.Free()
+            self._bulk.free()
 
     def _take_in_the_rest(self) -> None:
         """Leave nothing under way: MPI could hand it to a later communicator in this one's place.
 
         When all are here, nobody sends any more, and each can be told how much is to come.
         """
-        self._next_run(self.run + 1)
-        barrier = self._bulk.Ibarrier()
+        self._settle()
+        self._next_run(self._number_of_next_run())
+        barrier = self._comm.Ibarrier()
         others = [process for process in range(self.world_size) if process != self.process]
         self._wait_until(barrier.Test, lambda: others, "Free of its communicator")
-        sent, due = np.array([self._sent, self._taken], np.int64)
-        kind = self._mpi.INT64_T
-        exchange = self._bulk.Ialltoall([sent, kind], [due, kind])
+        letters, kind = self._letters, self._mpi.INT64_T
+        sent = np.array(letters.sent, np.int64)
+        due = np.empty_like(sent)
+        exchange = self._comm.Ialltoall([sent, kind], [due, kind])
         self.listen(
             math.inf,
-            lambda: (
-                exchange.Test()
-                and self._taken == due.tolist()
-                and not (self._words or self._is_receiving())
-                and all(self._are_done(requests) for requests, _ in self._sending)
-            ),
+            lambda: exchange.Test() and letters.taken == due.tolist() and letters.are_settled(),
         )
 
     def check_is_open(self) -> None:
@@ -6004,9 +6457,12 @@ class MPICommunicator(Communicator):
                 "the communicator of this MPIParallelizer has been freed, by its Free() or by "
                 "MPI.Finalize(), so that it cannot be used any more; free it last"
             )
+        if self.lost:
+            raise ContractError(self.lost)
 
     def enter(self, verb: str) -> Communicator:
-        self.check_is_open()
+        if self.closed or self.lost:
+            self.check_is_open()
         return super().enter(verb)
 
 
@@ -6189,7 +6645,7 @@ class _JobEnd:
     def on_finalize(self) -> None:
         self.leave()
         for communicator in self.communicators:
-            communicator.closed = True
+            communicator.close()
 
     def _wait_for_all(self, mpi: Any, status: int) -> None:
         world = mpi.COMM_WORLD
@@ -6199,7 +6655,11 @@ class _JobEnd:
         # With a status, all ranks must have come, and without, those that know this module.
         can_come = status == 0 or any(c.world_size == world.size for c in self.communicators)
         patience = math.inf if status == 0 else _GRACE + self._turn(world.rank)
-        if not self._listen(patience, lambda: can_come and all(has_left() for has_left in left)):
+
+        def all_have_left() -> bool:  # each is asked, or it would not show that this rank leaves
+            return False not in [has_left() for has_left in left]
+
+        if not self._listen(patience, lambda: all_have_left() and can_come):
             ended = f"### rank {world.rank} ended its program with status {status}"
             _abort_mpi_job(mpi, status, f"{ended} while others go on")
 
@@ -6404,9 +6864,9 @@ class Parallelizer:
             Must accept the keyword `parallelizer`, and be picklable for multiprocessing.
         comm : sequence of int, optional
             The ranks that take part, 0 among them; inside, their ids count from 0. The others
-            get `InWorkerProcess`. Inside a run they call it, too, and wait until those that take
-            part are through (under MPI they do not wait yet). An exception that leaves the
-            function of one of these leaves that of all, in the same call.
+            get `InWorkerProcess`. Where they call it, too, inside a run or under MPI, they wait
+            until those that take part are through. An exception that leaves the function of one
+            of these leaves that of all, in the same call.
         main_kwargs : mapping, optional
             Further keywords for main's call only; they never leave main.
 
@@ -6434,9 +6894,10 @@ class Parallelizer:
             if nested:
                 own = functools.partial(own, parallelizer=self)
                 return own() if comm is None else communicator.in_group(ranks, own)
-            if communicator.rank not in ranks:
-                communicator.sit_out()
-                return Parallelizer.InWorkerProcess  # type: ignore[return-value]
+            if comm is not None and not self._leads(communicator):
+                communicator.timeout = self.timeout
+                if not communicator.joins(ranks):
+                    return Parallelizer.InWorkerProcess  # type: ignore[return-value]
             self._command(communicator, ranks, work)
             return self._execute(communicator, ranks, own)  # type: ignore[no-any-return]
 
@@ -6491,11 +6952,15 @@ class Parallelizer:
         self._refuse_if_absent()
         return self._comm is not None and self._comm.runner == threading.get_ident()
 
+    def _leads(self, communicator: Communicator) -> bool:
+        """Whether the others wait for what this process, main, has them do."""
+        return self._drives_workers or communicator.drives_others
+
     def _command(
         self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
     ) -> None:
         """Have these ranks take part in a run, where they wait to be told."""
-        if self._drives_workers or communicator.drives_others:
+        if self._leads(communicator):
             what = "the function that is run or mapped, or its arguments"
             sent = (_arithmetic_of_caller(), work)
             communicator.start_others()  # first, as how they start decides how it is packed
@@ -6584,6 +7049,8 @@ class Parallelizer:
         with contextlib.suppress(BaseException):
             if communicator.process in ranks:
                 self._execute(communicator, ranks, work)
+            else:
+                communicator.sit_out(ranks)
 
     def _names(self) -> list[str]:
         return [name for name, held in self._registry.items() if held is self]
@@ -6861,7 +7328,7 @@ class Parallelizer:
         """As `reduce`, with the result on every process."""
         _reduction(op)
         with self._calling("allreduce") as comm:
-            if comm.one_round and comm.size > 1:
+            if comm.size > 1:
                 found = self._allgathered_to_fold(comm, _own(data), op)
                 if found is not None:
                     return _folded(*found)
@@ -7972,7 +8439,7 @@ def _map_items(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
         for start, items in hand.chunks():
             done.append((start, task.compute(items, start, comm)))
             hand.tell_done()
-    with parallelizer._calling("map"):
+    with parallelizer._calling("end of map"):
         gathered = parallelizer._gather(comm, done, False, is_sent=True)
     if comm.rank > 0:
         return gathered
@@ -8380,7 +8847,7 @@ class _Mail:
 
     def tell_done(self) -> None:
         """The chunk is computed, and its results stay here."""
-        self._send(0, _NOTHING)
+        self._send(0, Message(b"-", []))
 
     def _send(self, rank: int, message: Message) -> None:
         with self._comm.enter("send"):

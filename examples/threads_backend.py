@@ -1,53 +1,78 @@
-"""A backend of one's own: threads of this process, which talk through queues.
+"""A backend of one's own: threads of this process, which meet at a table.
 
 It is complete: `python -m parallelizer self-test --backend threads_backend:ThreadParallelizer`
 (with this folder on PYTHONPATH) checks it. Threads compute at the same time where Python does
-without the global lock (3.13t, 3.14t), or where compiled code lets go of it.
+without the global lock (3.13t, 3.14t), or where compiled code lets go of it. What it is made of may
+change with a version of parallelizer.
 """
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import math
-import queue
 import threading
-from collections.abc import Sequence
 from typing import Any
 
-from parallelizer import Communicator, Parallelizer, Parcel
+from parallelizer import Communicator, Message, Parallelizer, Parcel
 
-Inbox = queue.SimpleQueue[tuple[int, Parcel]]  # each with its sender
+
+class Table:
+    """What all threads see: their words and what they bring, for even and odd rounds, and mail."""
+
+    def __init__(self, count: int) -> None:
+        self.words = [[0] * count, [0] * count]
+        self.brought = [[b""] * count, [b""] * count]
+        self.mail = [collections.deque[tuple[int, Parcel]]() for _ in range(count)]
+        self.changed = threading.Condition()
+        self.changes = 0
+
+    def change(self) -> None:
+        """Wake all who wait for something."""
+        with self.changed:
+            self.changes += 1
+            self.changed.notify_all()
 
 
 class ThreadCommunicator(Communicator):
-    """Puts parcels into the inboxes of the others, and tickets into a queue for all."""
+    """One thread's place at the table."""
 
-    def __init__(self, process: int, inboxes: Sequence[Inbox], tickets: Any) -> None:
-        super().__init__(process, len(inboxes))
-        self._inboxes = inboxes
-        self._tickets = tickets
+    def __init__(self, process: int, table: Table) -> None:
+        super().__init__(process, len(table.mail))
+        self._table = table
+        self._seen = 0  # changes
+
+    def _exchange(self, word: int, wanted: bytes) -> bool:
+        self._table.words[self._round & 1][self.process] = word
+        self._table.change()
+        self._await_all()
+        return self._words() == memoryview(wanted).cast("Q").tolist()
+
+    def _words(self) -> list[int]:
+        return list(self._table.words[self._round & 1])
+
+    def _lay(self, *messages: Message) -> None:
+        pieces, _ = self._described(messages)
+        self._table.brought[self._round + 1 & 1][self.process] = b"".join(pieces)
+
+    def _place_of(self, process: int, parity: int) -> tuple[bytes, int]:
+        return self._table.brought[parity][process], 0
 
     def _post(self, process: int, parcel: Parcel) -> None:
-        self._inboxes[process].put((self.process, parcel))
+        self._table.mail[process].append((self.process, parcel))
+        self._table.change()
 
     def _progress(self, seconds: float) -> None:
-        wait = None if seconds == math.inf else max(seconds, 0)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._deliver(*self._inboxes[self.process].get(timeout=wait))
-                wait = 0
+        table, mail = self._table, self._table.mail[self.process]
+        with table.changed:
+            if not mail and table.changes == self._seen:
+                table.changed.wait(None if seconds == math.inf else max(seconds, 0))
+            self._seen = table.changes
+        while mail:
+            self._deliver(*mail.popleft())
 
-    def open_tickets(self, count: int) -> None:
-        if self.rank == 0:
-            while self.take_ticket(count) is not None:
-                pass  # left over from a map that has failed
-            for number in range(count):
-                self._tickets.put(number)
-
-    def take_ticket(self, count: int) -> int | None:
-        with contextlib.suppress(queue.Empty):
-            return int(self._tickets.get_nowait())
-        return None
+    def wake(self) -> None:
+        """Called by other threads than the one that waits."""
+        self._table.change()
 
 
 class ThreadParallelizer(Parallelizer):
@@ -75,16 +100,15 @@ class ThreadParallelizer(Parallelizer):
         return worker if worker is not None and worker._main is main else main
 
     def _start(self) -> None:
-        inboxes: list[Inbox] = [queue.SimpleQueue() for _ in range(self._count)]
-        tickets: Any = queue.SimpleQueue()
-        self._comm, *others = [ThreadCommunicator(n, inboxes, tickets) for n in range(self._count)]
+        table = Table(self._count)
+        self._comm, *others = [ThreadCommunicator(n, table) for n in range(self._count)]
         try:
             for one in others:
                 thread = threading.Thread(target=self._work, args=(one,), daemon=True)
                 thread.start()
                 self._threads.append(thread)
-        except RuntimeError:  # too many threads
-            self._stop()
+        except RuntimeError:  # too many threads: those that have started wait, as daemons
+            self._comm = None
             raise
 
     def _work(self, communicator: ThreadCommunicator) -> None:
