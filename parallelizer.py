@@ -6061,12 +6061,14 @@ class MPICommunicator(Communicator):
             self._round += 1
             self._cards.start(self._round << _BITS | _LEFT << 1, laid=False)
 
-    def _give_up_waiting(self) -> NoReturn:
-        """Tell who is missing; those who have come answer at once."""
+    def _give_up_waiting(self) -> None:
+        """Tell who is missing, if anybody is; those who have come answer at once."""
         self._here = {self.process}
         self.tell_all("here", self.process, self._round, True)
         self.listen(4 * _SETTLING, lambda: len(self._here) == self.world_size)
         missing = [process for process in self._everyone if process not in self._here]
+        if not missing:
+            return  # the last one has just come
         self.lost = (
             f"this MPIParallelizer cannot be used any more, because rank {self.process} has given "
             f"up its wait in {self._doing('')} after {self.timeout} s, and MPI has no way out of a "
@@ -6074,8 +6076,7 @@ class MPICommunicator(Communicator):
         )
         self._over = True
         self.tell_all("lost", self.lost)
-        told = [f"{p} on {self._hosts[p]}" for p in missing] or ["that have come meanwhile"]
-        self._raise_timeout(told, "")
+        self._raise_timeout([f"{p} on {self._hosts[p]}" for p in missing], "")
 
     def _heed_failure(self, word: int, words: Sequence[int]) -> None:
         super()._heed_failure(word, words)
@@ -6265,10 +6266,12 @@ class MPICommunicator(Communicator):
             pass
 
     def _take_letter(self) -> bool:
-        letter = self._letters.take()
-        if letter is not None:
-            self._deliver(*letter)
-        return letter is not None
+        taken = self._letters.take()
+        if taken is None:
+            return False
+        source, letter = taken
+        self._deliver(source, letter)
+        return True
 
     def _is_receiving(self) -> bool:
         return self._letters.are_coming()
