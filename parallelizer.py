@@ -6442,13 +6442,14 @@ class MPICommunicator(Communicator):
         """
         self._settle()
         self._next_run(self._number_of_next_run())
-        barrier = self._comm.Ibarrier()
+        # Where another rank does not come, it may show cards on the other communicator.
+        barrier = self._letters.comm.Ibarrier()
         others = [process for process in range(self.world_size) if process != self.process]
         self._wait_until(barrier.Test, lambda: others, "Free of its communicator")
         letters, kind = self._letters, self._mpi.INT64_T
         sent = np.array(letters.sent, np.int64)
         due = np.empty_like(sent)
-        exchange = self._comm.Ialltoall([sent, kind], [due, kind])
+        exchange = letters.comm.Ialltoall([sent, kind], [due, kind])
         self.listen(
             math.inf,
             lambda: exchange.Test() and letters.taken == due.tolist() and letters.are_settled(),
