@@ -6057,7 +6057,8 @@ class MPICommunicator(Communicator):
     def handle_letters(self) -> None:
         """Take in what has come; and come to a round, if another rank is lost there."""
         self._handle_all()
-        if self._asked_to_come == self._round + 1 and not self._in_run and not self._cards.active:
+        if self._asked_to_come == self._round + 1 and not self._cards.active:
+            self._over = True  # if there is a run, as the one around it has failed
             self._round += 1
             self._cards.start(self._round << _BITS | _LEFT << 1, laid=False)
 
