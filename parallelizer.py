@@ -1939,6 +1939,13 @@ def _end_child(error: BaseException | None) -> NoReturn:
         os._exit(status & 0xFF)
 
 
+def _left_with_outer_run(process: int) -> ContractError:
+    return ContractError(
+        f"rank {process} left the run, because an outer one, in which it was begun, has failed: "
+        f"see the error of that"
+    )
+
+
 class Communicator(abc.ABC):
     """What the processes of a run do together, whatever moves it from one to another.
 
@@ -2766,10 +2773,7 @@ class Communicator(abc.ABC):
         """What other members are told, who may have no part in an outer run."""
         if not self.ends_outer_run(error):
             return error
-        return ContractError(
-            f"rank {self.process} left the run, because an outer one, in which it was begun, has "
-            f"failed: see the error of that"
-        )
+        return _left_with_outer_run(self.process)
 
     def _raise_failure(self) -> None:
         """Raise where the current run, or a group, is known to have failed."""
@@ -6084,7 +6088,7 @@ class MPICommunicator(Communicator):
         left = [p for p, one in zip(self._everyone, words, strict=True) if one >> 1 & 63 == _LEFT]
         if left and not any(map(_is_failed_exit, words)):
             self._over = True
-            self._final = self._without(left[0])
+            self._final = _left_with_outer_run(left[0])
             for outer in self._outer:
                 outer.heed()
             raise self._final
@@ -6387,12 +6391,6 @@ class MPICommunicator(Communicator):
         if self._in_run and self._over:
             raise RunEnded(self)
         self._raise_failure()
-
-    def _without(self, process: int) -> ContractError:
-        return ContractError(
-            f"rank {process} left the run, because an outer one, in which it was begun, has "
-            f"failed: see the error of that"
-        )
 
     # -- the end of the program -----------------------------------------------------------------
 
