@@ -1644,6 +1644,10 @@ def _depth_of(word: int) -> int:
     return word >> _DEPTH & 31
 
 
+def _verb_of(word: int) -> int:
+    return word >> 1 & 63
+
+
 def _is_failed_exit(word: int) -> bool:
     """Whether it tells of an error by which a member leaves its group."""
     return word & 127 == _CODES["return"] << 1 | 1
@@ -2031,6 +2035,7 @@ class Communicator(abc.ABC):
         self.members = members
         self.size = len(members)
         self.rank = members.index(self.process)
+        self.others = [process for process in members if process != self.process]
 
     # -- what a transport provides ------------------------------------------------------------
 
@@ -2165,7 +2170,7 @@ class Communicator(abc.ABC):
             for process, word in shown
             if word >> _BITS == self._round
             and word & _REST != _SIT << 1
-            and word >> 1 & 63 != _LEFT
+            and _verb_of(word) != _LEFT
         ]
         failed = [one for one in acting if _is_failed_exit(one[1])]
         if failed:
@@ -2205,7 +2210,7 @@ class Communicator(abc.ABC):
 
     def _call_of(self, word: int) -> Call:
         """What another process of this round has called; its number is near to the present one."""
-        depth, verb = _depth_of(word), _VERBS[word >> 1 & 63]
+        depth, verb = _depth_of(word), _VERBS[_verb_of(word)]
         if depth != self.call.depth or verb in ("return", "exit", _VERBS[_MORE]):
             return Call(depth, 0, verb)
         ahead = (word >> 12) - self.call.number & 15
@@ -2480,7 +2485,7 @@ class Communicator(abc.ABC):
         """The messages of all, this process's own among them, in rank order."""
         if large:
             return self._large_to(message, plan, large, rest)
-        others = [process for process in self.members if process != self.process]
+        others = self.others
         found = [self._peek(process) for process in others]
         messages = [*found[: self.rank], message, *found[self.rank :]]
         if not any(one.buffers for one in messages):
@@ -2499,7 +2504,7 @@ class Communicator(abc.ABC):
         large = self._meet(large=rest is not None)
         if large:
             return self._large_to_each(messages, large, rest)
-        others = [process for process in self.members if process != self.process]
+        others = self.others
         received = [self._copy(self._peek(process, self.rank), process) for process in others]
         received.insert(self.rank, messages[self.rank])
         return received
@@ -3999,7 +4004,7 @@ class BoardCommunicator(Communicator):
         if plan is None:
             self._carry_on(large, rest, [])
             return []
-        others = [process for process in self.members if process != self.process]
+        others = self.others
         inflows = [self._take_up(process, placed=True) for process in others]
         heads = [inflow.read_head() for inflow in inflows]
         heads.insert(self.rank, message.pickled)
@@ -4024,7 +4029,7 @@ class BoardCommunicator(Communicator):
         large: Sequence[int],
         rest: Iterator[list[_Bytes]] | None,
     ) -> list[Message]:
-        others = [process for process in self.members if process != self.process]
+        others = self.others
         inflows = [self._take_up(process, self.rank) for process in others]
         self._carry_on(large, rest, inflows)
         received = [inflow.message() for inflow in inflows]
@@ -6085,7 +6090,7 @@ class MPICommunicator(Communicator):
 
     def _heed_failure(self, word: int, words: Sequence[int]) -> None:
         super()._heed_failure(word, words)
-        left = [p for p, one in zip(self._everyone, words, strict=True) if one >> 1 & 63 == _LEFT]
+        left = [p for p, one in zip(self._everyone, words, strict=True) if _verb_of(one) == _LEFT]
         if left and not any(map(_is_failed_exit, words)):
             self._over = True
             self._final = _left_with_outer_run(left[0])
@@ -6188,7 +6193,7 @@ class MPICommunicator(Communicator):
         large: Sequence[int],
         rest: Sequence[Message] | None,
     ) -> list[Message]:
-        others = [process for process in self.members if process != self.process]
+        others = self.others
         with self._unbreakable():
             if plan is None:
                 if rest is not None:
@@ -6227,7 +6232,7 @@ class MPICommunicator(Communicator):
         large: Sequence[int],
         rest: Sequence[Message] | None,
     ) -> list[Message]:
-        others = [process for process in self.members if process != self.process]
+        others = self.others
         with self._unbreakable():
             cells = self._bulk.cells(messages)
             told = np.empty_like(cells)
