@@ -374,6 +374,40 @@ def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(starts))
 
 
+class _Segments:
+    """How flat arrays are cut to be folded: into portions, and each of them by the ranks.
+
+    A segment begins at a multiple of 64 items, and so do vector instructions: each item is folded
+    by the same ones as in a whole array, of which some tell -0.0 from 0.0 and others do not.
+    """
+
+    def __init__(self, own: np.ndarray[Any, Any], ranks: int, portion_bytes: int) -> None:
+        self._items = own.size
+        most = max(portion_bytes // (64 * own.itemsize * ranks), 1)
+        self.length = 64 * min(most, -(-own.size // (64 * ranks)))
+        self.width = self.length * ranks
+        self.portions = -(-own.size // self.width)
+
+    def segment(self, portion: int, rank: int) -> slice:
+        start = min(portion * self.width + rank * self.length, self._items)
+        return slice(start, min(start + self.length, self._items))
+
+
+def _fold_alike(
+    fold: np.ufunc, arrays: Sequence[np.ndarray[Any, Any]], out: np.ndarray[Any, Any] | None = None
+) -> np.ndarray[Any, Any]:
+    """Fold arrays of one shape and dtype one after the other."""
+    result: np.ndarray[Any, Any] = fold(arrays[0], arrays[1], out=out)
+    for array in arrays[2:]:
+        # In place, numpy takes what has one item for the result of a reduction, and folds it in
+        # another way, to other bits of a complex number.
+        if array.size > 1:
+            fold(result, array, out=result)
+        else:
+            result[...] = fold(result, array)
+    return result
+
+
 def _own(data: Any) -> Any:
     """An array that lies in mapped or shared memory as an ordinary one, in memory of its own."""
     mapped = isinstance(data, np.memmap) or (type(data) is np.ndarray and _lies_in(data, _PLACES))
@@ -506,6 +540,9 @@ _REDUCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "min": _extreme(np.minimum, min),
     "max": _extreme(np.maximum, max),
 }
+# What these do with arrays of numbers.
+_LARGEST_ITEM = 32  # bytes of one, as of a complex number of two long doubles
+_FOLDS = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}
 
 
 def _reduction(op: str | Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -1977,6 +2014,9 @@ class Communicator(abc.ABC):
     # Whether what the reducers of multiprocessing make of a connection is of use to the others.
     passes_handles: ClassVar = False
 
+    # How much of arrays is folded at a time where each rank folds a segment; 0 where none does.
+    portion_bytes: ClassVar = 0
+
     def __init__(self, process: int, size: int, timeout: float | None = None) -> None:
         self.process = process
         self.world_size = size
@@ -2478,6 +2518,40 @@ class Communicator(abc.ABC):
         if plan.result is None:
             messages[self.rank] = self._copy(message, self.process)
         return messages
+
+    def show_all(self, message: Message) -> list[Message]:
+        """The same, where buffers may lie as others have put them, until the next round."""
+        rest = self._lay(message)
+        large = self._meet(large=rest is not None)
+        if large:
+            return self._large_to(message, GatherPlan(False), large, rest)
+        messages = [self._peek(process) for process in self.others]
+        messages.insert(self.rank, message)
+        return messages
+
+    def fold_segments(
+        self,
+        own: np.ndarray[Any, Any],
+        fold: np.ufunc,
+        result: np.ndarray[Any, Any] | None,
+        receivers: Sequence[int],
+    ) -> None:
+        """Fold flat arrays, one of each rank, in rank order into the `result` of some ranks.
+
+        Of each portion of the arrays, every rank folds one segment. An error of that is raised on
+        all ranks.
+        """
+        raise NotImplementedError
+
+    def _end_folding(self, error: Exception | None) -> None:
+        """Raise on all ranks what folding has raised on any, that of the lowest rank."""
+        failed = self._meet(self.call.depth << 6 | _MORE, large=error is not None)
+        if not failed:
+            return
+        failure = error and Failure.of(error, self.process, self.world_size)
+        told = self.show_all(Message(pickle.dumps(failure), ()))
+        first: Failure = next(filter(None, (pickle.loads(one.pickled) for one in told)))
+        raise error if error and first.rank == self.process else first.exception()
 
     def _taken_in(
         self, message: Message, plan: GatherPlan, large: Sequence[int], rest: Any
@@ -4035,6 +4109,56 @@ class BoardCommunicator(Communicator):
         received = [inflow.message() for inflow in inflows]
         received.insert(self.rank, messages[self.rank])
         return received
+
+    portion_bytes = 1 << 20
+
+    def fold_segments(
+        self,
+        own: np.ndarray[Any, Any],
+        fold: np.ufunc,
+        result: np.ndarray[Any, Any] | None,
+        receivers: Sequence[int],
+    ) -> None:
+        # A portion lies in a slot as in the array. Where the segment of the slot's owner would be,
+        # there is instead what that has folded of the portion before.
+        segments = _Segments(own, self.size, self.portion_bytes)
+        begin, end = self.rank * segments.length, (self.rank + 1) * segments.length
+        slots = [
+            [
+                self._board.slot(process, parity)[: segments.width * own.itemsize].view(own.dtype)
+                for process in self.members
+            ]
+            for parity in (0, 1)
+        ]
+        error: Exception | None = None
+        for number in range(segments.portions + 1):
+            portion = own[number * segments.width : (number + 1) * segments.width]
+            mine = slots[self._round + 1 & 1][self.rank]
+            mine[: min(begin, portion.size)] = portion[:begin]
+            mine[end : portion.size] = portion[end:]
+            if number < segments.portions:
+                self._meet(self.call.depth << 6 | _MORE)
+            else:
+                self._end_folding(error)
+            present, ahead = slots[self._round & 1], slots[self._round + 1 & 1]
+            if number > 0 and result is not None:
+                for rank, slot in enumerate(present):
+                    if rank != self.rank:
+                        place = segments.segment(number - 1, rank)
+                        start = rank * segments.length
+                        result[place] = slot[start : start + place.stop - place.start]
+            place = segments.segment(number, self.rank)
+            if place.start < place.stop:
+                stop = begin + place.stop - place.start
+                values = [slot[begin:stop] for slot in present]
+                values[self.rank] = own[place]
+                try:
+                    folded = _fold_alike(fold, values, ahead[self.rank][begin:stop])
+                except Exception as why:  # as numpy is told to raise; the others go on
+                    error = why
+                else:
+                    if result is not None:
+                        result[place] = folded
 
     def _large_in_turn(
         self, process: int, parity: int, rest: Iterator[list[_Bytes]] | None
@@ -5615,6 +5739,7 @@ class _Bulk:
         self.comm = comm
         self._unit = mpi.BYTE.Create_contiguous(_UNIT_BYTES).Commit()
         self._groups = {tuple(range(comm.Get_size())): comm}
+        self._scratch = _allocate(0)
 
     def group(self, members: tuple[int, ...]) -> Any:
         """The communicator of these ranks, who have agreed and make it when they first need it."""
@@ -5728,6 +5853,28 @@ class _Bulk:
             ]
         self.wait(pending)
         return [one.message() for one in arrivals]
+
+    def swap(
+        self,
+        outgoing: Sequence[tuple[int, np.ndarray[Any, Any]]],
+        incoming: Sequence[tuple[int, np.ndarray[Any, Any]]],
+    ) -> None:
+        """Send flat arrays to some and receive such from some, whose sizes all know."""
+        comm, byte = self.comm, self._mpi.BYTE
+        pending = [
+            (comm.Irecv([one, byte], source, 0), one) for source, one in incoming if one.size
+        ]
+        pending += [(comm.Isend([one, byte], to, 0), one) for to, one in outgoing if one.size]
+        self.wait(pending)
+
+    def scratch(self, nbytes: int) -> _Bytes:
+        """Memory whose pages have mostly been touched, by an earlier call in the same run."""
+        if self._scratch.nbytes < nbytes:
+            self._scratch = _allocate(nbytes)
+        return self._scratch[:nbytes]
+
+    def forget_scratch(self) -> None:
+        self._scratch = self._scratch[:0].copy()
 
     def wait(self, pending: Sequence[tuple[Any, Any]]) -> None:
         if len(pending) == 1:
@@ -6251,6 +6398,44 @@ class MPICommunicator(Communicator):
         received.insert(self.rank, messages[self.rank])
         return received
 
+    portion_bytes = 1 << 22
+
+    def fold_segments(
+        self,
+        own: np.ndarray[Any, Any],
+        fold: np.ufunc,
+        result: np.ndarray[Any, Any] | None,
+        receivers: Sequence[int],
+    ) -> None:
+        segments = _Segments(own, self.size, self.portion_bytes)
+        memory = self._bulk.scratch(segments.width * own.itemsize).view(own.dtype)
+        rows = memory.reshape(self.size, segments.length)
+        others = [(rank, p) for rank, p in enumerate(self.members) if p != self.process]
+        error: Exception | None = None
+        with self._unbreakable():
+            for number in range(segments.portions):
+                places = [segments.segment(number, rank) for rank in range(self.size)]
+                place = places[self.rank]
+                length = place.stop - place.start
+                values = [row[:length] for row in rows]
+                self._bulk.swap(
+                    [(process, own[places[rank]]) for rank, process in others],
+                    [(process, values[rank]) for rank, process in others],
+                )
+                folded = values[self.rank] if result is None else result[place]
+                values[self.rank] = own[place]
+                try:
+                    _fold_alike(fold, values, folded)
+                except Exception as why:  # as numpy is told to raise; the others go on
+                    error = why
+                self._bulk.swap(
+                    [(process, folded) for rank, process in others if rank in receivers],
+                    [(process, result[places[rank]]) for rank, process in others]
+                    if result is not None
+                    else [],
+                )
+        self._end_folding(error)
+
     def _large_in_turn(
         self, process: int, parity: int, rest: Sequence[Message] | None
     ) -> Iterator[Message]:
@@ -6356,6 +6541,7 @@ class MPICommunicator(Communicator):
         self._handle_all()  # what nobody has received, which is forgotten
         self._next_run(self._number_of_next_run())  # mail may be sent between two runs, too
         self._letters.forget_done()
+        self._bulk.forget_scratch()
 
     def command(self, messages: Sequence[Message] | None) -> None:
         self.check_is_open()
@@ -7103,30 +7289,7 @@ class Parallelizer:
         On main `data` itself, on workers a copy of their own.
         """
         with self._calling("broadcast") as comm:
-            return self._from_main(comm, lambda: data if comm.size > 1 else _laid_out(data))
-
-    def _from_main(self, comm: Communicator, make: Callable[[], _T]) -> _T:
-        """What main makes, on every process; where main cannot, its exception on every one."""
-        if comm.size == 1:
-            return make()
-        if comm.rank > 0:
-            value: _T = _accept(comm.broadcast(None))
-            return value
-        try:
-            value, what = make(), "what main broadcasts"
-            message = _pack(value, what)
-            if message.relaid:
-                value = _unpack(message.copy(), what)
-            messages = _for_each(message, value, what, comm, comm.size - 1)
-        except Exception as why:
-            if comm.is_in_step():
-                comm.broadcast(_refuse(why, comm))
-            raise
-        if len(messages) > 1:  # where a receiver cannot tell the two from each other
-            comm.scatter([message, *messages])
-        else:
-            comm.broadcast(messages[0])
-        return value
+            return _from_main(comm, lambda: data if comm.size > 1 else _laid_out(data))
 
     def scatter(self, data: _T | None) -> _T:
         """Split main's `data` into one block per process.
@@ -7229,7 +7392,7 @@ class Parallelizer:
             messages = self._allgather(comm, data, f"what rank {comm.rank} gathers", plan)
             if messages is None:
                 values = self._gather(comm, data, False)
-                return self._from_main(comm, lambda: _combine(values, concatenate))
+                return _from_main(comm, lambda: _combine(values, concatenate))
             if plan.result is not None:
                 return plan.result
             return _combine(_unpacked(messages, "gathered"), concatenate)
@@ -7242,22 +7405,6 @@ class Parallelizer:
         packed = _pack(data, what)
         messages = comm.allgather(_OTHERWISE if packed.kept else packed, plan)
         return None if any(one.pickled == _OTHERWISE.pickled for one in messages) else messages
-
-    @staticmethod
-    def _allgathered_to_fold(
-        comm: Communicator, data: Any, op: str | Callable[[Any, Any], Any]
-    ) -> tuple[str, list[Any]] | None:
-        """Main's `op`, and everybody's value; None where main is to fold them."""
-        packed = _pack(data, f"what rank {comm.rank} reduces")
-        if isinstance(op, str) and packed.nbytes <= _SMALL_BYTES and not packed.kept:
-            packed = Message(_OPS[op] + packed.pickled, packed.buffers)
-        else:
-            packed = _OTHERWISE
-        messages = comm.allgather(packed, GatherPlan(False))
-        if any(one.pickled == _OTHERWISE.pickled for one in messages):
-            return None
-        values = _unpacked([Message(one.pickled[1:], one.buffers) for one in messages], "reduces")
-        return _OF_OPS[messages[0].pickled[:1]], values
 
     def alltoall(self, data: Any) -> list[Any]:
         """Send an item to each process, and get one from each.
@@ -7327,31 +7474,14 @@ class Parallelizer:
         """
         _reduction(op)
         with self._calling("reduce") as comm:
-            fold, results = self._folding(comm, data, op), []
-            # What is told to all is no more than that main could fold.
-            self._from_main(comm, lambda: results.append(fold()))
-            return results[0] if comm.rank == 0 else Parallelizer.InWorkerProcess
+            result = _Reduction(comm, _own(data), op, [0]).result()
+            return result if comm.rank == 0 else Parallelizer.InWorkerProcess
 
     def allreduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
         """As `reduce`, with the result on every process."""
         _reduction(op)
         with self._calling("allreduce") as comm:
-            if comm.size > 1:
-                found = self._allgathered_to_fold(comm, _own(data), op)
-                if found is not None:
-                    return _folded(*found)
-            return self._from_main(comm, self._folding(comm, data, op))
-
-    def _folding(
-        self, comm: Communicator, data: Any, op: str | Callable[[Any, Any], Any]
-    ) -> Callable[[], Any]:
-        """Have all data sent to main; what is returned folds it there, a value at a time."""
-        data = _own(data)
-        if comm.size == 1:
-            return functools.partial(_laid_out, data)
-        packed = _pack(data, f"what rank {comm.rank} reduces", comm if comm.rank > 0 else None)
-        others = comm.gather_in_turn(packed)
-        return functools.partial(_fold, op, data, others)
+            return _Reduction(comm, _own(data), op, range(comm.size)).result()
 
     def send(self, data: Any, loc: int, tag: int = 0) -> None:
         """Send `data` to rank `loc`, which must `receive` it under the same `tag`.
@@ -7938,7 +8068,7 @@ def _share_in_run(array: Any = None, *, parallelizer: Parallelizer) -> Any:
         if comm.size == 1:
             return _share(array, lent=True)
         hosts = parallelizer._gather(comm, _hostname(), False)
-        hosts = parallelizer._from_main(comm, prepare)
+        hosts = _from_main(comm, prepare)
     leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
     copy = comm.in_group(leaders, lambda: _share(parallelizer.broadcast(array)))
     handle = _dumps(copy) if comm.rank in leaders else b""
@@ -7971,18 +8101,6 @@ def _checked_address(loc: int, tag: int, size: int) -> tuple[int, int]:
     return loc, tag
 
 
-def _fold(
-    op: str | Callable[[Any, Any], Any], own: Any, messages: Generator[Message, None, None]
-) -> Any:
-    """Main's `own` value and the others', in rank order."""
-    with contextlib.closing(messages):
-        others = (
-            _unpack(message, f"what rank {rank} reduces")
-            for rank, message in enumerate(messages, 1)
-        )
-        return _folded(op, itertools.chain([_as_sent(own)], others))
-
-
 def _unpacked(messages: Iterable[Message], done: str) -> list[Any]:
     return [_unpack(one, f"what rank {rank} {done}") for rank, one in enumerate(messages)]
 
@@ -8008,9 +8126,110 @@ def _shape(value: Any) -> Any:
 
 # Stands in an allgather for what cannot be sent to all in this way.
 _OTHERWISE = Message(b"otherwise", [])
-_OPS = {op: bytes([number]) for number, op in enumerate(_REDUCTIONS)}
-_OF_OPS = {number: op for op, number in _OPS.items()}
-_SMALL_BYTES = 8192  # that are folded by each process, rather than by main
+
+# How a process would reduce what it brings: a letter for each word, a small one where it shows
+# its value, which all fold by themselves.
+_ALL_FOLD = {"sum": b"s", "prod": b"p", "min": b"n", "max": b"x"}
+_BY_SEGMENTS = {op: letter.upper() for op, letter in _ALL_FOLD.items()}
+_MAIN_FOLDS = b"-"
+_OPS = {letters[op]: op for letters in (_ALL_FOLD, _BY_SEGMENTS) for op in letters}
+_MOST_TO_ALL = 8192  # bytes of a value that is shown to all
+
+
+class _Reduction:
+    """One call of `reduce` or `allreduce` in this process.
+
+    What is small, each process shows to all, and all fold it. Of arrays that are alike, each
+    process folds a segment. All else main folds, a value at a time.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        data: Any,
+        op: str | Callable[[Any, Any], Any],
+        receivers: Sequence[int],
+    ) -> None:
+        self._comm, self._data, self._op, self._receivers = comm, data, op, receivers
+        self._what = f"what rank {comm.rank} reduces"
+
+    def result(self) -> Any:
+        """The result on the receivers, and perhaps on others; an error on all."""
+        comm = self._comm
+        if comm.size == 1:
+            return _laid_out(self._data)
+        self._packed = packed = _pack(self._data, self._what)
+        way, room = self._proposal(), None
+        shown = Message(way + packed.pickled, packed.buffers)
+        if way == _MAIN_FOLDS:
+            shown = Message(way, ())
+        elif way.isupper():
+            shown = Message(shown.pickled, ())
+            if comm.rank in self._receivers:
+                room = _allocate(packed.buffers[0].nbytes)  # or an error before all begin
+        told = comm.show_all(shown)
+        alike = all(one.pickled == shown.pickled for one in told)
+        if alike and way.isupper():
+            return self._fold_segments(way, room)
+        if all(one.pickled[:1].islower() for one in told):
+            return self._fold_all(told, alike=alike)
+        return self._fold_on_main()
+
+    def _proposal(self) -> bytes:
+        packed = self._packed
+        if not isinstance(self._op, str) or packed.kept:
+            return _MAIN_FOLDS
+        if packed.nbytes <= _MOST_TO_ALL:
+            return _ALL_FOLD[self._op]
+        least = 64 * self._comm.size * _LARGEST_ITEM
+        if self._is_of_numbers() and least <= self._comm.portion_bytes:
+            return _BY_SEGMENTS[self._op]
+        return _MAIN_FOLDS
+
+    def _is_of_numbers(self) -> bool:
+        """Whether it is an array that numpy folds to one of the same dtype, in native bytes."""
+        if self._packed.pickled[0] != _BARE_ARRAY or not self._data.ndim:
+            return False
+        dtype = self._data.dtype
+        return dtype.kind in "biufc" and dtype.isbuiltin == 1 and dtype.metadata is None
+
+    def _fold_segments(self, way: bytes, room: _Bytes | None) -> Any:
+        spec = _unpacked_spec(self._packed.pickled)
+        own = self._packed.buffers[0].view(spec.dtype)
+        result = None if room is None else room.view(spec.dtype)
+        self._comm.fold_segments(own, _FOLDS[_OPS[way]], result, self._receivers)
+        return None if room is None else spec.build(room)
+
+    def _fold_all(self, told: list[Message], *, alike: bool) -> Any:
+        op = _OPS[told[0].pickled[:1]]
+        if alike and self._is_of_numbers():
+            spec = _unpacked_spec(self._packed.pickled)
+            # Copied, as numpy is slow with what is not aligned.
+            values = [one.buffers[0].copy().view(spec.dtype) for one in told]
+            return spec.build(_fold_alike(_FOLDS[op], values))
+        copies = [Message(one.pickled[1:], one.buffers).copy() for one in told]
+        return _folded(op, _unpacked(copies, "reduces"))
+
+    def _fold_on_main(self) -> Any:
+        comm, packed = self._comm, self._packed
+        if comm.rank > 0:
+            (packed,) = _for_each(packed, self._data, self._what, comm, 1)
+        messages = comm.gather_in_turn(packed)
+        if len(self._receivers) > 1:
+            return _from_main(comm, lambda: self._folded_on_main(messages))
+        results: list[Any] = []
+        # What is told to all is no more than that main could fold.
+        _from_main(comm, lambda: results.append(self._folded_on_main(messages)))
+        return results[0] if results else None
+
+    def _folded_on_main(self, messages: Generator[Message, None, None]) -> Any:
+        """Of main's own value and the others'."""
+        with contextlib.closing(messages):
+            others = (
+                _unpack(message, f"what rank {rank} reduces")
+                for rank, message in enumerate(messages, 1)
+            )
+            return _folded(self._op, itertools.chain([_as_sent(self._data)], others))
 
 
 class _Refusal(Failure):
@@ -8033,6 +8252,30 @@ def _one_for_each(data: Any, comm: Communicator) -> list[Any]:
             f"brings {len(items)}; where a process is to get nothing, let None stand in its place"
         )
     return items
+
+
+def _from_main(comm: Communicator, make: Callable[[], _T]) -> _T:
+    """What main makes, on every process; where main cannot, its exception on every one."""
+    if comm.size == 1:
+        return make()
+    if comm.rank > 0:
+        value: _T = _accept(comm.broadcast(None))
+        return value
+    try:
+        value, what = make(), "what main broadcasts"
+        message = _pack(value, what)
+        if message.relaid:
+            value = _unpack(message.copy(), what)
+        messages = _for_each(message, value, what, comm, comm.size - 1)
+    except Exception as why:
+        if comm.is_in_step():
+            comm.broadcast(_refuse(why, comm))
+        raise
+    if len(messages) > 1:  # where a receiver cannot tell the two from each other
+        comm.scatter([message, *messages])
+    else:
+        comm.broadcast(messages[0])
+    return value
 
 
 def _accept(message: Message) -> Any:
@@ -8366,7 +8609,7 @@ def _map_in_run(
         return _called_to(task, comm)
 
     with parallelizer._calling("map") as comm:
-        task = parallelizer._from_main(comm, prepare)
+        task = _from_main(comm, prepare)
     task.func = func
     if task.vectorized:
         return _map_blocks(task, items, parallelizer)
@@ -8695,7 +8938,7 @@ def _imap_in_run(
 
     comm = parallelizer._communicator()
     with comm.enter("imap"):
-        task = parallelizer._from_main(comm, prepare)
+        task = _from_main(comm, prepare)
     task.func = func
     return _dealt_as_stream(task, source, ordered, comm)
 

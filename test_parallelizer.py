@@ -1440,6 +1440,127 @@ def test_reduce_folds_in_rank_order(p: Par, op: str, kind: str) -> None:
     p.run(reduces, op, kind)
 
 
+NUMBERS = "?bhiqBHIQefdgFDG"  # the kinds of numpy, by their letters
+
+
+def numbers_of_all_kinds(letter: str, size: int, rank: int) -> Array:
+    """Of floats, a quarter are what numbers seldom are: zeros of both signs, NaN, infinity."""
+    draw = np.random.default_rng([rank, size])
+    if letter in "?bhiqBHIQ":
+        return draw.integers(0, 2 if letter == "?" else 100, size).astype(letter)
+    special = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 5e-324])
+    values = draw.standard_normal((2, size))
+    chosen = draw.integers(0, 4, values.shape) == 0
+    values[chosen] = draw.choice(special, chosen.sum())
+    numbers: Array = values[0] + 1j * values[1] if letter in "FDG" else values[0]
+    return numbers.astype(letter)
+
+
+def bits(array: Array) -> Array:
+    """The bytes of an array, without those between long doubles that nobody sets."""
+    whole = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    is_padded = array.dtype.char in "gG" and np.finfo("g").nmant == 63
+    return whole.reshape(-1, 16)[:, :10] if is_padded else whole
+
+
+def folds_numbers(op: str, size: int, layout: str, *, parallelizer: Par) -> None:
+    p = parallelizer
+    fold = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}[op]
+    with np.errstate(all="ignore"):
+        for letter in NUMBERS if size < 10**6 else "d":
+
+            def own(rank: int, letter: str = letter) -> Array:
+                flat = numbers_of_all_kinds(letter, size, rank)
+                return {
+                    "flat": flat,
+                    "strided": np.repeat(flat, 2)[::2],
+                    "rows": flat[: size // 3 * 3].reshape(-1, 3),
+                    "columns": flat[: size // 3 * 3].reshape(-1, 3).T,
+                }[layout]
+
+            # Each as it is sent: numpy gives NaN other signs where arrays are strided.
+            sent = [np.array(own(rank), order="A") for rank in range(p.nprocs)]
+            wanted = functools.reduce(fold, sent)
+            found = [p.allreduce(own(p.id), op), p.reduce(own(p.id), op)]
+            for one in found[: 1 + p.on_main]:
+                assert type(one) is np.ndarray
+                assert (one.dtype, one.shape) == (wanted.dtype, wanted.shape)
+                assert one.flags.writeable
+                assert one.flags.c_contiguous == wanted.flags.c_contiguous
+                assert np.array_equal(bits(one), bits(wanted)), letter
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [(1, "flat"), (130, "flat"), (5000, "strided"), (20_001, "rows"), (20_001, "columns"),
+     (1_300_001, "flat")],
+)  # fmt: skip
+@pytest.mark.parametrize("op", ["sum", "prod", "min", "max"])
+def test_arrays_of_numbers_are_folded_as_by_one_process(
+    p: Par, op: str, size: int, layout: str
+) -> None:
+    """Bit by bit, signs of zero among them, in whatever segments they are folded."""
+    p.run(folds_numbers, op, size, layout)
+
+
+def overflows_on_some(size: int, *, parallelizer: Par) -> Any:
+    p = parallelizer
+    data = np.ones(size)
+    data[[size // 3, -1]] = 1e308
+    told = []
+    with np.errstate(over="raise"):
+        for verb in (p.allreduce, p.reduce):
+            with pytest.raises(FloatingPointError, match="overflow encountered in multiply"):
+                verb(data, "prod")
+            told.append(p.allreduce(1))
+    return told
+
+
+@pytest.mark.parametrize("size", [3, 5000, 700_000])
+def test_an_overflow_that_numpy_is_to_raise(p: Par, size: int) -> None:
+    """It is raised on all ranks, whoever has folded that segment, and all are in step."""
+    if p.nprocs > 1:
+        expect(p, p.run(overflows_on_some, size), [p.nprocs] * 2)
+
+
+def memory_of_verbs(size: int, *, parallelizer: Par) -> dict[str, int]:
+    """MiB that each verb takes beside what is passed and what comes of it, at its peak."""
+    p, n = parallelizer, parallelizer.nprocs
+    whole, part = np.ones(size), np.ones(size // n)
+    used = {}
+    calls: dict[str, tuple[Callable[[], Any], bool]] = {
+        "broadcast": (lambda: p.broadcast(whole), not p.on_main),
+        "scatter": (lambda: p.scatter(whole), not p.on_main),
+        "gather": (lambda: p.gather(part), p.on_main),
+        "allgather": (lambda: p.allgather(part), True),
+        "reduce": (lambda: p.reduce(whole), p.on_main),
+        "allreduce": (lambda: p.allreduce(whole), True),
+    }
+    for name, (call, receives) in calls.items():
+        p.wait()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        before, result = most_resident(), call()
+        received = result.nbytes if receives else 0
+        used[name] = (most_resident() - before - received) // MIB
+    return used
+
+
+def most_resident() -> int:
+    """Count the bytes of memory that this process has held at its peak."""
+    (line,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line) * 1024
+
+
+def test_verbs_need_no_memory_beside_the_arrays(p: Par) -> None:
+    """What comes is written to its place, and what goes is read where it lies."""
+    for used in p.run(gathers_memory_of_verbs, 8 * MIB):
+        assert all(megabytes < 16 for megabytes in used.values()), used
+
+
+def gathers_memory_of_verbs(size: int, *, parallelizer: Par) -> Any:
+    return parallelizer.allgather(memory_of_verbs(size, parallelizer=parallelizer))
+
+
 def reduces_objects(*, parallelizer: Par) -> Any:
     words = parallelizer.allreduce([str(parallelizer.id)], "sum")
     assert parallelizer.allreduce("ab"[parallelizer.id % 2], "max") == "ab"[parallelizer.nprocs > 1]
@@ -6524,6 +6645,8 @@ def call_verb(comm: Any, verb: str, step: int) -> Any:
         raise KeyError(step)
     if verb == "exchange":
         return exchange(comm, step)
+    if verb == "allreduce":
+        return folds_together(comm, step)
     brought = internals._pack([brings(comm.rank, step)], "numbers")
     plan = internals.GatherPlan(False)
     with comm.enter(verb):
@@ -6544,6 +6667,28 @@ def call_verb(comm: Any, verb: str, step: int) -> Any:
     return [internals._unpack(message, "numbers")[0].tolist() for message in messages]
 
 
+def to_fold(rank: int, step: int) -> Array:
+    """Of one length on all ranks; now and then, their sum is too large at the end."""
+    own = np.full([70, 700, 2000, 5000][step % 4], float(100 * step + rank))
+    own[-1] = 1.2e308 if step % 3 == 0 else rank
+    return own
+
+
+def folds_together(comm: Any, step: int) -> Any:
+    own = to_fold(comm.rank, step)
+    result = np.empty_like(own)
+    with comm.enter("allreduce"), np.errstate(over="raise"):
+        try:
+            if comm.portion_bytes:
+                comm.fold_segments(own, np.add, result, range(comm.size))
+            else:
+                shown = comm.show_all(internals._pack(own, "numbers"))
+                result = sum(internals._unpack(one, "numbers") for one in shown)
+        except FloatingPointError as error:
+            return str(error)
+    return result.tolist()
+
+
 def exchange(comm: Any, step: int) -> Any:
     """Messages to the next rank and to itself, and from the one before; all send at first."""
     for tag in (step, 1000 + step):
@@ -6561,9 +6706,12 @@ def exchange(comm: Any, step: int) -> Any:
 def expected(verb: str, step: int, rank: int, size: int) -> Any:
     of_all = [brings(one, step).tolist() for one in range(size)]
     before = (rank - 1) % size
+    with np.errstate(over="ignore"):
+        total = sum(to_fold(one, step) for one in range(size)).tolist()  # type: ignore[union-attr]
     return {
         "late": None,
         "wait": None,
+        "allreduce": "overflow encountered in add" if math.inf in total else total,
         "broadcast": of_all[:1],
         "scatter": [of_all[rank]],
         "reduce": of_all[1:] if rank == 0 else [],
@@ -6684,12 +6832,12 @@ def play(runs: list[list[_Script]], seed: int, lifetimes: list[float], looks: in
 
 def scripts_of(draw: np.random.Generator, ranks: int) -> _Script:
     verbs = ["wait", "broadcast", "scatter", "gather", "allgather", "reduce", "alltoall"]
-    verbs += ["exchange", "late"]
+    verbs += ["allreduce", "exchange", "late"]
     script: _Script = draw.choice(verbs, 4).tolist()
     if draw.random() < 0.4 and ranks > 2:
         members = [0, *range(2, ranks)]
         culprit = int(draw.integers(len(members))) if draw.random() < 0.5 else None
-        script[draw.integers(4)] = Group(members, draw.choice(verbs[:7], 2).tolist(), culprit)
+        script[draw.integers(4)] = Group(members, draw.choice(verbs[:8], 2).tolist(), culprit)
     return script
 
 
@@ -6722,6 +6870,7 @@ def wanted(scripts: list[_Script], rank: int) -> list[Any]:
 def test_runs_on_seeded_schedules(seeds: range, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for ever; errors are told, and are for good; and the next run is well."""
     monkeypatch.setattr(internals, "_SLOT_BYTES", 1 << 14)
+    monkeypatch.setattr(internals.BoardCommunicator, "portion_bytes", 1 << 13)
     monkeypatch.setattr(internals, "_RING_BYTES", 1000)
     monkeypatch.setattr(internals, "_MAINS_RING_BYTES", 9000)
     for seed in seeds:
@@ -6885,6 +7034,7 @@ def test_cards_on_seeded_schedules(seeds: range) -> None:
 def test_who_is_awake_makes_no_system_call() -> None:
     """However late the others are: as long as nobody falls asleep, nobody rings."""
     script: _Script = ["wait", "broadcast", "gather", "allgather", "reduce", "exchange", "scatter"]
+    script.append("allreduce")
     for seed in range(3):
         told = play([[script] * 3] * 2, seed, [math.inf] * 3, looks=10**9)
         assert all(
