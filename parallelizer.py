@@ -597,6 +597,7 @@ class Message(NamedTuple):
         return struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes) + self.pickled
 
 
+_BUFFERS_OF = operator.attrgetter("buffers")
 _NO_BUFFERS = bytes(4)  # how the head of a message without buffers begins
 
 
@@ -2434,17 +2435,19 @@ class Communicator(abc.ABC):
 
         Where there is one message, the first two pieces are the sizes and its head.
         """
-        heads = [message.head() for message in messages]
-        table = [len(messages)]
-        for message, head in zip(messages, heads, strict=True):
-            table.append(len(head) + sum([buffer.nbytes for buffer in message.buffers]))
-            table.append(len(head))
-        nbytes = sum(table[1::2])
-        self.account.bytes_sent += nbytes
-        pieces: list[Any] = [struct.pack(f"<{len(table)}Q", *table)]
-        for message, head in zip(messages, heads, strict=True):
-            pieces += [head, *message.buffers]
-        return pieces, len(pieces[0]) + nbytes
+        pieces: list[Any] = [b""]
+        table, total = [len(messages)], 0
+        for message in messages:
+            head = message.head()
+            nbytes = head_bytes = len(head)
+            for buffer in message.buffers:
+                nbytes += buffer.nbytes
+            table += (nbytes, head_bytes)
+            pieces += (head, *message.buffers)
+            total += nbytes
+        self.account.bytes_sent += total
+        pieces[0] = struct.pack(f"<{len(table)}Q", *table)
+        return pieces, len(pieces[0]) + total
 
     def _find(self, process: int, index: int, parity: int) -> _Laid:
         """The message of this index, or the only one, in what a process brings."""
@@ -2471,6 +2474,8 @@ class Communicator(abc.ABC):
             return Message(head[len(_NO_BUFFERS) :], ())
         sizes, pickled = _parse_head(head)
         buffers = np.frombuffer(memory, np.uint8, sum(sizes), begin + head_bytes)
+        if len(sizes) == 1:
+            return Message(pickled, [buffers])
         ends = itertools.accumulate(sizes, initial=0)
         return Message(pickled, [buffers[first:end] for first, end in itertools.pairwise(ends)])
 
@@ -2562,7 +2567,7 @@ class Communicator(abc.ABC):
         others = self.others
         found = [self._peek(process) for process in others]
         messages = [*found[: self.rank], message, *found[self.rank :]]
-        if not any(one.buffers for one in messages):
+        if not any(map(_BUFFERS_OF, messages)):
             return messages
         places = plan.place([one.pickled for one in messages])
         if places is None:
@@ -3197,7 +3202,8 @@ class _Board:
         numbers = memoryview(self.memory)[self._words_at : self._slots_at].cast("Q")
         n = self.nprocs
         self._words, self._called, self._left = numbers[: 2 * n], numbers[2 * n :], numbers[3 * n :]
-        self._run = numbers[4 * n : 5 * n + 2]  # the one called off, how many take part, and who
+        self.called_off = numbers[4 * n : 4 * n + 1]  # the run that is
+        self._run = numbers[4 * n + 1 : 5 * n + 2]  # how many take part, and who
         counts = memoryview(self.memory)[self._counts_at : self._slots_at].cast("Q")
         self._written, self._read = counts[: n * n], counts[n * n : 2 * n * n]
         self._held = threading.Lock()
@@ -3256,7 +3262,7 @@ class _Board:
     def call(self, processes: Sequence[int], number: int) -> None:
         """On main: begin a run with these."""
         n, everything = self.nprocs, self._view[self._words_at : self._slots_at].view(np.uint64)
-        self._run[1] = len(processes)
+        self._run[0] = len(processes)
         everything[4 * n + 2 : 4 * n + 2 + len(processes)] = processes
         self.fence()
         everything[[2 * n + process for process in processes]] = number  # all, or none at all
@@ -3274,14 +3280,11 @@ class _Board:
     def runners(self) -> list[int]:
         """Who takes part in the current run."""
         self.fence()
-        return self._run[2 : 2 + self._run[1]].tolist()
+        return self._run[1 : 1 + self._run[0]].tolist()
 
     def call_off(self, number: int) -> None:
-        self._run[0] = number
+        self.called_off[0] = number
         self.fence()
-
-    def is_called_off(self, number: int) -> bool:
-        return self._run[0] == number
 
     def leave(self, process: int, number: int, *, failed: bool) -> None:
         """It will not touch a ring, nor come to a round, until it is called again."""
@@ -3381,7 +3384,10 @@ class _Board:
         if self._file >= 0:
             os.close(self._file)
 
-    _VIEWS = ("_view", "_words", "_called", "_left", "_run", "_written", "_read", "memory", "_held")
+    _VIEWS = (
+        *("_view", "_words", "_called", "_left", "called_off", "_run", "_written", "_read"),
+        *("memory", "_held"),
+    )
 
     def __getstate__(self) -> dict[str, Any]:
         from multiprocessing.reduction import DupFd
@@ -3981,7 +3987,7 @@ class BoardCommunicator(Communicator):
                     break
                 if board.crowded:
                     os.sched_yield()
-                if turn & 31 == 31 and self._have_come():
+                if turn & 255 == 255 and self._have_come():
                     break
             else:
                 begun = math.inf  # it counts by itself how long it waits
@@ -4340,7 +4346,7 @@ class _WorkerEnd(BoardCommunicator):
         os._exit(1)  # main is gone, and nobody is left to hear of it
 
     def _is_called_off(self) -> bool:
-        return self._board.is_called_off(self._base)
+        return self._board.called_off[0] == self._base
 
     def _is_called(self) -> bool:
         return self._board.called(self.process) not in (0, self._base)
@@ -7474,14 +7480,14 @@ class Parallelizer:
         """
         _reduction(op)
         with self._calling("reduce") as comm:
-            result = _Reduction(comm, _own(data), op, [0]).result()
+            result = _reduced(comm, data, op, [0])
             return result if comm.rank == 0 else Parallelizer.InWorkerProcess
 
     def allreduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
         """As `reduce`, with the result on every process."""
         _reduction(op)
         with self._calling("allreduce") as comm:
-            return _Reduction(comm, _own(data), op, range(comm.size)).result()
+            return _reduced(comm, data, op, range(comm.size))
 
     def send(self, data: Any, loc: int, tag: int = 0) -> None:
         """Send `data` to rank `loc`, which must `receive` it under the same `tag`.
@@ -8107,11 +8113,12 @@ def _unpacked(messages: Iterable[Message], done: str) -> list[Any]:
 
 def _folded(op: str | Callable[[Any, Any], Any], values: Iterable[Any]) -> Any:
     fold, values = _reduction(op), iter(values)
-    result = first = next(values)
+    result = next(values)
+    shape = _shape(result) if isinstance(op, str) else None
     for rank, value in enumerate(values, 1):
-        if isinstance(op, str) and _shape(value) != _shape(first):
+        if shape is not None and _shape(value) != shape:
             raise ValueError(
-                f"op={op!r} folds values of one shape, but rank 0 has {_describe(first)} and "
+                f"op={op!r} folds values of one shape, but rank 0 has one of shape {shape} and "
                 f"rank {rank} has {_describe(value)}, which numpy would stretch or refuse. "
                 f"Blocks of scatter may differ in length: reduce each of them first, as by "
                 f"block.sum(axis=0), or gather them; or give a function f(a, b)"
@@ -8127,12 +8134,22 @@ def _shape(value: Any) -> Any:
 # Stands in an allgather for what cannot be sent to all in this way.
 _OTHERWISE = Message(b"otherwise", [])
 
+
+def _reduced(
+    comm: Communicator, data: Any, op: str | Callable[[Any, Any], Any], receivers: Sequence[int]
+) -> Any:
+    data = _own(data)
+    if comm.size == 1:
+        return _laid_out(data)
+    return _Reduction(comm, data, op, receivers).result()
+
+
 # How a process would reduce what it brings: a letter for each word, a small one where it shows
 # its value, which all fold by themselves.
-_ALL_FOLD = {"sum": b"s", "prod": b"p", "min": b"n", "max": b"x"}
-_BY_SEGMENTS = {op: letter.upper() for op, letter in _ALL_FOLD.items()}
+_LETTERS = {"sum": b"s", "prod": b"p", "min": b"n", "max": b"x"}
+_OPS = {letter: op for op, letter in _LETTERS.items()}
+_ALL_FOLD = frozenset(_OPS)
 _MAIN_FOLDS = b"-"
-_OPS = {letters[op]: op for letters in (_ALL_FOLD, _BY_SEGMENTS) for op in letters}
 _MOST_TO_ALL = 8192  # bytes of a value that is shown to all
 
 
@@ -8152,38 +8169,37 @@ class _Reduction:
     ) -> None:
         self._comm, self._data, self._op, self._receivers = comm, data, op, receivers
         self._what = f"what rank {comm.rank} reduces"
+        self._packed = _pack(data, self._what)
 
     def result(self) -> Any:
         """The result on the receivers, and perhaps on others; an error on all."""
-        comm = self._comm
-        if comm.size == 1:
-            return _laid_out(self._data)
-        self._packed = packed = _pack(self._data, self._what)
-        way, room = self._proposal(), None
-        shown = Message(way + packed.pickled, packed.buffers)
+        packed, room = self._packed, None
+        way = self._proposal()
         if way == _MAIN_FOLDS:
             shown = Message(way, ())
-        elif way.isupper():
-            shown = Message(shown.pickled, ())
-            if comm.rank in self._receivers:
+        elif way.islower():
+            shown = Message(way + packed.pickled, packed.buffers)
+        else:
+            shown = Message(way + packed.pickled, ())
+            if self._comm.rank in self._receivers:
                 room = _allocate(packed.buffers[0].nbytes)  # or an error before all begin
-        told = comm.show_all(shown)
-        alike = all(one.pickled == shown.pickled for one in told)
+        told = self._comm.show_all(shown)
+        alike = len({one.pickled for one in told}) == 1
         if alike and way.isupper():
             return self._fold_segments(way, room)
-        if all(one.pickled[:1].islower() for one in told):
+        if _ALL_FOLD.issuperset([one.pickled[:1] for one in told]):
             return self._fold_all(told, alike=alike)
         return self._fold_on_main()
 
     def _proposal(self) -> bytes:
-        packed = self._packed
-        if not isinstance(self._op, str) or packed.kept:
+        packed, op = self._packed, self._op
+        if not isinstance(op, str) or packed.kept:
             return _MAIN_FOLDS
-        if packed.nbytes <= _MOST_TO_ALL:
-            return _ALL_FOLD[self._op]
+        if not packed.buffers or packed.nbytes <= _MOST_TO_ALL:
+            return _LETTERS[op] if len(packed.pickled) <= _MOST_TO_ALL else _MAIN_FOLDS
         least = 64 * self._comm.size * _LARGEST_ITEM
         if self._is_of_numbers() and least <= self._comm.portion_bytes:
-            return _BY_SEGMENTS[self._op]
+            return _LETTERS[op].upper()
         return _MAIN_FOLDS
 
     def _is_of_numbers(self) -> bool:
@@ -8197,7 +8213,7 @@ class _Reduction:
         spec = _unpacked_spec(self._packed.pickled)
         own = self._packed.buffers[0].view(spec.dtype)
         result = None if room is None else room.view(spec.dtype)
-        self._comm.fold_segments(own, _FOLDS[_OPS[way]], result, self._receivers)
+        self._comm.fold_segments(own, _FOLDS[_OPS[way.lower()]], result, self._receivers)
         return None if room is None else spec.build(room)
 
     def _fold_all(self, told: list[Message], *, alike: bool) -> Any:
@@ -8207,8 +8223,10 @@ class _Reduction:
             # Copied, as numpy is slow with what is not aligned.
             values = [one.buffers[0].copy().view(spec.dtype) for one in told]
             return spec.build(_fold_alike(_FOLDS[op], values))
-        copies = [Message(one.pickled[1:], one.buffers).copy() for one in told]
-        return _folded(op, _unpacked(copies, "reduces"))
+        messages = [Message(one.pickled[1:], one.buffers) for one in told]
+        if any(map(_BUFFERS_OF, told)):
+            messages = [one.copy() for one in messages]
+        return _folded(op, _unpacked(messages, "reduces"))
 
     def _fold_on_main(self) -> Any:
         comm, packed = self._comm, self._packed

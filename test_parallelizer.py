@@ -6911,6 +6911,79 @@ def test_runs_on_seeded_schedules(seeds: range, monkeypatch: pytest.MonkeyPatch)
                 assert all(one is None or one in errors for one in row[good:]), context
 
 
+class CallCounter:
+    """Counts the calls of Python functions on this thread, but those of a wait."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._waiting = 0  # how deep in it
+
+    def __call__(self, frame: types.FrameType, event: str, _: object) -> None:
+        is_wait = frame.f_code.co_name in ("_await_words", "_await_cards", "sleepers", "ring")
+        if event == "call":
+            self.calls += not (self._waiting or is_wait)
+            self._waiting += is_wait
+        elif event == "return":
+            self._waiting -= is_wait
+
+
+# Rounds, and Python calls at most, of verbs on a number, or an array of so many numbers.
+COSTS: dict[str, tuple[Callable[[Par], Any], int, int]] = {
+    "wait": (lambda p: p.wait(), 1, 20),
+    "broadcast a number": (lambda p: p.broadcast(1), 1, 32),
+    "broadcast an array": (lambda p: p.broadcast(np.ones(9)), 1, 41),
+    "scatter a list": (lambda p: p.scatter([1.0] * p.nprocs), 1, 42),
+    "gather a number": (lambda p: p.gather(1), 1, 37),
+    "gather an array": (lambda p: p.gather(np.ones(9)), 1, 46),
+    "allgather an array": (lambda p: p.allgather(np.ones(9)), 1, 56),
+    "allreduce a number": (lambda p: p.allreduce(1.0), 1, 57),
+    "allreduce an array": (lambda p: p.allreduce(np.ones(9)), 1, 64),
+    "reduce a number": (lambda p: p.reduce(1), 1, 57),
+    "alltoall": (lambda p: p.alltoall([0] * p.nprocs), 1, 60),
+}
+
+
+def counts_costs(verb: str, *, parallelizer: Par) -> list[tuple[int, int]]:
+    """Rounds and calls on each rank, when it is not the first time."""
+    call, _, _ = COSTS[verb]
+    for _ in range(3):
+        call(parallelizer)
+    parallelizer.wait()
+    comm, counter = parallelizer._communicator(), CallCounter()
+    before = comm._round
+    sys.setprofile(counter)
+    call(parallelizer)
+    sys.setprofile(None)
+    cost = comm._round - before, counter.calls
+    told: list[tuple[int, int]] = parallelizer.allgather(cost)
+    return told
+
+
+@pytest.mark.parametrize("verb", COSTS)
+def test_what_a_verb_costs(p: Par, verb: str) -> None:
+    """In what does not depend on the machine; it is no more for more ranks but for their values."""
+    if p.nprocs > 1:
+        _, rounds, calls = COSTS[verb]
+        for counted_rounds, counted_calls in p.run(counts_costs, verb):
+            assert counted_rounds == rounds
+            assert counted_calls <= calls + 14 * (p.nprocs - 2)
+
+
+def counts_rounds_of_segments(size: int, *, parallelizer: Par) -> int:
+    comm, data = parallelizer._communicator(), np.ones(size)
+    before = comm._round
+    parallelizer.allreduce(data)
+    return int(comm._round - before)
+
+
+def test_rounds_of_a_fold_by_segments(p: Par) -> None:
+    """One to agree; on processes one for each portion, else none; and one to end it."""
+    if p.nprocs > 1:
+        portion = p._communicator().portion_bytes // (512 * p.nprocs) * 64 * p.nprocs
+        count = 5 if isinstance(p, MultiprocessingParallelizer) else 0
+        check(p.run(counts_rounds_of_segments, 5 * portion), 2 + count)
+
+
 # The same where each gets copies of the cards of all, once all have come, as it is under MPI: no
 # round can be left, and there is nobody who could end another one's part in a run.
 
