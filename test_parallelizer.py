@@ -5077,17 +5077,29 @@ def test_an_example_ends_in_a_picture(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(200)
 def test_the_benchmark_measures_what_it_checks(tmp_path: Path) -> None:
-    argv = [str(HERE / "examples" / "benchmark.py"), "--quick", "--rows"]
-    picture = tmp_path / "benchmark.png"
-    rows = ["map", "broadcast", "MPI round trip"]
-    code, told, err = finish(*argv, *rows, "--plot", str(picture), limit=150)
+    argv = [str(HERE / "examples" / "benchmark.py"), "--quick"]
+    code, told, err = finish(*argv, "--rows", "map", "broadcast", limit=150)
     assert code == 0, err
-    measured = ["map of trivial items", "the array to every process", "array: scatter, gather"]
-    for row in measured:
+    for row in ["map of trivial items", "the array to every process"]:
         assert re.search(rf"\| {row} +\| \d\S* +\| \d", told), told  # ours, and a peer's
+    picture = tmp_path / "benchmark.png"
+    code, told, err = finish(*argv, "--verbs", "--plot", str(picture), limit=150)
+    assert code == 0, err
+    for verb, size in [("broadcast", "8 B"), ("round trip", "128 KiB")]:
+        assert re.search(rf"\| {verb} +\| {size} +\| \d\S* +\| \d", told), told
     assert picture.read_bytes().startswith(b"\x89PNG")
-    told = run_program(*argv, "MPI small broadcast", "MPI object", ranks=3)
-    assert re.search(r"\| small object: broadcast +\| \d\S* +\| \d", told), told
+    told = run_program(*argv, "--mpi", ranks=3)
+    assert re.search(r"\| round trip +\| 8 B +\| \d\S* +\| \d", told), told
+
+
+@pytest.mark.timeout(200)
+def test_the_benchmark_measures_growth() -> None:
+    argv = [str(HERE / "examples" / "benchmark.py"), "--quick", "--growth"]
+    code, told, err = finish(*argv, limit=180)
+    assert code == 0, err
+    for verb in ["wait", "run", "map", "broadcast, 1 MiB", "allreduce, 8 B"]:
+        for engine in ["processes", "MPI"]:
+            assert re.search(rf"\| {verb} +\| {engine} +\| \d\S* +\| \d", told), told
 
 
 @pytest.mark.timeout(200)

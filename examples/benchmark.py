@@ -1,15 +1,19 @@
 """7. How fast it is, beside the process pools and mpi4py: every cell in a fresh process.
 
-    python examples/benchmark.py                      # the whole table at 256 MiB: ten minutes
-    python examples/benchmark.py --rounds 5 --plot benchmark.png
+    python examples/benchmark.py                      # the pools, at 256 MiB: ten minutes
+    python examples/benchmark.py --verbs              # the verbs, from 8 B to 64 MiB: five minutes
+    python examples/benchmark.py --verbs --plot benchmark.png
+    python examples/benchmark.py --growth             # on 2, 4, ..., 32 processes: five minutes
     python examples/benchmark.py --quick              # does it work? its times say little
-    mpiexec -n 4 python examples/benchmark.py         # the rows of MPI alone, on these ranks
+    mpiexec -n 4 python examples/benchmark.py --mpi   # the verbs on these ranks, of any cluster
 
-A cell is the best of several repeats on a pool that is open and warm (unless its row says
-otherwise), and the median of that over the rounds; in a round the peers take turns, row by row.
-Every result is checked; an array that stays on another process, by a sample. Of joblib (loky),
-mpire, schwimmbad and mpi4py, those are measured that are installed. A pool computes on `nprocs`
-workers; parallelizer and MPI on as many processes, main among them.
+Of the pools, a cell is the best of several repeats on a pool that is open and warm (unless its row
+says otherwise). Of verbs, all ranks meet before each call, in a barrier that is not timed: else a
+sender would run ahead, and the next call hide what this one costs. A cell is the slowest rank's
+mean. Of both it is the median over the rounds, in each of which the peers take turns. Every result
+is checked; an array that stays on another process, by a sample. Of joblib (loky), mpire, schwimmbad
+and mpi4py, those are measured that are installed. A pool computes on `nprocs` workers; parallelizer
+and MPI on as many processes, main among them.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
 import operator
 import os
@@ -71,7 +76,7 @@ load = importlib.import_module  # of what is optional
 
 def world_of(peer: str) -> Any:
     """All ranks, as mpi4py sees them; or main alone, where the peer is another."""
-    if peer in OVER_MPI:
+    if peer == "mpi4py":
         return load("mpi4py.MPI").COMM_WORLD
     return SimpleNamespace(rank=0, Barrier=lambda: None, Abort=sys.exit)
 
@@ -116,10 +121,8 @@ PEERS: dict[str, tuple[str, Callable[[Setting], Any]]] = {
             func, items, chunk_size=chunk, concatenate_numpy_output=False))),
     "schwimmbad": ("schwimmbad", lambda s: opened(load("schwimmbad").MultiPool(s.nprocs))),
     "local copy": ("numpy", lambda _: contextlib.nullcontext()),
-    "MPIParallelizer": ("mpi4py", lambda _: MPIParallelizer()),
     "mpi4py": ("mpi4py", lambda _: contextlib.nullcontext(world_of("mpi4py"))),
 }  # fmt: skip
-OVER_MPI = ("MPIParallelizer", "mpi4py")
 
 
 # The work, as far as processes must find it by its name.
@@ -216,10 +219,6 @@ BROADCAST: dict[str, Any] = {
     "local copy": lambda _, s: [sample(big(s).copy())] * s.nprocs,
     "mpi4py": raw_broadcast,
 }
-MPI_BROADCAST: dict[str, Any] = {
-    "MPIParallelizer": lambda p, s: broadcast(big(s) if p.on_main else None, parallelizer=p),
-    "mpi4py": raw_broadcast,
-}
 CASES = {
     "open": Case("open, one call, close", CALL, lambda _: 7, anew=True),
     "call": Case("one call, open pool", CALL, lambda _: 7, loops=50),
@@ -261,30 +260,10 @@ CASES = {
     **{f"growth {n}": Case(f"64 MiB to {n} processes", BROADCAST, nprocs=n, length=64 * MIB)
        for n in (2, 4, 8, 16)},
     "import": Case("import, beyond numpy's", dict.fromkeys(CALL)),
-    "MPI broadcast": Case("array: broadcast", MPI_BROADCAST),
-    "MPI 1 MiB": Case("1 MiB: broadcast", MPI_BROADCAST, loops=20, length=MIB),
-    "MPI round trip": Case("array: scatter, gather", {
-        "MPIParallelizer": lambda p, s: p.gather(p.scatter(big(s) if p.on_main else None)),
-        "mpi4py": raw_round_trip,
-    }, big),
-    "MPI object": Case("array in a dict: broadcast", {
-        "MPIParallelizer": lambda p, s: p.gather(
-            sample(p.broadcast({"data": big(s)} if p.on_main else None)["data"])),
-        "mpi4py": lambda c, s: c.gather(
-            sample(c.bcast({"data": big(s)} if c.rank == 0 else None)["data"])),
-    }),
-    "MPI small broadcast": Case("small object: broadcast", {
-        "MPIParallelizer": lambda p, _: p.broadcast({"a": 1}),
-        "mpi4py": lambda c, _: c.bcast({"a": 1}),
-    }, lambda _: {"a": 1}, loops=200),
-    "MPI small gather": Case("small object: gather", {
-        "MPIParallelizer": lambda p, _: p.gather({"a": 1}),
-        "mpi4py": lambda c, _: c.gather({"a": 1}),
-    }, lambda s: [{"a": 1}] * s.nprocs, loops=200),
 }  # fmt: skip
 
 
-# A cell: measured in a process of its own, or on the ranks that a launcher has started.
+# A cell, measured in a process of its own.
 
 
 def import_seconds(module: str) -> float:
@@ -327,66 +306,297 @@ def measure(row: str, peer: str, s: Setting) -> float:
         while case.warm and len(seconds) <= s.repeats:
             seconds.append(repeat())
             # The ranks of MPI must agree on the number of repeats.
-            if sum(seconds) * case.loops > PATIENCE and peer not in OVER_MPI:
+            if sum(seconds) * case.loops > PATIENCE and peer != "mpi4py":
                 break
     return min(seconds[1:] or seconds)
 
 
-def measure_apart(row: str, peer: str, s: Setting) -> list[float]:
-    """Seconds as measured by a fresh process (or `nprocs` ranks); none where it failed."""
-    command = [sys.executable, __file__, "cell", json.dumps([row, peer, s])]
-    if peer in OVER_MPI:
-        command = [MPIEXEC or "mpiexec", "-n", str(s.nprocs), *command]
+def apart(nprocs: int, over_mpi: bool, *cell: Any) -> Any:
+    """What a fresh process, or as many ranks of MPI, measures; None where it failed."""
+    command = [sys.executable, __file__, "cell", json.dumps(cell)]
+    if over_mpi:
+        command = [MPIEXEC or "mpiexec", "-n", str(nprocs), *command]
     # Open MPI counts cores, and wants a word before it runs as root.
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
                "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # fmt: skip
     run = functools.partial(subprocess.check_output, stdin=subprocess.DEVNULL, timeout=LIMIT)
     try:
-        return [float(run(command, env={**allowed, **os.environ}).splitlines()[-1])]
+        return json.loads(run(command, env={**allowed, **os.environ}).splitlines()[-1])
     except subprocess.SubprocessError as error:
-        print(f"{row}: {peer}: {error}", file=sys.stderr)
-        return []
+        print(f"{cell}: {error}", file=sys.stderr)
+        return None
 
 
-# All cells, round by round.
+# The verbs: each over sizes, on any engine; and on ever more processes.
+
+SIZES: list[int] = [8, 1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 23, 1 << 26]
+VERBS = ("broadcast", "allgather", "allreduce", "round trip")
+GROWTH: list[int] = [2, 4, 8, 16, 32]
+Calls = dict[str, Callable[[], Any]]
+
+
+def verbs_of_ours(p: Parallelizer, data: Array) -> Calls:
+    """Of a parallelizer; a round trip brings blocks to the ranks, and the whole back."""
+    block = data[: max(1, len(data) // (p.nprocs or 1))]
+    return {
+        "broadcast": lambda: p.broadcast(data),
+        "allgather": lambda: p.allgather(block),
+        "allreduce": lambda: p.allreduce(data),
+        "round trip": lambda: p.gather(p.scatter(data)),
+        "wait": p.wait,
+        "run": lambda: None,  # measured from outside
+        "map": lambda: p.map(square, range(1000)),
+    }
+
+
+def verbs_of_buffers(c: Any, data: Array) -> Calls:
+    """Of mpi4py from array to array, made for each call, as the others make theirs."""
+    block = data[: max(1, len(data) // c.size)]
+    whole, on_main = np.resize(data, len(block) * c.size), c.rank == 0
+
+    def broadcast() -> None:
+        c.Bcast(data if on_main else np.empty_like(data))
+
+    def round_trip() -> None:
+        received = np.empty_like(block)
+        c.Scatter(whole if on_main else None, received)
+        c.Gather(received, np.empty_like(whole) if on_main else None)
+
+    return {
+        "broadcast": broadcast,
+        "allgather": lambda: c.Allgather(block, np.empty_like(whole)),
+        "allreduce": lambda: c.Allreduce(data, np.empty_like(data)),
+        "round trip": round_trip,
+        "wait": c.Barrier,
+    }
+
+
+def verbs_of_objects(c: Any, data: Array) -> Calls:
+    """Of mpi4py by pickles, as its lower-case verbs send whatever they get."""
+    blocks = np.array_split(data, c.size)
+
+    def round_trip() -> None:
+        received = c.gather(c.scatter(blocks if c.rank == 0 else None))
+        if received is not None:
+            np.concatenate(received)
+
+    return {
+        "broadcast": lambda: c.bcast(data),
+        "allgather": lambda: np.concatenate(c.allgather(blocks[0])),
+        "allreduce": lambda: c.allreduce(data),
+        "round trip": round_trip,
+        "wait": c.barrier,
+    }
+
+
+def verbs_of_pools(q: Any, data: Array, nprocs: int) -> Calls:
+    """Of a pool, as far as it has any; it pickles."""
+    blocks = np.array_split(data, nprocs)
+    return {
+        "broadcast": lambda: q.map(len, [data] * nprocs, 1),
+        "round trip": lambda: np.concatenate(q.map(np.asarray, blocks, 1)),
+        "run": lambda: q.map(square, range(nprocs), 1),
+        "map": lambda: q.map(square, range(1000), None),
+    }
+
+
+def microseconds(call: Callable[[], Any], meet: Callable[[], Any], repeats: int) -> float:
+    """The mean, where all have met before each call."""
+    total = 0.0
+    for number in range(-max(1, repeats // 10), repeats):
+        meet()
+        begun = time.perf_counter()
+        call()
+        total += (time.perf_counter() - begun) * (number >= 0)
+    meet()
+    return 1e6 * total / repeats
+
+
+def measure_calls(
+    verbs: list[str],
+    sizes: list[int],
+    calls_on: Callable[[Array], Calls],
+    meet: Callable[[], Any],
+    most: int,
+) -> dict[str, float]:
+    """Microseconds of this rank, by verb and size."""
+    measured = {}
+    for size in sizes:
+        calls = calls_on(np.arange(size / 8))
+        repeats = max(4, min(most, (1 << 28) // (size + (1 << 18))))
+        for verb in verbs:
+            if verb in calls:
+                count = repeats // 10 + 1 if verb in ("run", "map") else repeats
+                measured[f"{verb} {size}"] = microseconds(calls[verb], meet, count)
+    return measured
+
+
+def measure_ours(
+    verbs: list[str], sizes: list[int], most: int, *, parallelizer: Parallelizer
+) -> Any:
+    """The slowest rank's microseconds, on each; what is on main is checked at first."""
+    p = parallelizer
+    data = np.arange(1000.0 * (p.nprocs or 1))
+    assert np.array_equal(p.broadcast(data if p.on_main else data[:1]), data)
+    assert np.array_equal(p.allreduce(data), data * p.nprocs)
+    own = measure_calls(verbs, sizes, functools.partial(verbs_of_ours, p), p.wait, most)
+    return {name: p.allreduce(value, "max") for name, value in own.items()}
+
+
+def nothing(*, parallelizer: Parallelizer) -> None:
+    """Do it on all processes."""
+
+
+def measure_engine(engine: str, nprocs: int, verbs: list[str], sizes: list[int], most: int) -> Any:
+    """Microseconds by verb and size; under MPI all ranks call this together."""
+    if engine in ("processes", "MPI"):
+        ours = MPIParallelizer() if engine == "MPI" else MultiprocessingParallelizer(nprocs)
+        with ours as p:
+            told = p.run(measure_ours, [verb for verb in verbs if verb != "run"], sizes, most)
+            if "run" in verbs:
+                told[f"run {sizes[0]}"] = microseconds(lambda: p.run(nothing), int, most)
+            return told
+    if engine in ("Pool", "joblib"):
+        setting = Setting(nprocs, 0, 0, 0, multiprocessing.get_all_start_methods()[0])
+        with PEERS[engine][1](setting) as pool:
+            return measure_calls(
+                verbs, sizes, lambda data: verbs_of_pools(pool, data, nprocs), int, most
+            )
+    c = world_of("mpi4py")
+    calls_on = verbs_of_buffers if engine == "mpi4py, buffers" else verbs_of_objects
+    own = measure_calls(verbs, sizes, functools.partial(calls_on, c), c.Barrier, most)
+    return {name: max(c.allgather(value)) for name, value in own.items()}
+
+
+ENGINES = ("processes", "Pool", "joblib", "MPI", "mpi4py, buffers", "mpi4py, objects")
+
+
+def measure_engines(
+    rounds: int,
+    verbs: list[str],
+    sizes: list[int],
+    counts: list[int],
+    engines: list[str],
+    most: int,
+) -> dict[str, dict[str, float]]:
+    """Medians by engine and, in that, by verb, size and number of processes."""
+    told: dict[str, dict[str, list[float]]] = {engine: {} for engine in engines}
+    for number, nprocs in itertools.product(range(rounds), counts):
+        for turn in range(len(engines)):
+            engine = engines[(number + turn) % len(engines)]
+            print(f"round {number + 1} of {rounds}: {engine}, {nprocs}", file=sys.stderr)
+            measured = apart(nprocs, "MPI" in engine or "mpi4py" in engine,
+                             "verbs", engine, nprocs, verbs, sizes, 2 * most // nprocs)  # fmt: skip
+            for name, value in (measured or {}).items():
+                told[engine].setdefault(f"{name} {nprocs}", []).append(value)
+    return {
+        engine: {name: statistics.median(values) for name, values in row.items()}
+        for engine, row in told.items()
+    }
+
+
+def in_bytes(size: int) -> str:
+    """A size as one says it."""
+    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size // unit} {name}"
+    return f"{size} B"
+
+
+def print_lines(lines: list[list[str]]) -> None:
+    """Print aligned columns, which Markdown takes for a table too."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in [lines[0], ["-" * width for width in widths], *lines[1:]]:
+        print(f"| {' | '.join(map(str.ljust, line, widths))} |")
+    print()
+
+
+def number(value: float | None) -> str:
+    """Three digits."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def print_verbs(told: dict[str, dict[str, float]], nprocs: int, sizes: list[int]) -> None:
+    """A line for each verb and size, a column for each engine."""
+    lines = [["microseconds", "", *told]]
+    for verb, size in itertools.product(VERBS, sizes):
+        name = f"{verb} {size} {nprocs}"
+        lines.append([verb, in_bytes(size), *(number(told[one].get(name)) for one in told)])
+    print_lines(lines)
+
+
+def print_growth(told: dict[str, dict[str, float]], counts: list[int]) -> None:
+    """A line for each verb, size and engine, a column for each number of processes."""
+    lines = [["microseconds", "", *map(str, counts)]]
+    names = {name.rsplit(" ", 1)[0]: None for row in told.values() for name in row}
+    for name, engine in itertools.product(names, told):
+        verb, size = name.rsplit(" ", 1)
+        what = f"{verb}, {in_bytes(int(size))}" if verb in VERBS else verb
+        values = [told[engine].get(f"{name} {count}") for count in counts]
+        if any(values):
+            lines.append([what, engine, *map(number, values)])
+    print_lines(lines)
+
+
+def draw_verbs(
+    told: dict[str, dict[str, float]], nprocs: int, sizes: list[int], filename: str
+) -> None:
+    """Draw time against size, both on a logarithmic scale, a panel for each verb."""
+    pyplot = load("matplotlib.pyplot")  # pip install matplotlib
+    figure, axes = pyplot.subplots(1, len(VERBS), figsize=(14, 4.2), sharey=True,
+                                   layout="constrained")  # fmt: skip
+    for axis, verb in zip(axes, VERBS, strict=True):
+        for place, (engine, row) in enumerate(told.items()):
+            points = [(size, row.get(f"{verb} {size} {nprocs}")) for size in sizes]
+            known = [point for point in points if point[1] is not None]
+            ours = engine in ("processes", "MPI")
+            style = {"color": f"C{place}", "marker": "o" if ours else ".",
+                     "linewidth": 2.5 if ours else 1.2}  # fmt: skip
+            axis.plot(*zip(*known or [(8, math.nan)], strict=True), label=engine, **style)
+        axis.set(xscale="log", yscale="log", title=verb, xlabel="bytes")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("microseconds")
+    axes[-1].legend(fontsize="small")
+    figure.savefig(filename, dpi=110)
+
+
+# All cells of the pools, round by round.
 
 
 def available(peer: str) -> bool:
     """Whether a column can be measured here."""
     found = importlib.util.find_spec(PEERS[peer][0].partition(".")[0])
-    return found is not None and (peer not in OVER_MPI or MPIEXEC is not None)
+    return found is not None and (peer != "mpi4py" or MPIEXEC is not None)
 
 
-def measure_all(s: Setting, rounds: int, rows: list[str], launched: bool) -> Results:
+def measure_all(s: Setting, rounds: int, rows: list[str]) -> Results:
     """Take a cell at a time; in each round another peer begins, as the first may pay for all."""
     results: Results = {}
     for number, row in itertools.product(range(1, rounds + 1), rows):
         case = CASES[row]
         nprocs = case.nprocs or s.nprocs
         its = s._replace(nprocs=nprocs, length=min(case.length, s.length) // nprocs * nprocs)
-        peers = [peer for peer in case.works if launched or available(peer)]
+        peers = [peer for peer in case.works if available(peer)]
         for turn in range(len(peers)):
             peer = peers[(number + turn) % len(peers)]
-            if launched:
-                seconds = [measure(row, peer, its)]
-            else:
-                print(f"round {number} of {rounds}: {row}: {peer}", file=sys.stderr)
-                seconds = measure_apart(row, peer, its)
-            results.setdefault(row, {}).setdefault(peer, []).extend(seconds)
+            print(f"round {number} of {rounds}: {row}: {peer}", file=sys.stderr)
+            seconds = apart(nprocs, peer == "mpi4py", "pools", row, peer, its)
+            cell = results.setdefault(row, {}).setdefault(peer, [])
+            cell += [] if seconds is None else [seconds]
     return results
 
 
 # The table and the picture.
 
 
-def tables(results: Results) -> list[Table]:
-    """Milliseconds, the medians; the rows of multiprocessing and those of MPI apart."""
-    groups = itertools.groupby(results, lambda row: row.startswith("MPI"))
-    return [
-        {row: {p: 1e3 * statistics.median(results[row][p]) for p in PEERS if results[row].get(p)}
-         for row in rows}
-        for _, rows in groups
-    ]  # fmt: skip
+def medians(results: Results) -> Table:
+    """Milliseconds."""
+    return {
+        row: {p: 1e3 * statistics.median(cells[p]) for p in PEERS if cells.get(p)}
+        for row, cells in results.items()
+    }
 
 
 def entry(milliseconds: float | None, ours: float | None) -> str:
@@ -397,56 +607,30 @@ def entry(milliseconds: float | None, ours: float | None) -> str:
     return text if ours in (None, milliseconds) else f"{text} ({milliseconds / ours:.2g}x)"
 
 
-def print_table(part: Table) -> None:
-    """Print aligned columns, which Markdown takes for a table too."""
-    peers = [peer for peer in PEERS if any(peer in CASES[row].works for row in part)]
+def print_pools(table: Table) -> None:
+    """A line for each row, a column for each peer."""
+    peers = [peer for peer in PEERS if any(peer in CASES[row].works for row in table)]
     lines = [["milliseconds (ratio to ours)", *peers]]
-    for row, values in part.items():
-        ours = values.get(next(iter(CASES[row].works)))
+    for row, values in table.items():
+        ours = values.get("parallelizer")
         lines.append([CASES[row].title, *(entry(values.get(peer), ours) for peer in peers)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    for line in lines:
-        print(f"| {' | '.join(map(str.ljust, line, widths))} |")
-    print()
+    print_lines(lines)
+    for first, second in RATIOS:
+        if "parallelizer" in table.get(first, {}) and "parallelizer" in table.get(second, {}):
+            ratio = table[first]["parallelizer"] / table[second]["parallelizer"]
+            print(f"{CASES[first].title} / {CASES[second].title}: {ratio:.2f}")
 
 
-def report(parts: list[Table], s: Setting, rounds: int) -> None:
-    """Print what was measured, where, and the tables."""
+def describe_machine() -> str:
+    """What was measured, and where."""
     versions = [f"Python {platform.python_version()}"]
     for package in ("numpy", "joblib", "mpire", "schwimmbad", "mpi4py"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
-    print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {', '.join(versions)}")
-    print(f"{s.nprocs} processes ({s.start_method}), {s.length / MIB:g} MiB of float64, "
-          f"{s.items} items, rounds: {rounds}\n")  # fmt: skip
-    for part in parts:
-        print_table(part)
-    for part, (first, second) in itertools.product(parts[:1], RATIOS):
-        if "parallelizer" in part.get(first, {}) and "parallelizer" in part.get(second, {}):
-            ratio = part[first]["parallelizer"] / part[second]["parallelizer"]
-            print(f"{CASES[first].title} / {CASES[second].title}: {ratio:.2f}")
-
-
-def draw(parts: list[Table], filename: str) -> None:
-    """Draw a group of bars for each row, a bar for each peer, on a logarithmic scale."""
-    heights = [1 + 0.6 * len(part) for part in parts]
-    options = {"squeeze": False, "layout": "constrained", "height_ratios": heights}
-    pyplot = load("matplotlib.pyplot")  # pip install matplotlib
-    figure, axes = pyplot.subplots(len(parts), figsize=(10, sum(heights)), **options)
-    for axis, part in zip(axes[:, 0], parts, strict=True):
-        bars = {}  # of each peer the last, for the legend
-        for position, values in enumerate(part.values()):
-            for number, peer in enumerate(values):
-                place = position + 0.11 * (number - (len(values) - 1) / 2)
-                color = f"C{list(PEERS).index(peer)}"
-                bars[peer] = axis.barh(place, values[peer], 0.1, color=color)
-        axis.set(xscale="log", xlabel="milliseconds")
-        axis.set_yticks(range(len(part)), [CASES[row].title for row in part])
-        axis.margins(y=0.01)
-        axis.invert_yaxis()
-        axis.legend(bars.values(), bars, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(filename, dpi=150)
+    if MPIEXEC is not None:
+        with contextlib.suppress(ImportError):
+            versions.append(load("mpi4py.MPI").Get_library_version().splitlines()[0].strip())
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {', '.join(versions)}"
 
 
 def command_line() -> argparse.Namespace:
@@ -460,43 +644,84 @@ def command_line() -> argparse.Namespace:
     add("--size", type=float, default=256, metavar="MiB", help="of the big array; default: 256")
     add("--nprocs", type=int, default=2, metavar="N", help="default: 2; a launcher's count instead")
     add("--start-method", choices=methods, default=methods[0], help="default: fork if there is")
-    add("--plot", metavar="FILE.png", help="draw the table, with matplotlib")
-    add("--rows", nargs="+", choices=CASES, default=list(CASES), metavar="ROW", help="only these")
+    add("--verbs", action="store_true", help="the verbs, by size, beside mpi4py's and the pools'")
+    add("--growth", action="store_true", help="verbs on ever more processes")
+    add("--mpi", action="store_true", help="the verbs on the ranks that a launcher has started")
+    add("--plot", metavar="FILE.png", help="draw the verbs, with matplotlib")
+    add("--rows", nargs="+", choices=CASES, default=list(CASES), metavar="ROW",
+        help="of the pools, only these")  # fmt: skip
     add("--quick", action="store_true", help="small sizes, one round")
     return parser.parse_args()
+
+
+def on_these_ranks(sizes: list[int], most: int) -> None:
+    """Measure the verbs, ours and mpi4py's, where a launcher has started all ranks."""
+    c = world_of("mpi4py")
+    told = {}
+    for engine in ("MPI", "mpi4py, buffers", "mpi4py, objects"):
+        measured = measure_engine(engine, c.size, [*VERBS, "wait"], sizes, most)
+        told[engine] = {f"{name} {c.size}": value for name, value in measured.items()}
+    if c.rank == 0:
+        print(f"{describe_machine()}, {c.size} ranks\n")
+        print_verbs(told, c.size, sizes)
 
 
 def main() -> int:
     """Measure what can be measured here; print it, and draw it."""
     options = command_line()
-    rounds, rows = options.rounds, [row for row in CASES if row in options.rows]
+    rounds = 1 if options.quick else options.rounds
+    sizes, counts, most = SIZES, GROWTH, 1000
+    if options.quick:
+        sizes, counts, most = [8, 1 << 17], [2, 3], 30
+    if options.mpi:
+        on_these_ranks(sizes, most)
+        return 0
+    print(f"{describe_machine()}, rounds: {rounds}\n", flush=True)
+    with_mpi = available("mpi4py")
+    engines = [one for one in ENGINES if with_mpi or one in ("processes", "Pool", "joblib")]
+    engines = [one for one in engines if one != "joblib" or available("joblib")]
+    if not with_mpi:
+        print("MPI is not measured: it needs mpi4py and mpiexec (pip install mpi4py mpich)\n")
+    if options.verbs:
+        told = measure_engines(rounds, list(VERBS), sizes, [options.nprocs], engines, most)
+        print_verbs(told, options.nprocs, sizes)
+        if options.plot:
+            draw_verbs(told, options.nprocs, sizes, options.plot)
+    if options.growth:
+        engines = [one for one in engines if one not in ("joblib", "mpi4py, objects")]
+        verbs = ["broadcast", "allreduce"]
+        small = measure_engines(rounds, ["wait", "run", "map", *verbs], [8], counts, engines, most)
+        large = measure_engines(rounds, verbs, [1 << 20], counts, engines, most)
+        print_growth({one: {**small[one], **large[one]} for one in engines}, counts)
+    if options.verbs or options.growth:
+        return 0
+    rows = [row for row in CASES if row in options.rows]
     s = Setting(options.nprocs, int(options.size * MIB), 100_000, 5, options.start_method)
     if options.quick:
-        rounds, rows = 1, [row for row in rows if (CASES[row].nprocs or 0) <= 2]
+        rows = [row for row in rows if (CASES[row].nprocs or 0) <= 2]
         s = s._replace(length=MIB, items=2000, repeats=1)
-    ours = Parallelizer.lookup("auto")  # over MPI where a launcher has started this
-    launched = isinstance(ours, MPIParallelizer)
-    if launched:
-        rows = [row for row in rows if row.startswith("MPI")]
-        s = s._replace(nprocs=ours.nprocs, start_method="MPI")
-    results = measure_all(s, rounds, rows, launched)
-    if launched and not ours.on_main:
-        return 0
-    parts = tables(results)
-    report(parts, s, rounds)
-    if not launched and not available("mpi4py"):
-        print("MPI was not measured: it needs mpi4py and mpiexec (pip install mpi4py mpich)")
-    if options.plot:
-        draw(parts, options.plot)
+    print(f"{s.nprocs} processes ({s.start_method}), {s.length / MIB:g} MiB of float64, "
+          f"{s.items} items\n")  # fmt: skip
+    results = measure_all(s, rounds, rows)
+    print_pools(medians(results))
     # What failed has been said.
     return int(any(len(cell) < rounds for row in results.values() for cell in row.values()))
 
 
+def measure_cell(kind: str, *cell: Any) -> None:
+    """What `apart` has started this process for."""
+    if kind == "verbs":
+        told, over = measure_engine(*cell), cell[0]
+    else:
+        row, over, setting = cell
+        told = measure(row, over, Setting(*setting))
+    is_over_mpi = "MPI" in over or "mpi4py" in over
+    if world_of("mpi4py" if is_over_mpi else "").rank == 0:
+        print(json.dumps(told))
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["cell"]:
-        row, peer, setting = json.loads(sys.argv[2])
-        seconds = measure(row, peer, Setting(*setting))
-        if world_of(peer).rank == 0:
-            print(seconds)
+        measure_cell(*json.loads(sys.argv[2]))
     else:
         sys.exit(main())
