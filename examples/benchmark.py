@@ -460,7 +460,7 @@ def measure_engine(engine: str, nprocs: int, verbs: list[str], sizes: list[int],
         setting = Setting(nprocs, 0, 0, 0, multiprocessing.get_all_start_methods()[0])
         with PEERS[engine][1](setting) as pool:
             return measure_calls(
-                verbs, sizes, lambda data: verbs_of_pools(pool, data, nprocs), int, most
+                verbs, sizes, lambda data: verbs_of_pools(pool, data, nprocs), int, most // 10
             )
     c = world_of("mpi4py")
     calls_on = verbs_of_buffers if engine == "mpi4py, buffers" else verbs_of_objects
