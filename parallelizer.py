@@ -5566,7 +5566,7 @@ def _die_with_main(life: Any) -> Any:
 # where values are packed. A small broadcast is that, too; to what all ranks bring, as to a gather,
 # an allgather of 0.5 KiB for each rank comes, some 0.5 ms. Of what is large, main handles 1,000
 # messages in gather and scatter, some 10 ms, and moves each byte once; alltoall and an allgather
-# have each rank do so. A run ends with a round, to which each brings its report. A failure is a
+# have each rank do so, and a reduction of large arrays for each 4 MiB of them, twice. A run ends with a round, to which each brings its report. A failure is a
 # round, and two letters to each rank. Of `map`, main handles two letters per chunk, some 64 chunks
 # per rank. A rank holds two communicators, and one for each group that has broadcast or scattered
 # what is large; and 0.5 KiB per other rank for cards.
