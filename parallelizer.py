@@ -6414,11 +6414,11 @@ class MPICommunicator(Communicator):
         receivers: Sequence[int],
     ) -> None:
         segments = _Segments(own, self.size, self.portion_bytes)
-        memory = self._bulk.scratch(segments.width * own.itemsize).view(own.dtype)
-        rows = memory.reshape(self.size, segments.length)
         others = [(rank, p) for rank, p in enumerate(self.members) if p != self.process]
         error: Exception | None = None
         with self._unbreakable():
+            memory = self._bulk.scratch(segments.width * own.itemsize).view(own.dtype)
+            rows = memory.reshape(self.size, segments.length)
             for number in range(segments.portions):
                 places = [segments.segment(number, rank) for rank in range(self.size)]
                 place = places[self.rank]
