@@ -135,9 +135,17 @@ _F = TypeVar("_F", bound="Failure")
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
+# =============================================================================================
+# PART ONE: WHAT YOU CALL
+# =============================================================================================
+
+
 # ---------------------------------------------------------------------------------------------
 # Errors
 # ---------------------------------------------------------------------------------------------
+#
+# What this module raises on its own account. An exception of your function is raised as it is,
+# with the traceback of the process it comes from as its cause.
 
 
 class ParallelizerError(RuntimeError):
@@ -190,6 +198,1669 @@ class RunEnded(BaseException):
     def __init__(self, communicator: Communicator | None = None) -> None:
         super().__init__()
         self.communicator = communicator
+
+
+# ---------------------------------------------------------------------------------------------
+# The Parallelizer: every verb, once
+# ---------------------------------------------------------------------------------------------
+#
+# `Parallelizer` is what your function is given. A verb checks what it is passed, packs it, and
+# calls the communicator; none of them knows the backend. To add one: a word in `_VERBS`, a method
+# here that enters a call by `_calling`, and where it moves bytes in a new way, a method of
+# `Communicator`.
+
+
+class _Context(contextlib.AbstractContextManager[_T, None]):
+    """What `_context` makes."""
+
+    def __init__(self, steps: Any) -> None:
+        self._steps = steps
+
+    def __enter__(self) -> _T:
+        return next(self._steps)  # type: ignore[no-any-return]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            next(self._steps, None)
+        else:
+            self._steps.close()
+
+
+def _context(
+    steps: Callable[_P, Iterator[_T]],
+) -> Callable[_P, contextlib.AbstractContextManager[_T, None]]:
+    """As `contextlib.contextmanager`, where what follows the ``yield`` stands in a ``finally``.
+
+    The one of the standard library sets an attribute of the exception that passes, which that
+    may refuse: a frozen dataclass does.
+    """
+
+    @functools.wraps(steps)
+    def begin(*args: _P.args, **kwargs: _P.kwargs) -> _Context[_T]:
+        return _Context(steps(*args, **kwargs))
+
+    return begin
+
+
+_UNSET = object()  # stands for what was not given, or is not there, where None means something
+
+
+class _Elsewhere(enum.Enum):
+    """Falsy stand-ins for a value that lives on another process."""
+
+    InWorkerProcess = "this is a worker; the value is on main"
+    InMainProcess = "this is main; the value is on the workers"
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.value}>"
+
+    __str__ = __repr__
+
+
+class Parallelizer:
+    """What a function that takes the keyword ``parallelizer`` is fed: who am I, and the verbs.
+
+    Parameters
+    ----------
+    timeout : float, optional
+        Seconds that any wait for another process may take before it ends in a `WaitTimeout`.
+
+    Notes
+    -----
+    `run` calls a function on every process at once (SPMD); main, ``id == 0``, takes part. Inside,
+    all processes call the same collective verbs in the same order: `broadcast`, `scatter`,
+    `gather`, `allgather`, `reduce`, `allreduce`, `wait`, `map`, `starmap`. A function that raises
+    on any process ends the run on every process, and main gets the exception.
+    """
+
+    # Whether the others always wait for commands, so that main calls alone what is outside a run;
+    # and whether the processes may be on several machines.
+    _drives_workers = False
+    _spans_hosts = False
+
+    InWorkerProcess: ClassVar = _Elsewhere.InWorkerProcess
+    InMainProcess: ClassVar = _Elsewhere.InMainProcess
+
+    _registry: ClassVar[dict[str, Parallelizer]] = {}
+    _open: ClassVar[list[weakref.ref[Parallelizer]]] = []  # innermost first
+    _living: ClassVar[weakref.WeakValueDictionary[str, Parallelizer]] = (
+        weakref.WeakValueDictionary()
+    )
+
+    def __init__(self, *, timeout: float | None = None) -> None:
+        if timeout is not None and not timeout > 0:
+            raise ValueError(
+                f"timeout must be a positive number of seconds or None, not {timeout!r}"
+            )
+        self.timeout = timeout
+        self._comm: Communicator | None = None  # through which the verbs speak, where they may
+        self._entered = 0
+        # A run at a time. That of an `imap` of main alone may end on another thread than it began.
+        self._lock = threading.Lock()
+        self._stream: Callable[[], _Stream | None] = lambda: None  # such an imap that goes on
+        self._reports: list[bytes] = []  # of the latest run, by rank
+        # Whether it has come here without being known, and whether it can be held only.
+        self._stands_in = self._absent = False
+        self._be_known_as(os.urandom(16).hex())
+
+    def _be_known_as(self, key: str) -> None:
+        """Be what is unpickled under that key on this process."""
+        self._key = key
+        self._living[key] = self
+
+    # -- roles and life -----------------------------------------------------------------------
+
+    @property
+    def id(self) -> int | Any:
+        """Rank of this process, main's is 0; None before multiprocessing's processes are up."""
+        return None if self._comm is None else self._comm.rank
+
+    @property
+    def nprocs(self) -> int | Any:
+        """Number of processes, main included; None before multiprocessing's are up."""
+        return None if self._comm is None else self._comm.size
+
+    @property
+    def size(self) -> int | Any:
+        """As `nprocs`: what programs ask a pool for."""
+        return self.nprocs
+
+    @property
+    def on_main(self) -> bool:
+        """Whether this is the process that `run` returns its result on."""
+        self._refuse_if_absent()
+        return self.id in (0, None)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(id={self.id}, nprocs={self.nprocs})"
+
+    def __enter__(self: _Self) -> _Self:
+        """Bring the processes up, and be what ``lookup(None)`` finds. Re-entrant."""
+        self._refuse_if_absent()
+        before = self._entered
+        try:
+            with _CTRL_C.governed_by(None):
+                if self._entered == 0:
+                    self._start()
+                self._open.insert(0, weakref.ref(self))
+                self._entered += 1
+                return self
+        except BaseException:
+            if self._entered > before:  # then a Ctrl-C has come amid this
+                self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        before = self._entered
+        try:
+            with _CTRL_C.governed_by(None):
+                self._leave()
+        except BaseException:
+            if self._entered == before:  # because a Ctrl-C has come first
+                self._leave()
+            raise
+
+    def _leave(self) -> None:
+        self._entered = max(self._entered - 1, 0)  # a forked child has never entered
+        with contextlib.suppress(ValueError):  # a worker's are its own
+            self._open.remove(weakref.ref(self))
+        if self._entered == 0:
+            try:
+                self._end_stream()
+            finally:  # whatever a stream may raise
+                self._stop()
+
+    def _start(self) -> None:
+        """Bring the processes up."""
+
+    def _stop(self) -> None:
+        """Let the processes go."""
+
+    @_context
+    def _others_serving(self) -> Iterator[None]:
+        """On main, while the other processes `serve`."""
+        yield
+
+    def _options(self) -> dict[str, Any]:
+        """Keywords that make another parallelizer like this one."""
+        return {"timeout": self.timeout}
+
+    def _here(self) -> Parallelizer:
+        """What `lookup` and unpickling make of it: where processes are threads, this one's."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """On the processes that take part in it, it is the one that each of them has."""
+        up = self._absent or (self._comm is not None and self._comm.world_size > 1)
+        return _restored, (type(self), self._key, self._options(), up)
+
+    @classmethod
+    def _stand_in(cls: type[_Self], key: str, options: dict[str, Any]) -> _Self:
+        """What a pickled one is where its key is not known: a closed one with the same options."""
+        found = cls(**options)
+        found._stands_in = True
+        found._be_known_as(key)
+        return found
+
+    def _refuse_if_absent(self) -> None:
+        if self._absent:
+            raise self._has_no_part_here()
+
+    def _has_no_part_here(self) -> ContractError:
+        return ContractError(
+            f"this {type(self).__name__} was pickled by another program or for other processes, "
+            f"and the present process takes no part in it: use the one that runs here (the "
+            f"keyword parallelizer, or Parallelizer.lookup(None)), or give the object that holds "
+            f"it another one"
+        )
+
+    # -- running ------------------------------------------------------------------------------
+
+    def run(
+        self,
+        func: Callable[..., _R],
+        /,
+        *args: Any,
+        comm: Sequence[int] | None = None,
+        main_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> _R:
+        """Call ``func(*args, parallelizer=self, **kwargs)`` on every process.
+
+        Brings the processes up for this one call where no ``with`` holds them. Called by a
+        function that runs already, it is a plain call.
+
+        Parameters
+        ----------
+        func : callable
+            Must accept the keyword `parallelizer`, and be picklable for multiprocessing.
+        comm : sequence of int, optional
+            The ranks that take part, 0 among them; inside, their ids count from 0. The others
+            get `InWorkerProcess`. Where they call it, too, inside a run or under MPI, they wait
+            until those that take part are through. An exception that leaves the function of one
+            of these leaves that of all, in the same call.
+        main_kwargs : mapping, optional
+            Further keywords for main's call only; they never leave main.
+
+        Returns
+        -------
+        On main its own call's result. Under MPI every rank gets the result of its own call.
+
+        Raises
+        ------
+        The exception of the lowest rank that raised one, caused by a `RemoteTraceback` where
+        that was not this process; `WorkerDied`, `ContractError`, `PackingError`, `WaitTimeout`.
+        """
+        if not callable(func):
+            raise TypeError(f"run needs a function, not {_describe(func)}")
+        if "parallelizer" in kwargs:
+            raise TypeError("run passes the keyword parallelizer itself; leave it out of the call")
+        work = functools.partial(func, *args, **kwargs)
+        nested = self._runs_here()
+        if not nested:
+            work = _with_arguments_laid_out(work)
+        with contextlib.nullcontext() if nested else self._running():
+            communicator = self._communicator()
+            ranks = _checked_ranks(comm, communicator.size)
+            own = functools.partial(work, **(main_kwargs or {})) if communicator.rank == 0 else work
+            if nested:
+                own = functools.partial(own, parallelizer=self)
+                return own() if comm is None else communicator.in_group(ranks, own)
+            if comm is not None and not self._leads(communicator):
+                communicator.timeout = self.timeout
+                if not communicator.joins(ranks):
+                    return Parallelizer.InWorkerProcess  # type: ignore[return-value]
+            self._command(communicator, ranks, work)
+            return self._execute(communicator, ranks, own)  # type: ignore[no-any-return]
+
+    def apply(self, func: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
+        """`run` on a parallelizer that is already up; else a `ContractError`."""
+        if self._entered == 0 and not self._runs_here():
+            raise ContractError(
+                f"apply needs a parallelizer that is up, but {self!r} is not: use run, or open it "
+                f"with a 'with' statement"
+            )
+        return self.run(func, *args, **kwargs)
+
+    @_context
+    def _reserved(self, what: str) -> Iterator[None]:
+        """Within, nothing else is run: by no other thread, nor by an imap that goes on."""
+        if self._comm is not None:
+            _Reader.refuse(self._comm)
+        stream = self._stream()
+        if stream is not None and threading.current_thread() in stream.threads:
+            raise ContractError(
+                f"{what} was called while an imap goes on, which keeps the workers busy; let "
+                f"that come to its end first, or close() it"
+            )
+        lock = self._lock  # not that of a child which is forked within
+        timeout = min(self.timeout or math.inf, threading.TIMEOUT_MAX)
+        if not (
+            lock.acquire(blocking=False) or _CTRL_C.allow(lambda: lock.acquire(timeout=timeout))
+        ):
+            raise WaitTimeout(
+                f"{what} waited {self.timeout} s for a run of another thread to end; if that waits "
+                f"for this thread, neither can go on"
+            )
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @_context
+    def _running(self) -> Iterator[None]:
+        """Within, the processes are up, and this thread is the one that runs."""
+        with _CTRL_C.governed_by(None), self._reserved("run"), self:
+            communicator = self._communicator()
+            with communicator.limiting(), _CTRL_C.governed_by(communicator):
+                communicator.runner = threading.get_ident()
+                try:
+                    yield
+                finally:
+                    communicator.runner = None
+
+    def _runs_here(self) -> bool:
+        """Whether this thread executes a run, on this parallelizer or one that shares its ranks."""
+        self._refuse_if_absent()
+        return self._comm is not None and self._comm.runner == threading.get_ident()
+
+    def _leads(self, communicator: Communicator) -> bool:
+        """Whether the others wait for what this process, main, has them do."""
+        return self._drives_workers or communicator.drives_others
+
+    def _command(
+        self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
+    ) -> None:
+        """Have these ranks take part in a run, where they wait to be told."""
+        if self._leads(communicator):
+            what = "the function that is run or mapped, or its arguments"
+            sent = (_arithmetic_of_caller(), work)
+            communicator.start_others()  # first, as how they start decides how it is packed
+            packed = _for_each(_pack(sent, what), sent, what, communicator, len(ranks) - 1 or 1)
+            # All can read whom it is meant for, and by which names main is registered.
+            threads = communicator.limit and communicator.limit.changed_numbers()
+            heads = [
+                pickle.dumps((list(ranks), self._names(), threads, one.pickled)) for one in packed
+            ]
+            messages = zip(heads, packed, strict=True)
+            communicator.command([Message(head, one.buffers) for head, one in messages])
+
+    def _execute(
+        self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
+    ) -> Any:
+        """Take this process's part in a run, and in its end on all of them."""
+        communicator.timeout = self.timeout  # of one that several parallelizers may share
+        with communicator.restricted_to(ranks):
+            try:
+                communicator.begin_run()
+                begun = time.perf_counter()
+                communicator.mark_function(executing=True)
+                try:
+                    with _UsersCode():
+                        result = work(parallelizer=self)
+                finally:
+                    communicator.mark_function(executing=False)
+                self._finish_run(communicator, begun)
+            except BaseException as error:  # whatever it is, the others must hear of it
+                _raise_final(communicator, error)
+        return result
+
+    def _finish_run(self, communicator: Communicator, begun: float) -> None:
+        report = communicator.account.report(time.perf_counter() - begun)
+        self._reports = communicator.finish_run(report)
+
+    @property
+    def stats(self) -> RunStats | None:
+        """What each rank did in the latest run that ended well; None before the first.
+
+        A tuple of `RankStats` by rank, on main; its text is one line. Under MPI, the other ranks
+        have one of their own alone.
+        """
+        if not self._reports:
+            return None
+        return RunStats(RankStats(*_REPORT.unpack_from(report)) for report in self._reports)
+
+    def _end_stream(self) -> None:
+        """Give up an `imap` that has not come to its end."""
+        stream = self._stream()
+        if stream is not None:
+            stream.close()
+
+    def serve(self) -> None:
+        """Run what main asks for until it closes: a worker's main loop.
+
+        Under MPI, `ClientServerRunner` calls it on every rank but 0; main then uses `map`,
+        `starmap` and `run` alone. Main's own call returns at once.
+        """
+        communicator = self._communicator()
+        if communicator.process == 0:
+            return
+        if self._runs_here():
+            raise ContractError(
+                "serve was called inside run, where main takes part in the function and does not "
+                "drive the others; call it, or ClientServerRunner without a server, outside run"
+            )
+        runner, communicator.runner = communicator.runner, threading.get_ident()
+        try:
+            while (message := communicator.next_command()) is not None:
+                try:
+                    self._obey(communicator, message)
+                except MemoryError as error:
+                    communicator.fail_run(error)
+                del message  # the arguments are in it, and the next command may be long in coming
+        finally:
+            communicator.runner = runner
+
+    def _obey(self, communicator: Communicator, message: Message) -> None:
+        ranks, names, threads, pickled = pickle.loads(message.pickled)
+        for name in self._names():
+            del self._registry[name]
+        self._registry.update(dict.fromkeys(names, self))
+        work = functools.partial(_run_packed, Message(pickled, message.buffers), threads)
+        # Main has been told of a failure and raises it; a worker goes on to serve.
+        with contextlib.suppress(BaseException):
+            if communicator.process in ranks:
+                self._execute(communicator, ranks, work)
+            else:
+                communicator.sit_out(ranks)
+
+    def _names(self) -> list[str]:
+        return [name for name, held in self._registry.items() if held is self]
+
+    def _communicator(self) -> Communicator:
+        self._refuse_if_absent()
+        if self._comm is None:
+            raise ContractError(f"{self!r} is not up; open it with a 'with' statement")
+        return self._comm
+
+    def _speaking(self, verb: str) -> Communicator:
+        """The communicator, for a verb that all processes call together."""
+        if self._comm is not None and self._comm.size > 1 and self._in_task():
+            raise ContractError(
+                f"{verb} was called by a function that map calls for an item, where not all "
+                f"processes come to it; call it before or after map"
+            )
+        if self._main_is_alone() or self._comm is None:
+            if self._stands_in and self._comm is None:
+                raise self._has_no_part_here()
+            raise ContractError(
+                f"{verb} was called outside run, where the workers cannot take part; put it into "
+                f"a function and call that by {type(self).__name__}.run"
+            )
+        return self._comm
+
+    def _calling(self, verb: str) -> contextlib.AbstractContextManager[Communicator, None]:
+        """The same, as the context of the call; one process need not keep in step with itself."""
+        comm = self._comm
+        # What mostly holds is asked for here, because each call costs as much as a small message.
+        if comm is None or comm.runner != threading.get_ident() or comm.in_task or self._absent:
+            comm = self._speaking(verb)
+        return comm.enter(verb) if comm.size > 1 else contextlib.nullcontext(comm)
+
+    # -- messages -----------------------------------------------------------------------------
+
+    def broadcast(self, data: _T) -> _T:
+        """Main's `data` on every process; what workers pass is ignored.
+
+        Returns
+        -------
+        On main `data` itself, on workers a copy of their own.
+        """
+        with self._calling("broadcast") as comm:
+            return _from_main(comm, lambda: data if comm.size > 1 else _laid_out(data))
+
+    def scatter(self, data: _T | None) -> _T:
+        """Split main's `data` into one block per process.
+
+        Parameters
+        ----------
+        data : array, or sequence with slices, or iterator
+            Split along axis 0. Only main's counts.
+
+        Returns
+        -------
+        This process's block, of the type of what was split (an iterator's is a list), its own
+        to write to; on main a view where that is possible. Blocks are as even as can be, the
+        first ``len(data) % nprocs`` are one longer, and they may be empty.
+
+        Raises
+        ------
+        TypeError
+            On every process, where main's `data` is a scalar, a mapping, None or a 0-d array.
+
+        Notes
+        -----
+        On three processes the blocks of ``range(10)`` have four, three and three items.
+        """
+        with self._calling("scatter") as comm:
+            if comm.size == 1:
+                return _laid_out(_split(data, 1)[0])  # type: ignore[no-any-return]
+            if comm.rank > 0:
+                return _accept(comm.scatter(None))  # type: ignore[no-any-return]
+            try:
+                own, *others = _split(data, comm.size)
+                messages = [_pack(other, "a block that main scatters", comm) for other in others]
+                own = _as_sent(own)
+            except Exception as why:
+                comm.scatter([_refuse(why, comm)] * comm.size)
+                raise
+            comm.scatter([Message(b"", []), *messages])
+            return own  # type: ignore[no-any-return]
+
+    def gather(self, data: Any, *, concatenate: bool | None = None) -> Any:
+        """Collect every process's `data` on main.
+
+        Parameters
+        ----------
+        data : object
+            Arrays of one trailing shape are concatenated along axis 0, their dtypes promoted as
+            numpy does, empty blocks never standing in the way; anything else makes a list in
+            rank order.
+        concatenate : bool, optional
+            False asks for the list in any case, True for a ValueError where they don't fit.
+
+        Returns
+        -------
+        On main the array or list, on workers `InWorkerProcess`.
+
+        Raises
+        ------
+        ValueError
+            With `concatenate=True`, on main, where the values do not fit.
+
+        Notes
+        -----
+        On three processes ``gather(id)`` is ``[0, 1, 2]``, and ``gather(np.arange(2))`` is
+        ``array([0, 1, 0, 1, 0, 1])``.
+        """
+        with self._calling("gather") as comm:
+            return self._gather(comm, data, concatenate)
+
+    def _gather(
+        self, comm: Communicator, data: Any, concatenate: bool | None, *, is_sent: bool = False
+    ) -> Any:
+        """See `gather`; main's data may already be what another process would get."""
+        data = _own(data)
+        if comm.size == 1:
+            return _combine([_laid_out(data)], concatenate)
+        if type(data) is np.ndarray and data.ndim > 0 and concatenate is not False:
+            data = np.ascontiguousarray(data)
+        plan = GatherPlan(concatenate)
+        packed = _pack(data, f"what rank {comm.rank} gathers", comm if comm.rank > 0 else None)
+        messages = comm.gather(packed, plan)
+        if messages is None:
+            return Parallelizer.InWorkerProcess
+        if plan.result is not None:
+            return plan.result
+        others = [
+            _unpack(message, f"what rank {rank} gathered")
+            for rank, message in enumerate(messages[1:], 1)
+        ]
+        return _combine([data if is_sent else _as_sent(data), *others], concatenate)
+
+    def allgather(self, data: Any, *, concatenate: bool | None = None) -> Any:
+        """As `gather`, with the result on every process."""
+        with self._calling("allgather") as comm:
+            if comm.size == 1:
+                return self._gather(comm, data, concatenate)
+            data = _own(data)
+            if type(data) is np.ndarray and data.ndim > 0 and concatenate is not False:
+                data = np.ascontiguousarray(data)
+            plan = GatherPlan(concatenate)
+            messages = self._allgather(comm, data, f"what rank {comm.rank} gathers", plan)
+            if messages is None:
+                values = self._gather(comm, data, False)
+                return _from_main(comm, lambda: _combine(values, concatenate))
+            if plan.result is not None:
+                return plan.result
+            return _combine(_unpacked(messages, "gathered"), concatenate)
+
+    @staticmethod
+    def _allgather(
+        comm: Communicator, data: Any, what: str, plan: GatherPlan
+    ) -> list[Message] | None:
+        """Everybody's message; None where one is for a single receiver."""
+        packed = _pack(data, what)
+        messages = comm.allgather(_OTHERWISE if packed.kept else packed, plan)
+        return None if any(one.pickled == _OTHERWISE.pickled for one in messages) else messages
+
+    def alltoall(self, data: Any) -> list[Any]:
+        """Send an item to each process, and get one from each.
+
+        Parameters
+        ----------
+        data : sequence
+            As many items as there are processes; each goes to the rank at its place.
+
+        Returns
+        -------
+        What the others, and this process itself, have sent here, in rank order: a list of `nprocs`
+        objects, each a copy of one's own but for the item that this process keeps.
+
+        Raises
+        ------
+        ValueError, TypeError
+            On every process, where one of them brings another number of items, or no sequence.
+
+        Notes
+        -----
+        On three processes, ``alltoall([10 * id + n for n in range(3)])`` is ``[1, 11, 21]`` on
+        rank 1.
+        """
+        with self._calling("alltoall") as comm:
+            refused: Exception | None = None
+            try:
+                items = _one_for_each(data, comm)
+                own = items[comm.rank] = _laid_out(items[comm.rank])
+                if comm.size == 1:
+                    return items
+                items[comm.rank] = None  # which need not travel
+                what = f"what rank {comm.rank} sends by alltoall"
+                messages = [_pack(item, what, comm) for item in items]
+                own = _as_sent(own)
+            except Exception as why:
+                if comm.size == 1:
+                    raise
+                refused, own = why, _Refusal.of(why, comm.process, comm.size)
+                messages = [_pack(own, "a refusal")] * comm.size
+            values = _unpacked(comm.alltoall(messages), "sent by alltoall")
+            values[comm.rank] = own
+            for value in values:
+                if type(value) is _Refusal:
+                    raise refused if refused and value is own else value.exception()
+            return values
+
+    def reduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
+        """Fold every process's `data` on main: ``op(op(rank 0's, rank 1's), rank 2's)``, ...
+
+        Parameters
+        ----------
+        data : object
+        op : {"sum", "prod", "min", "max"} or callable
+            Applied in rank order, so that the result does not depend on timing. A word asks for
+            values of one shape on all ranks, and goes by numpy's rules: the sum of arrays of bool
+            is their "or", small integers wrap around, and NaN wins in "min" and "max".
+
+        Returns
+        -------
+        On main the result, on workers `InWorkerProcess`.
+
+        Raises
+        ------
+        ValueError
+            On every process, where `op` is another word, or shapes differ.
+        """
+        _reduction(op)
+        with self._calling("reduce") as comm:
+            result = _reduced(comm, data, op, [0])
+            return result if comm.rank == 0 else Parallelizer.InWorkerProcess
+
+    def allreduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
+        """As `reduce`, with the result on every process."""
+        _reduction(op)
+        with self._calling("allreduce") as comm:
+            return _reduced(comm, data, op, range(comm.size))
+
+    def send(self, data: Any, loc: int, tag: int = 0) -> None:
+        """Send `data` to rank `loc`, which must `receive` it under the same `tag`.
+
+        Returns when `data` may be changed; large data waits until the receiver takes it in,
+        which it also does while it waits for something else.
+
+        Parameters
+        ----------
+        data : object
+        loc : int
+            A rank; one's own, too.
+        tag : int
+            From 0 to 2**31 - 1. Messages from one rank under one tag keep their order.
+
+        Raises
+        ------
+        ValueError, PackingError
+            Before anything is sent.
+        """
+        with self._calling("send") as comm:
+            loc, tag = _checked_address(loc, tag, comm.size)
+            receiver = comm if loc != comm.rank else None
+            comm.send(_pack(data, f"what rank {comm.rank} sends", receiver), loc, tag)
+
+    def receive(self, loc: int, tag: int = 0) -> Any:
+        """The oldest message that rank `loc` has sent here under `tag`; waits for it.
+
+        Raises
+        ------
+        ContractError
+            Where it can never come: that rank has returned, or waits in turn for this one.
+        """
+        with self._calling("receive") as comm:
+            loc, tag = _checked_address(loc, tag, comm.size)
+            return _unpack(comm.receive(loc, tag), f"what rank {loc} sent")
+
+    def wait(self) -> None:
+        """Return when every process has called it: a barrier."""
+        with self._calling("wait") as comm:
+            if comm.size > 1:
+                comm.barrier()
+
+    def share(self, array: Any) -> np.ndarray[Any, Any]:
+        """One read-only copy of main's `array` per machine, for all processes there.
+
+        Inside `run` every process calls it, and only main's `array` counts; outside, main alone.
+
+        Parameters
+        ----------
+        array : numpy.ndarray or numpy.memmap, list, number
+            Of numbers or text, without objects in it.
+
+        Returns
+        -------
+        A read-only numpy.ndarray. It can be passed to `run` and `map`, closed over and put into
+        objects at no cost, as it and its views travel as handles; what is computed from it, and
+        its copies, are ordinary arrays. It is released when the last reference to it goes, on
+        main and on whom it was sent to: what a forked worker has inherited without being sent
+        it, as a global variable, must not be used any more then. Serial: a read-only view of
+        `array`.
+
+        Raises
+        ------
+        TypeError
+            On every process that calls it, for anything else: an array of objects; a masked
+            array, a matrix, a quantity, a table, which are more than the numbers in them.
+        """
+        if self._main_is_alone():
+            if self._spans_hosts:
+                return self.run(_share_in_run, main_kwargs={"array": array})
+            return _share(array)
+        shared: np.ndarray[Any, Any] = _share_in_run(array, parallelizer=self)
+        return shared
+
+    def print(
+        self, *args: Any, where: Literal["both", "main", "worker"] = "both", **kwargs: Any
+    ) -> None:
+        """Print as `print` does, a worker's lines headed by its rank.
+
+        Parameters
+        ----------
+        where : {"both", "main", "worker"}
+            Who prints.
+        *args, **kwargs
+            As `print` takes them.
+        """
+        if where not in ("both", "main", "worker"):
+            raise ValueError(f"where must be 'both', 'main' or 'worker', not {where!r}")
+        if where == ("worker" if self.on_main else "main"):
+            return
+        file = kwargs.pop("file", None) or sys.stdout
+        if file is None:  # a program without a console
+            return
+        flush = kwargs.pop("flush", False)
+        lines = io.StringIO()
+        print(*args, file=lines, **kwargs)
+        lines.seek(0)
+        head = "" if self.on_main else f"[rank {self.id}] "
+        # In one write, so that the lines of several processes do not mix; at once, as under MPI
+        # another rank may end this one.
+        file.write("".join(head + line for line in lines))
+        if flush or (self.nprocs or 1) > 1:
+            file.flush()
+
+    def rng(self, seed: Any = None) -> np.random.Generator:
+        """A random generator of this process's own, independent of the other processes'.
+
+        Parameters
+        ----------
+        seed : int or numpy.random.SeedSequence, optional
+            The same seed and number of the process give the same stream; None takes fresh
+            entropy. For numbers that do not depend on the number of processes, see `map`.
+        """
+        return _spawned_rng(seed, _RANK_STREAMS, 0 if self.on_main else self.id)
+
+    # -- mapping ------------------------------------------------------------------------------
+
+    def map(
+        self,
+        func: Callable[..., _R],
+        data: Iterable[Any] | None,
+        extra_args: tuple[Any, ...] | int | None = (),
+        extra_kwargs: Mapping[str, Any] | None = None,
+        *,
+        vectorized: bool = False,
+        concatenate: bool | None = None,
+        chunksize: int | None = None,
+        callback: Callable[[_R], object] | None = None,
+        seed: Any = None,
+        progress: bool = False,
+    ) -> Any:
+        """``[func(x, *extra_args, **extra_kwargs) for x in data]``, on all processes.
+
+        Inside `run` every process calls it; outside, main alone (under MPI while the others
+        `serve`). Of everything but `func`, only what main passes counts. The work is balanced:
+        processes that finish early take more of it.
+
+        Parameters
+        ----------
+        func : callable
+        data : iterable
+        extra_args : tuple, optional
+            Further arguments of every call. An int in this place is `chunksize`, as in
+            `multiprocessing.pool.Pool.map`.
+        extra_kwargs : mapping, optional
+            Further keywords of every call.
+        vectorized : bool
+            `func` gets a block of `data` per process (see `scatter`; empty ones are left out)
+            and returns an array or a list; these are concatenated.
+        concatenate : bool, optional
+            With `vectorized`: False asks for the list of the blocks' results in rank order, True
+            for a ValueError where they are not arrays that fit (see `gather`).
+        chunksize : int, optional
+            Items to take at once; by default many at first and ever fewer towards the end.
+        callback : callable, optional
+            Called on main with each result, in order, as soon as it is there.
+        seed : int or numpy.random.SeedSequence, optional
+            Each item's call gets the keyword ``rng``, a `numpy.random.Generator` of its own,
+            the same whatever the backend and the number of processes.
+        progress : bool
+            Show a bar on main (needs tqdm).
+
+        Returns
+        -------
+        On main the list of results in the order of `data`; with `vectorized` what the blocks'
+        results concatenate to. On workers `InWorkerProcess`.
+
+        Raises
+        ------
+        The exception of the lowest process whose `func` raised one; see `run`.
+        TypeError, ValueError
+            On every process, for `data` or options of main's that cannot be used.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().map(pow, [2, 3], extra_args=(2,))
+        [4, 9]
+        >>> SerialNonParallelizer().map(np.sqrt, np.array([4.0, 9.0]), vectorized=True)
+        array([2., 3.])
+        """
+        return self._map(func, data, functools.partial(
+            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress,
+            vectorized=vectorized, concatenate=concatenate, callback=callback,
+        ))  # fmt: skip
+
+    def starmap(
+        self,
+        func: Callable[..., _R],
+        data: Iterable[Iterable[Any]] | None,
+        extra_args: tuple[Any, ...] | int | None = (),
+        extra_kwargs: Mapping[str, Any] | None = None,
+        *,
+        vectorized: bool = False,
+        concatenate: bool | None = None,
+        chunksize: int | None = None,
+        callback: Callable[[_R], object] | None = None,
+        seed: Any = None,
+        progress: bool = False,
+    ) -> Any:
+        """As `map`, but each item of `data` holds the first arguments: ``func(*x, ...)``.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().starmap(pow, [(2, 3), (3, 2)])
+        [8, 9]
+        """
+        return self._map(func, data, functools.partial(
+            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress,
+            vectorized=vectorized, concatenate=concatenate, callback=callback, starred=True,
+        ))  # fmt: skip
+
+    def imap(
+        self,
+        func: Callable[..., _R],
+        data: Iterable[Any] | None,
+        chunksize: int = 1,
+        extra_args: tuple[Any, ...] | None = (),
+        extra_kwargs: Mapping[str, Any] | None = None,
+        *,
+        seed: Any = None,
+        progress: bool = False,
+    ) -> Iterator[_R]:
+        """As `map`, but yields each result in turn as soon as it is there.
+
+        `data` may be endless: it is read only a few chunks ahead of what has been yielded. Where
+        there are several processes, all but lists, tuples, ranges, texts and arrays are read by a
+        thread of main's, so that the next item may wait for results. To that thread belongs, then,
+        what can be used by one thread alone, as a cursor of a database: open it in the generator
+        that reads it. If it waits for an item that never comes, it stays to the end of the program,
+        and pools that are started meanwhile do not fork. What an item or `data` raises comes in its
+        place, behind the results of what is before it.
+
+        The iterator that main gets must be exhausted or closed before anything else is run on this
+        parallelizer; to leave its loop early closes it. Any thread may do these, as one of asyncio
+        does by ``loop.run_in_executor(None, next, results)``. On the workers the iterator is empty.
+        See `map` for the parameters; `chunksize` is the number of items that travel together.
+
+        Examples
+        --------
+        >>> squares = SerialNonParallelizer().imap(lambda x: x * x, itertools.count())
+        >>> next(squares), next(squares), next(squares)
+        (0, 1, 4)
+        """
+        make = functools.partial(
+            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress
+        )
+        return self._imap(func, data, make, ordered=True)
+
+    def imap_unordered(
+        self,
+        func: Callable[..., _R],
+        data: Iterable[Any] | None,
+        chunksize: int = 1,
+        extra_args: tuple[Any, ...] | None = (),
+        extra_kwargs: Mapping[str, Any] | None = None,
+        *,
+        seed: Any = None,
+        progress: bool = False,
+    ) -> Iterator[_R]:
+        """As `imap`, in the order in which the results come.
+
+        Examples
+        --------
+        >>> sorted(SerialNonParallelizer().imap_unordered(abs, [-1, 2]))
+        [1, 2]
+        """
+        make = functools.partial(
+            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress
+        )
+        return self._imap(func, data, make, ordered=False)
+
+    def _main_is_alone(self) -> bool:
+        """Whether main calls what all processes call inside `run`."""
+        if self._comm is not None:
+            _Reader.refuse(self._comm)
+        if self._runs_here():
+            return False
+        return self._comm is None or self._drives_workers or self._comm.drives_others
+
+    def _in_task(self) -> bool:
+        return self._comm is not None and self._comm.in_task == threading.get_ident()
+
+    def _map(self, func: Callable[..., Any], data: Any, make_task: Callable[..., _Task]) -> Any:
+        if self._in_task():  # this process's own affair
+            quiet = functools.partial(make_task, progress=False)
+            return SerialNonParallelizer()._map(func, data, quiet)
+        if not self._main_is_alone():
+            return _map_in_run(_function_laid_out(func), make_task, data, parallelizer=self)
+        task = make_task()
+        if task.is_stream:
+            # Not inside a run, where a callback that calls a verb would wait for ever.
+            data = _Source(data)
+            task.choose_chunksize(data.hint, self.nprocs or 1)
+            return _call_back(task, self._imap(func, data, lambda: task, ordered=True))
+        given = {"make_task": lambda: task, "data": data}
+        work = functools.partial(_map_in_run, _function_laid_out(func))
+        return self.run(work, main_kwargs=given)
+
+    def _imap(
+        self,
+        func: Callable[..., Any],
+        data: Any,
+        make_task: Callable[..., _Task],
+        *,
+        ordered: bool,
+    ) -> Iterator[Any]:
+        if self._in_task():
+            quiet = functools.partial(make_task, progress=False)
+            return SerialNonParallelizer()._imap(func, data, quiet, ordered=ordered)
+        func = _function_laid_out(func)
+        work = functools.partial(_imap_in_run, func, ordered)
+        if not self._main_is_alone():
+            return work(make_task, data, parallelizer=self)
+        task = make_task()
+        data = data if isinstance(data, _Source) else _Source(data)
+        itself: list[Callable[[], Any]] = []  # weakly, so that who leaves its loop closes it
+        stream = _Stream(self._imap_alone(work, lambda: task, data, itself))
+        itself.append(weakref.ref(stream))
+        return stream
+
+    def _imap_alone(
+        self,
+        work: Callable[..., Iterator[Any]],
+        make_task: Callable[[], _Task],
+        data: Any,
+        itself: list[Callable[[], Any]],
+    ) -> Generator[Any, None, None]:
+        """A run whose function, on main, is interrupted by what the user does with the results."""
+        # Not to keep open what its own `with` statement closes.
+        opened = contextlib.nullcontext() if self._entered else self
+        with self._reserved("imap"), opened, self._communicator().limiting():
+            self._stream = itself[0]
+            communicator = self._communicator()
+            ranks = range(communicator.size)
+            self._command(communicator, ranks, work)
+            communicator.timeout = self.timeout
+            with communicator.restricted_to(ranks):
+                try:
+                    communicator.begin_run()
+                    begun = time.perf_counter()
+                    yield from work(make_task, data, parallelizer=self)
+                    self._finish_run(communicator, begun)
+                except BaseException as error:  # of the user's loop, too
+                    if not communicator.is_running():  # as the program has ended meanwhile
+                        raise
+                    _raise_final(communicator, error)
+                finally:
+                    self._stream = lambda: None
+
+    # -- finding a parallelizer ---------------------------------------------------------------
+
+    @staticmethod
+    def lookup(key: Any = None, *, default: Any = _UNSET, **options: Any) -> Parallelizer:
+        """The parallelizer that `key` means.
+
+        Parameters
+        ----------
+        key : Parallelizer, None, str or mapping
+            A parallelizer passes through. None is the innermost open one, else what the
+            environment variable PARALLELIZER names ("multiprocessing:8" gives the number of
+            processes, too), else a `SerialNonParallelizer`. A string is a registered name, a
+            backend's name ("serial", "multiprocessing", "mpi"), or "auto": MPI where an MPI
+            launcher has started more than one rank, else multiprocessing where there is more
+            than one CPU, else serial. A mapping is ``{"mode": backend's name, **options}``.
+        default : optional
+            What to look up instead where the name is unknown.
+        **options
+            For a backend's constructor.
+
+        Raises
+        ------
+        LookupError
+            For an unknown name without a `default`; the message lists the known ones.
+
+        Examples
+        --------
+        >>> Parallelizer.lookup("serial")
+        SerialNonParallelizer(id=0, nprocs=1)
+        >>> Parallelizer.lookup({"mode": "multiprocessing", "nprocs": 4})
+        MultiprocessingParallelizer(id=None, nprocs=None)
+        """
+        if default is not _UNSET:
+            try:
+                return Parallelizer.lookup(key, **options)
+            except LookupError:
+                return Parallelizer.lookup(default)
+        if isinstance(key, Mapping):
+            return Parallelizer.from_config(**{**key, **options})
+        if isinstance(key, str):
+            registered = Parallelizer._registry.get(key)
+            if registered is None:
+                return Parallelizer.from_config(key, **options)
+            return registered._here()
+        if options:
+            raise TypeError(f"options {sorted(options)} need the name of a backend, not {key!r}")
+        if isinstance(key, Parallelizer):
+            return key
+        if key is not None:
+            raise TypeError(f"lookup needs a Parallelizer, a name, a mapping or None, not {key!r}")
+        for innermost in _opened():
+            return innermost._here()
+        return _named_by_environment(os.environ.get("PARALLELIZER") or "serial")
+
+    @staticmethod
+    def from_config(mode: str = "auto", **options: Any) -> Parallelizer:
+        """Make a parallelizer of a backend's name and what its constructor takes.
+
+        Examples
+        --------
+        >>> Parallelizer.from_config("multiprocessing", nprocs=4)
+        MultiprocessingParallelizer(id=None, nprocs=None)
+        """
+        if mode == "auto":
+            mode = _automatic_mode()
+        backends = _backends()
+        if mode not in backends:
+            raise LookupError(
+                f"no parallelizer is known as {mode!r}; there are the backends "
+                f"{', '.join([*backends, 'auto'])} and the registered names "
+                f"{', '.join(Parallelizer._registry) or '(none)'}"
+            )
+        return backends[mode](**options)
+
+    def register(self: _Self, name: str) -> _Self:
+        """Be what ``lookup(name)`` finds. ValueError where another one has the name.
+
+        Examples
+        --------
+        >>> mine = SerialNonParallelizer().register("mine")
+        >>> Parallelizer.lookup("mine") is mine
+        True
+        >>> Parallelizer.unregister("mine")
+        """
+        if name in _backends() or name == "auto":
+            raise ValueError(f"{name!r} is the name of a backend; choose another")
+        if self._registry.setdefault(name, self) is not self:
+            raise ValueError(
+                f"{name!r} is the name of {self._registry[name]!r} already; unregister it first"
+            )
+        return self
+
+    @staticmethod
+    def unregister(name: str) -> None:
+        """Forget a registered name. LookupError where there is none. See `register`."""
+        if name not in Parallelizer._registry:
+            raise LookupError(
+                f"{name!r} is not registered; registered are "
+                f"{', '.join(Parallelizer._registry) or '(none)'}"
+            )
+        del Parallelizer._registry[name]
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Give a script's command line ``--backend`` and ``--nprocs``.
+
+        Examples
+        --------
+        >>> import argparse
+        >>> parser = argparse.ArgumentParser()
+        >>> Parallelizer.add_arguments(parser)
+        >>> Parallelizer.from_arguments(parser.parse_args(["--backend", "serial"]))
+        SerialNonParallelizer(id=0, nprocs=1)
+        """
+        group = parser.add_argument_group("parallelization")
+        group.add_argument(
+            "--backend", choices=[*_backends(), "auto"], default="auto",
+            help="what to run on (default: auto)",
+        )  # fmt: skip
+        group.add_argument("--nprocs", type=int, help="number of processes of multiprocessing")
+
+    @staticmethod
+    def from_arguments(namespace: argparse.Namespace) -> Parallelizer:
+        """The parallelizer that a command line with these arguments asks for.
+
+        See `add_arguments`.
+        """
+        mode = _automatic_mode() if namespace.backend == "auto" else namespace.backend
+        options = {"nprocs": namespace.nprocs} if mode == "multiprocessing" else {}
+        return Parallelizer.from_config(mode, **options)
+
+    # -- functions for main or workers only -----------------------------------------------------
+
+    @staticmethod
+    def main_restricted(func: Callable[..., _R]) -> Callable[..., _R]:
+        """Decorate a function or method that takes ``parallelizer=`` to run on main only.
+
+        Elsewhere it returns `InWorkerProcess`. ``parallelizer=None`` means ``lookup(None)``.
+
+        Examples
+        --------
+        >>> @Parallelizer.main_restricted
+        ... def write(text, *, parallelizer=None):
+        ...     return f"wrote {text}"
+        >>> write("all")
+        'wrote all'
+        """
+        return _restricted(func, on_main=True)
+
+    @staticmethod
+    def worker_restricted(func: Callable[..., _R]) -> Callable[..., _R]:
+        """As `main_restricted`, for workers only; main gets `InMainProcess`."""
+        return _restricted(func, on_main=False)
+
+
+def _restricted(func: Callable[..., _R], *, on_main: bool) -> Callable[..., _R]:
+    elsewhere = _Elsewhere.InWorkerProcess if on_main else _Elsewhere.InMainProcess
+
+    @functools.wraps(func)
+    def restricted(*args: Any, parallelizer: Any = None, **kwargs: Any) -> Any:
+        found = Parallelizer.lookup(parallelizer)
+        if found.on_main is not on_main:
+            return elsewhere
+        return func(*args, parallelizer=found, **kwargs)
+
+    return restricted
+
+
+def _opened() -> list[Parallelizer]:
+    """Those that are open on this process, innermost first."""
+    return [found for reference in Parallelizer._open if (found := reference()) is not None]
+
+
+def _checked_ranks(comm: Sequence[int] | None, size: int) -> list[int]:
+    if comm is None:
+        return list(range(size))
+    ranks = [operator.index(rank) for rank in comm]
+    if size == 1:  # so that a serial run needs no code of its own
+        ranks = [rank for rank in ranks if rank < 1]
+    outside = [rank for rank in ranks if not 0 <= rank < size]
+    if 0 not in ranks or outside or len(set(ranks)) < len(ranks):
+        raise ValueError(
+            f"comm must hold rank 0 and other ranks below {size}, each once, not {list(comm)}"
+        )
+    return sorted(ranks)
+
+
+def _checked_address(loc: int, tag: int, size: int) -> tuple[int, int]:
+    loc, tag = operator.index(loc), operator.index(tag)
+    if not 0 <= loc < size:
+        raise ValueError(f"loc must be a rank below {size}, not {loc}")
+    if not 0 <= tag < 2**31:
+        raise ValueError(f"tag must be a number from 0 to 2**31 - 1, not {tag}")
+    return loc, tag
+
+
+# ---------------------------------------------------------------------------------------------
+# The backends
+# ---------------------------------------------------------------------------------------------
+#
+# What is particular to each: its options, how its processes come up and go, and which of them is
+# the default here. Below it, what this machine and this program allow: start methods, CPUs,
+# launchers.
+
+
+class SerialNonParallelizer(Parallelizer):
+    """Runs everything in this process; no verb copies or costs anything."""
+
+    def __init__(self, *, timeout: float | None = None) -> None:
+        super().__init__(timeout=timeout)
+        self._comm = SerialCommunicator()
+
+
+class MultiprocessingParallelizer(Parallelizer):
+    """Runs on this machine, on `nprocs` processes, of which this one is main.
+
+    Parameters
+    ----------
+    nprocs : int, optional
+        By default the number of CPUs that this process may use.
+    start_method : {"fork", "forkserver", "spawn"}, optional
+        By default the platform's. Never fork where other threads run, those of a library such
+        as polars or OpenMP included, or MPI is up: forkserver takes its place, with a warning.
+    threads_per_process : int, optional
+        Threads of BLAS and OpenMP on each process, main included, while the processes are up.
+        By default their share of the CPUs, unless the environment sets OMP_NUM_THREADS or the
+        like. This takes threadpoolctl; without it a warning says that nothing is limited. While
+        the processes are up, main's environment has the number, for what is loaded later.
+    timeout : float, optional
+        See `Parallelizer`.
+
+    Examples
+    --------
+    >>> with MultiprocessingParallelizer(2) as parallelizer:
+    ...     parallelizer.map(abs, [-1, 2, -3])
+    [1, 2, 3]
+    """
+
+    _drives_workers = True
+
+    def __init__(
+        self,
+        nprocs: int | None = None,
+        *,
+        start_method: str | None = None,
+        threads_per_process: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        super().__init__(timeout=timeout)
+        if threads_per_process is not None and threads_per_process < 1:
+            raise ValueError(f"threads_per_process must be at least 1, not {threads_per_process}")
+        self.threads_per_process = threads_per_process
+        if nprocs is not None:
+            if not hasattr(nprocs, "__index__"):
+                raise TypeError(f"nprocs must be a number of processes or None, not {nprocs!r}")
+            nprocs = operator.index(nprocs)
+            if not 1 <= nprocs < 2**15:
+                raise ValueError(f"nprocs must be a number of processes from 1, not {nprocs}")
+        if start_method not in (None, *_start_methods()):
+            raise ValueError(
+                f"start_method must be one of {_start_methods()} here, not {start_method!r}"
+            )
+        self._nprocs = nprocs
+        self._start_method = start_method
+        self._close: Callable[[], None] | None = None
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "nprocs": self._nprocs, "start_method": self._start_method,
+            "threads_per_process": self.threads_per_process, **super()._options()
+        }  # fmt: skip
+
+    def _start(self) -> None:
+        nprocs = self._nprocs or _available_cpus()
+        workers = _Workers(self, nprocs, self._start_method)
+        self._comm = communicator = _MainEnd(workers, self.timeout)
+        # Whichever comes first: the end of 'with', of this object, or of the interpreter; the
+        # last before multiprocessing's own exit handler, which would wait for the workers.
+        self._close = weakref.finalize(self, communicator.close)
+        atexit.register(self._close)
+
+    def _stop(self) -> None:
+        self._comm = None
+        if self._close is not None:
+            self._close()
+            atexit.unregister(self._close)
+
+    def _forget(self) -> None:
+        """In a forked child: be as if never opened."""
+        self._comm, self._entered = None, 0
+        self._lock = threading.Lock()
+        self._stream = lambda: None
+
+    def _become_worker(self, communicator: Communicator) -> None:
+        self._comm = communicator
+        self._entered, self._close = 1, None
+
+
+def _start_methods() -> list[str]:
+    """Those of this platform, its default first."""
+    import multiprocessing
+
+    return multiprocessing.get_all_start_methods()
+
+
+def _default_start_method() -> str:
+    import multiprocessing
+
+    return multiprocessing.get_start_method(allow_none=True) or _start_methods()[0]
+
+
+def _safe_start_method(method: str, nprocs: int) -> str:
+    """The one that is asked for, or another one, where that would do harm now."""
+    if method == "fork" and (why := _why_not_to_fork()):
+        _warn_of_no_fork(why)
+        method = "forkserver"
+    # A fork server takes at most 256 descriptors for a child, and its children are not born with
+    # an environment of their own, which they need under a launcher of MPI.
+    if method == "forkserver" and (nprocs > 240 or _launched_ranks() > 0):
+        method = "spawn"
+    return method
+
+
+def _why_not_to_fork() -> str:
+    """What is known to be harmed by a fork; empty where there is nothing.
+
+    A child has none of the other threads of its parent, and what they had locked stays locked. Of
+    threads that Python does not know, the first fork tells: see `_Workers._start_all`.
+    """
+    if not _harmless_threads().issuperset(threading.enumerate()):
+        return "other threads run"
+    if _mpi_is_up():
+        return "MPI is up"
+    return ""
+
+
+def _harmless_threads() -> set[threading.Thread]:
+    """The present one, and multiprocessing's, which hands out connections and expects forks."""
+    sharer: Any = sys.modules.get("multiprocessing.resource_sharer")
+    own = None if sharer is None else sharer._resource_sharer._thread
+    return {threading.current_thread()} | ({own} if own is not None else set())
+
+
+@functools.cache  # once per program
+def _warn_of_no_fork(why: str) -> None:
+    _logger().warning(
+        "%s, so that fork is not safe: forkserver is used, whose workers import the program anew. "
+        "Open the parallelizer before that, or choose start_method='forkserver' or 'spawn', which "
+        "leaves out this warning", why,
+    )  # fmt: skip
+
+
+def _is_single_threaded() -> bool:
+    """Whether no thread runs beside this one, or just one that sleeps and blocks all signals.
+
+    Such a thread serves, and does not compute: it is that of `faulthandler.dump_traceback_later`,
+    which the tests of many projects run with, and which holds nothing that a child needs.
+    """
+    linux = sys.platform == "linux"
+    others = {*os.listdir("/proc/self/task")} if linux else set()  # noqa: PTH208 - slow
+    others -= {str(thread.native_id) for thread in _harmless_threads()}
+    others.discard(str(threading.get_native_id()))  # of which a forked child's `Thread` is wrong
+    serving = 0
+    for task in others:
+        with contextlib.suppress(OSError):
+            state, *fields = _read_proc(f"self/task/{task}/stat").rpartition(b")")[2].split()
+            flags, blocked = int(fields[5]), int(fields[28])
+            if flags & _PF_EXITING:  # it has been waited for, and is listed a little longer
+                continue
+            # One that begins blocks all signals, too, but has yet to run.
+            if state != b"S" or ~blocked & _BLOCKABLE:
+                return False
+            serving += 1
+    return serving <= 1
+
+
+_PF_EXITING = 4  # in the flags of /proc/PID/stat
+_BLOCKABLE = 2**31 - 1 - (1 << 8) - (1 << 18)  # the first 31 signals but SIGKILL and SIGSTOP
+
+
+def _mpi_is_up() -> bool:
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
+
+
+class MPIParallelizer(Parallelizer):
+    """Runs on the ranks of an MPI job: every rank runs the script and makes one of these.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm, optional
+        By default ``COMM_WORLD``. All its ranks must make the parallelizer together.
+    timeout : float, optional
+        See `Parallelizer`.
+
+    Notes
+    -----
+    The ranks of `comm` agree on their number of threads of BLAS and OpenMP: the least of what
+    each has by its environment, or has as its share of the CPUs of its machine.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        Where mpi4py is not installed.
+    ParallelizerError
+        Where a launcher has started several ranks, of which the MPI library sees one alone.
+
+    Examples
+    --------
+    In a script that ``mpiexec -n 4 python script.py`` starts::
+
+        p = MPIParallelizer()
+        result = p.run(job)
+        p.print(result, where="main")
+    """
+
+    _spans_hosts = True
+
+    def __init__(self, comm: Any = None, *, timeout: float | None = None) -> None:
+        super().__init__(timeout=timeout)
+        mpi = _import_mpi()
+        _check_mpi_is_up(mpi)
+        if mpi.COMM_WORLD.Get_size() > 1:
+            _job_end().begin(mpi)
+        communicator = _world(mpi) if comm is None else _connected(mpi, comm)
+        self._comm = communicator
+        # The ranks make their parallelizers on a communicator in the same order.
+        communicator.made += 1
+        self._be_known_as(f"{communicator.key}-{communicator.made}")
+
+    @classmethod
+    def _stand_in(cls: type[_Self], key: str, options: dict[str, Any]) -> _Self:
+        """One on the same communicator; absent where that is not known, or MPI is not there."""
+        communicator = MPICommunicator.known.get(key.partition("-")[0])
+        for opened in _opened():
+            if isinstance(opened, cls) and opened._comm is communicator is not None:
+                return opened
+        found = cls.__new__(cls)
+        Parallelizer.__init__(found, **options)
+        found._comm = communicator
+        found._absent = communicator is None
+        found._be_known_as(key)
+        return found
+
+    def _communicator(self) -> Communicator:
+        communicator = super()._communicator()
+        assert isinstance(communicator, MPICommunicator)
+        communicator.check_is_open()
+        return communicator
+
+    @_context
+    def _others_serving(self) -> Iterator[None]:
+        """On main, while the other ranks `serve`."""
+        communicator = self._communicator()
+        # A client within a client, whose end is not theirs; inside run, they refuse to serve.
+        if communicator.drives_others or self._runs_here():
+            yield
+            return
+        communicator.drives_others = True
+        try:
+            yield
+        finally:
+            try:
+                self._end_stream()
+            finally:
+                communicator.drives_others = False
+                communicator.command(None)
+
+
+def _check_mpi_is_up(mpi: Any) -> None:
+    if not mpi.Is_initialized():
+        raise ParallelizerError(
+            "MPI is not initialized, as mpi4py.rc.initialize or the environment variable "
+            "MPI4PY_RC_INITIALIZE asks for: call MPI.Init() before an MPIParallelizer is made, or "
+            "leave that out. (The workers of a pool under an MPI launcher are no ranks.)"
+        )
+    if mpi.Is_finalized():
+        raise ParallelizerError(
+            "MPI has been finalized, so that no MPIParallelizer can be made any more: leave out "
+            "MPI.Finalize(), which mpi4py calls when the program ends, or call it last"
+        )
+
+
+def _world(mpi: Any) -> MPICommunicator:
+    """The communicator of all ranks."""
+    communicator = _connected(mpi, mpi.COMM_WORLD)
+    if communicator.size == 1 and _launched_ranks() > 1:
+        library = mpi.Get_library_version().splitlines()[0].strip("\0 ")
+        raise ParallelizerError(
+            f"a launcher has started {_launched_ranks()} ranks, but the MPI library of mpi4py "
+            f"({library}) sees one: they are of different MPIs, so that every rank would do all "
+            f"the work. Use the mpiexec of that library (it may stand beside {sys.executable}), or "
+            f"build mpi4py with the launcher's: pip install --no-binary=mpi4py mpi4py"
+        )
+    return communicator
+
+
+def _connected(mpi: Any, comm: Any) -> MPICommunicator:
+    """The communicator of these ranks, at whose end the job is seen to.
+
+    It is kept as an attribute of `comm`, for other parallelizers there, as MPI libraries have but
+    some thousand communicators.
+    """
+    communicator: MPICommunicator | None = comm.Get_attr(_keyval(mpi))
+    if communicator is None:
+        communicator = MPICommunicator(mpi, comm)
+        if communicator.size > 1:
+            communicator.agree_on_threads()
+        comm.Set_attr(_keyval(mpi), communicator)
+        if mpi.COMM_WORLD.Get_size() > 1:
+            _job_end().communicators.append(communicator)
+    return communicator
+
+
+@functools.cache
+def _keyval(mpi: Any) -> int:
+    """Of that attribute; it is deleted by the `Free` of the communicator that has it."""
+
+    def disconnect(*attribute: Any) -> None:
+        communicator = attribute[-1]
+        if mpi.COMM_WORLD.Get_size() > 1:
+            _job_end().free(communicator)
+        else:
+            communicator.free()
+
+    return mpi.Comm.Create_keyval(delete_fn=disconnect)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _finalize_keyval(mpi: Any) -> int:
+    """Of an attribute of COMM_SELF, as MPI_Finalize deletes these first, with MPI still up."""
+    return mpi.Comm.Create_keyval(delete_fn=lambda *_: _job_end().on_finalize())  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _job_end() -> _JobEnd:
+    return _JobEnd()
+
+
+def _backends() -> dict[str, Callable[..., Parallelizer]]:
+    return {
+        "serial": SerialNonParallelizer,
+        "multiprocessing": MultiprocessingParallelizer,
+        "mpi": MPIParallelizer,
+    }
+
+
+@functools.lru_cache(1)
+def _named_by_environment(text: str) -> Parallelizer:
+    """Of PARALLELIZER=multiprocessing:8 and the like; the same one each time."""
+    mode, _, nprocs = text.partition(":")
+    if (nprocs and mode != "multiprocessing") or not (nprocs or "1").isdigit():
+        raise LookupError(
+            f"the environment variable PARALLELIZER is {text!r}, but must be the name of a "
+            f"backend, or multiprocessing:8 for 8 processes"
+        )
+    return Parallelizer.from_config(mode, **({"nprocs": int(nprocs)} if nprocs else {}))
+
+
+def _launched_ranks() -> int:
+    """How many ranks an MPI launcher says that it has started; 0 without a launcher."""
+    names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"]
+    if "SLURM_STEP_ID" in os.environ:
+        names.append("SLURM_NTASKS")
+    told = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
+    return int(told[0]) if told else 0
+
+
+def _automatic_mode() -> str:
+    if _launched_ranks() > 1:
+        return "mpi"
+    return "multiprocessing" if _available_cpus() > 1 else "serial"
+
+
+# ---------------------------------------------------------------------------------------------
+# Client and server
+# ---------------------------------------------------------------------------------------------
+#
+# `ClientServerRunner`, for programs in the style of MPI, in which main calls and the others serve.
+
+
+class ClientServerRunner:
+    """MPI-style calling: main runs one function, every other process another.
+
+    Parameters
+    ----------
+    client_runner : callable
+        Called on main as ``client_runner(parallelizer=p)``.
+    server_runner : callable, optional
+        Called on every other process as ``server_runner(parallelizer=p)``. Without one, these
+        `Parallelizer.serve`: the client uses `map`, `starmap` and `run` alone.
+    parallelizer : optional
+        Anything that `Parallelizer.lookup` takes.
+
+    Examples
+    --------
+    >>> def client(parallelizer):
+    ...     return parallelizer.map(abs, [-1, 2])
+    >>> ClientServerRunner(client, parallelizer="serial").run()
+    [1, 2]
+    """
+
+    def __init__(
+        self,
+        client_runner: Callable[..., Any],
+        server_runner: Callable[..., Any] | None = None,
+        parallelizer: Any = None,
+    ) -> None:
+        for runner in (client_runner, server_runner or client_runner):
+            if not callable(runner):
+                raise TypeError(f"client and server must be functions, not {_describe(runner)}")
+        self.client_runner = client_runner
+        self.server_runner = server_runner
+        self.parallelizer = parallelizer
+
+    def run(self) -> Any:
+        """What the client returns, on main; `InWorkerProcess` elsewhere (under MPI)."""
+        parallelizer = Parallelizer.lookup(self.parallelizer)
+        if self.server_runner is not None:
+            return parallelizer.run(_client_or_server, self.client_runner, self.server_runner)
+        with parallelizer:
+            if not parallelizer.on_main:
+                parallelizer.serve()
+                return Parallelizer.InWorkerProcess
+            with parallelizer._others_serving(), _UsersCode():
+                return self.client_runner(parallelizer=parallelizer)
+
+
+def _client_or_server(
+    client: Callable[..., Any], server: Callable[..., Any], *, parallelizer: Parallelizer
+) -> Any:
+    if parallelizer.on_main:
+        return client(parallelizer=parallelizer)
+    server(parallelizer=parallelizer)
+    return Parallelizer.InWorkerProcess
+
+
+# =============================================================================================
+# PART TWO: HOW IT WORKS
+# =============================================================================================
+
+
+# ---------------------------------------------------------------------------------------------
+# Failures: errors on their way to other processes
+# ---------------------------------------------------------------------------------------------
+#
+# A `Failure` is what others are told of an exception: rank, traceback as text, a line, and the
+# exception itself where it can be pickled.
 
 
 class Failure(NamedTuple):
@@ -312,59 +1983,12 @@ def _add_note(error: BaseException, note: str) -> None:
     vars(error)["__notes__"] = [*notes, note]
 
 
-class _Context(contextlib.AbstractContextManager[_T, None]):
-    """What `_context` makes."""
-
-    def __init__(self, steps: Any) -> None:
-        self._steps = steps
-
-    def __enter__(self) -> _T:
-        return next(self._steps)  # type: ignore[no-any-return]
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            next(self._steps, None)
-        else:
-            self._steps.close()
-
-
-def _context(
-    steps: Callable[_P, Iterator[_T]],
-) -> Callable[_P, contextlib.AbstractContextManager[_T, None]]:
-    """As `contextlib.contextmanager`, where what follows the ``yield`` stands in a ``finally``.
-
-    The one of the standard library sets an attribute of the exception that passes, which that
-    may refuse: a frozen dataclass does.
-    """
-
-    @functools.wraps(steps)
-    def begin(*args: _P.args, **kwargs: _P.kwargs) -> _Context[_T]:
-        return _Context(steps(*args, **kwargs))
-
-    return begin
-
-
-_UNSET = object()  # stands for what was not given, or is not there, where None means something
-
-
-class _Elsewhere(enum.Enum):
-    """Falsy stand-ins for a value that lives on another process."""
-
-    InWorkerProcess = "this is a worker; the value is on main"
-    InMainProcess = "this is main; the value is on the workers"
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __repr__(self) -> str:
-        return f"<{self.name}: {self.value}>"
-
-    __str__ = __repr__
-
-
 # ---------------------------------------------------------------------------------------------
-# Splitting and combining
+# Blocks: arrays and sequences are split and combined
 # ---------------------------------------------------------------------------------------------
+#
+# What `scatter` cuts and `gather` joins, without regard to how it travels. A `GatherPlan` says
+# where in the result each part belongs before it has come, so that it is written there at once.
 
 
 def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
@@ -372,40 +1996,6 @@ def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
     short, longer = divmod(length, parts)
     starts = [part * short + min(part, longer) for part in range(parts + 1)]
     return list(itertools.pairwise(starts))
-
-
-class _Segments:
-    """How flat arrays are cut to be folded: into portions, and each of them by the ranks.
-
-    A segment begins at a multiple of 64 items, and so do vector instructions: each item is folded
-    by the same ones as in a whole array, of which some tell -0.0 from 0.0 and others do not.
-    """
-
-    def __init__(self, own: np.ndarray[Any, Any], ranks: int, portion_bytes: int) -> None:
-        self._items = own.size
-        most = max(portion_bytes // (64 * own.itemsize * ranks), 1)
-        self.length = 64 * min(most, -(-own.size // (64 * ranks)))
-        self.width = self.length * ranks
-        self.portions = -(-own.size // self.width)
-
-    def segment(self, portion: int, rank: int) -> slice:
-        start = min(portion * self.width + rank * self.length, self._items)
-        return slice(start, min(start + self.length, self._items))
-
-
-def _fold_alike(
-    fold: np.ufunc, arrays: Sequence[np.ndarray[Any, Any]], out: np.ndarray[Any, Any] | None = None
-) -> np.ndarray[Any, Any]:
-    """Fold arrays of one shape and dtype one after the other."""
-    result: np.ndarray[Any, Any] = fold(arrays[0], arrays[1], out=out)
-    for array in arrays[2:]:
-        # In place, numpy takes what has one item for the result of a reduction, and folds it in
-        # another way, to other bits of a complex number.
-        if array.size > 1:
-            fold(result, array, out=result)
-        else:
-            result[...] = fold(result, array)
-    return result
 
 
 def _own(data: Any) -> Any:
@@ -515,49 +2105,51 @@ def _combine(values: list[Any], concatenate: bool | None) -> Any:
     return values
 
 
-def _extreme(
-    of_arrays: Callable[[Any, Any], Any], of_two: Callable[[Any, Any], Any]
-) -> Callable[[Any, Any], Any]:
-    """Of two values, the smaller or the greater one; what is not a number wins, as in arrays."""
+class GatherPlan:
+    """Decides, once all heads are known, where the buffers of a gather are to be written.
 
-    def extreme(a: Any, b: Any) -> Any:
-        if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-            return of_arrays(a, b)
-        return a if _is_no_number(a) else b if _is_no_number(b) else of_two(a, b)
+    Arrays that fit go straight to their place in `result`; it stays None where they don't.
+    """
 
-    return extreme
+    def __init__(self, concatenate: bool | None) -> None:
+        self._concatenate = concatenate
+        self.result: np.ndarray[Any, Any] | None = None
 
-
-def _is_no_number(value: Any) -> bool:
-    """Whether this is NaN, NaT or the like: what does not even equal itself."""
-    differs = value != value
-    return isinstance(differs, (bool, np.bool_)) and bool(differs)
-
-
-_REDUCTIONS: dict[str, Callable[[Any, Any], Any]] = {
-    "sum": operator.add,
-    "prod": operator.mul,
-    "min": _extreme(np.minimum, min),
-    "max": _extreme(np.maximum, max),
-}
-# What these do with arrays of numbers.
-_LARGEST_ITEM = 32  # bytes of one, as of a complex number of two long doubles
-_FOLDS = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}
+    def place(self, pickles: Sequence[bytes]) -> list[_Bytes] | None:
+        """One target for the single buffer of each message, or None for fresh memory."""
+        layout = None if self._concatenate is False else _layout_of(tuple(pickles))
+        if layout is None:
+            return None
+        shape, dtype, places = layout
+        self.result = np.empty(shape, dtype)
+        target = self.result.reshape(-1).view(np.uint8)
+        return [target[place] for place in places]
 
 
-def _reduction(op: str | Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    if callable(op):
-        return op
-    if op not in _REDUCTIONS:
-        raise ValueError(
-            f"op must be one of {', '.join(_REDUCTIONS)} or a function f(a, b), not {op!r}"
-        )
-    return _REDUCTIONS[op]
+@functools.lru_cache(maxsize=32)
+def _layout_of(pickles: tuple[bytes, ...]) -> tuple[list[int], Any, list[slice]] | None:
+    """Shape and dtype of an array that all of these go to, and which of its bytes is whose."""
+    if any(pickled[:1] != b"A" for pickled in pickles):
+        return None
+    specs = list(map(_unpacked_spec, pickles))
+    fitting = _fitting(specs)
+    if fitting is None:
+        return None
+    filled, dtype, shape = fitting
+    if any(spec.dtype != dtype for spec in filled):
+        return None
+    ends = list(itertools.accumulate(spec.nbytes for spec in specs))
+    return shape, dtype, list(map(slice, [0, *ends], ends))
 
 
 # ---------------------------------------------------------------------------------------------
 # Packing: an object becomes a small pickle and raw buffers
 # ---------------------------------------------------------------------------------------------
+#
+# `_pack` makes a `Message` of an object, `_unpack` an object of that. Arrays anywhere in it stay
+# where they are: their memory is the message's buffers. What is sent arrives compact, and since
+# the last digits of a sum depend on how its operands lie in memory, what stays is laid out alike
+# (`_as_sent`).
 
 
 # Heads the pickle of a bare array's `_ArraySpec`, or of what imports nothing when it is unpickled;
@@ -650,7 +2242,6 @@ def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
 # Pickle would call the class of an exception with its ``args``, which its constructor may not
 # take, or take for something else. So an exception is made by its builtin base, and its parts are
 # put back by their descriptors, whatever its class makes of attributes.
-
 _Reduced = tuple[Callable[..., Any], tuple[Any, ...], Any, None, None, Callable[..., Any]]
 
 _CAUSES = ("__cause__", "__context__", "__suppress_context__")  # to set the first sets the last
@@ -1005,8 +2596,6 @@ def _for_each(
 
 # What comes again and again, to a solver for one, is not pickled anew each time, which takes longer
 # than to move a small array.
-
-
 @functools.lru_cache(maxsize=256)
 def _packed_spec(spec: _ArraySpec) -> bytes:
     return b"A" + pickle.dumps(spec, 5)
@@ -1175,56 +2764,6 @@ def _attributes_laid_out(holder: Any) -> Any:
     return copied
 
 
-class _Imports:
-    """Within, what is imported leaves the global generators of random numbers as they are.
-
-    A script or module that seeds them is imported by each worker, so all would draw the same
-    numbers; and a function that has seeded them itself keeps what it has set. To read their states
-    takes some 20 us, so that is left until something is imported: this is a finder of modules, too,
-    which is asked first and finds none.
-    """
-
-    def __enter__(self) -> None:
-        self._states: dict[str, Any] | None = None
-        sys.meta_path.insert(0, self)
-
-    def find_spec(self, *_: object) -> None:
-        if self._states is None:
-            self._states = _random_states()
-
-    def __exit__(self, *_: object) -> None:
-        sys.meta_path.remove(self)
-        if self._states is not None:
-            _set_random_states(self._states)
-
-
-def _loads_on_worker(*args: Any, **kwargs: Any) -> Any:
-    with _Imports():
-        return pickle.loads(*args, **kwargs)
-
-
-def _random_states() -> dict[str, Any]:
-    """Of the global generators that are loaded, by the names of their modules."""
-    states: dict[str, Any] = {}
-    if "random" in sys.modules:
-        states["random"] = sys.modules["random"].getstate()
-    if "numpy.random" in sys.modules:
-        states["numpy.random"] = np.random.get_state(legacy=False)  # noqa: NPY002
-    return states
-
-
-def _set_random_states(states: Mapping[str, Any]) -> None:
-    """Those of which none is given begin anew, by fresh entropy."""
-    if "random" in states:
-        sys.modules["random"].setstate(states["random"])
-    elif "random" in sys.modules:
-        sys.modules["random"].seed()
-    if "numpy.random" in states:
-        np.random.set_state(states["numpy.random"])  # noqa: NPY002
-    elif "numpy.random" in sys.modules:
-        np.random.seed(np.frombuffer(os.urandom(32), np.uint32))  # noqa: NPY002
-
-
 def _dumps(obj: Any) -> bytes:
     """Pack in one piece: for what is small or seldom."""
     # In a list, so as to be no bare array; and for anybody, so that nothing is kept here.
@@ -1238,53 +2777,17 @@ def _loads(data: bytes) -> Any:
     return obj
 
 
-class GatherPlan:
-    """Decides, once all heads are known, where the buffers of a gather are to be written.
-
-    Arrays that fit go straight to their place in `result`; it stays None where they don't.
-    """
-
-    def __init__(self, concatenate: bool | None) -> None:
-        self._concatenate = concatenate
-        self.result: np.ndarray[Any, Any] | None = None
-
-    def place(self, pickles: Sequence[bytes]) -> list[_Bytes] | None:
-        """One target for the single buffer of each message, or None for fresh memory."""
-        layout = None if self._concatenate is False else _layout_of(tuple(pickles))
-        if layout is None:
-            return None
-        shape, dtype, places = layout
-        self.result = np.empty(shape, dtype)
-        target = self.result.reshape(-1).view(np.uint8)
-        return [target[place] for place in places]
-
-
-@functools.lru_cache(maxsize=32)
-def _layout_of(pickles: tuple[bytes, ...]) -> tuple[list[int], Any, list[slice]] | None:
-    """Shape and dtype of an array that all of these go to, and which of its bytes is whose."""
-    if any(pickled[:1] != b"A" for pickled in pickles):
-        return None
-    specs = list(map(_unpacked_spec, pickles))
-    fitting = _fitting(specs)
-    if fitting is None:
-        return None
-    filled, dtype, shape = fitting
-    if any(spec.dtype != dtype for spec in filled):
-        return None
-    ends = list(itertools.accumulate(spec.nbytes for spec in specs))
-    return shape, dtype, list(map(slice, [0, *ends], ends))
-
-
 # ---------------------------------------------------------------------------------------------
 # Mapped memory: an array that lies in a file travels as its place there
 # ---------------------------------------------------------------------------------------------
 #
+# A `numpy.memmap` and what `share` returns are sent as a `_Handle`, and mapped by who receives it.
+
+
 # Such an array is known by the memory that it lies in, and not by its type: what `share` returns is
 # a plain array, so that whatever is computed from it is what the original would give, and a view of
 # a `numpy.memmap` is found to be one, whatever has been made of it. Who gets it maps the same file,
 # so that rows which a worker writes are in the file.
-
-
 class _Handle(NamedTuple):
     """Where memory is to be found that is mapped from a file."""
 
@@ -1625,10 +3128,1604 @@ def _forget_shared() -> None:
         del _MAPS[handle]
 
 
+# What `share` takes: whose numbers and text say everything. Of a masked array, a matrix, a quantity
+# or a table the rest, which decides what the numbers mean, would be lost.
+_SHARABLE_TYPES = frozenset([np.ndarray, np.memmap, list, *_PLAIN_TYPES]) - {type(None), range}
+
+
+def _sharable(array: Any) -> np.ndarray[Any, Any]:
+    whole = not isinstance(array, (str, bytes)) and _is_sharable(array)
+    data = np.asarray(array) if whole else None
+    if data is None or not _is_raw(data):
+        raise TypeError(
+            f"share needs an array of plain numbers or text, a list or a number, not "
+            f"{_describe(array)}. Of what is more than that, share the arrays in it one by one, "
+            f"as numpy.asarray gives them, and put it together again where it is used"
+        )
+    return data
+
+
+def _is_sharable(value: Any) -> bool:
+    if type(value) is list:
+        return all(map(_is_sharable, value))
+    return type(value) in _SHARABLE_TYPES
+
+
+def _share(array: Any, *, lent: bool = False) -> np.ndarray[Any, Any]:
+    data = _sharable(array)
+    spec, content = _raw(data)
+    flat: np.ndarray[Any, Any]
+    if lent:  # laid out as a copy would be
+        flat = np.asarray(_Lent(content if data.flags.aligned else content.copy())).view(spec.dtype)
+    else:
+        flat = np.ndarray((math.prod(spec.shape),), spec.dtype, _shared_copy(content))
+    return flat.reshape(spec.shape, order=spec.order)
+
+
+def _share_in_run(array: Any = None, *, parallelizer: Parallelizer) -> Any:
+    """On each machine the lowest rank makes the copy, and the others attach to it."""
+    hosts: Any = None
+
+    def prepare() -> list[str]:
+        _sharable(array)  # or it is refused on every rank
+        found: list[str] = hosts
+        return found
+
+    with parallelizer._calling("share") as comm:
+        if comm.size == 1:
+            return _share(array, lent=True)
+        hosts = parallelizer._gather(comm, _hostname(), False)
+        hosts = _from_main(comm, prepare)
+    leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
+    copy = comm.in_group(leaders, lambda: _share(parallelizer.broadcast(array)))
+    handle = _dumps(copy) if comm.rank in leaders else b""
+    handles = parallelizer.allgather(handle)
+    shared = _loads(handles[hosts.index(hosts[comm.rank])])
+    parallelizer.wait()  # before it is attached to, nobody may let go
+    return shared
+
+
 # ---------------------------------------------------------------------------------------------
-# Communicators: one transport per backend
+# Reductions: values of all processes are folded in rank order
 # ---------------------------------------------------------------------------------------------
 #
+# One `_Reduction` is one call of `reduce` or `allreduce`. All show a word for how they would fold;
+# if those agree, all fold by themselves, or each a segment of the arrays; else main does.
+
+
+class _Segments:
+    """How flat arrays are cut to be folded: into portions, and each of them by the ranks.
+
+    A segment begins at a multiple of 64 items, and so do vector instructions: each item is folded
+    by the same ones as in a whole array, of which some tell -0.0 from 0.0 and others do not.
+    """
+
+    def __init__(self, own: np.ndarray[Any, Any], ranks: int, portion_bytes: int) -> None:
+        self._items = own.size
+        most = max(portion_bytes // (64 * own.itemsize * ranks), 1)
+        self.length = 64 * min(most, -(-own.size // (64 * ranks)))
+        self.width = self.length * ranks
+        self.portions = -(-own.size // self.width)
+
+    def segment(self, portion: int, rank: int) -> slice:
+        start = min(portion * self.width + rank * self.length, self._items)
+        return slice(start, min(start + self.length, self._items))
+
+
+def _fold_alike(
+    fold: np.ufunc, arrays: Sequence[np.ndarray[Any, Any]], out: np.ndarray[Any, Any] | None = None
+) -> np.ndarray[Any, Any]:
+    """Fold arrays of one shape and dtype one after the other."""
+    result: np.ndarray[Any, Any] = fold(arrays[0], arrays[1], out=out)
+    for array in arrays[2:]:
+        # In place, numpy takes what has one item for the result of a reduction, and folds it in
+        # another way, to other bits of a complex number.
+        if array.size > 1:
+            fold(result, array, out=result)
+        else:
+            result[...] = fold(result, array)
+    return result
+
+
+def _extreme(
+    of_arrays: Callable[[Any, Any], Any], of_two: Callable[[Any, Any], Any]
+) -> Callable[[Any, Any], Any]:
+    """Of two values, the smaller or the greater one; what is not a number wins, as in arrays."""
+
+    def extreme(a: Any, b: Any) -> Any:
+        if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+            return of_arrays(a, b)
+        return a if _is_no_number(a) else b if _is_no_number(b) else of_two(a, b)
+
+    return extreme
+
+
+def _is_no_number(value: Any) -> bool:
+    """Whether this is NaN, NaT or the like: what does not even equal itself."""
+    differs = value != value
+    return isinstance(differs, (bool, np.bool_)) and bool(differs)
+
+
+_REDUCTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "sum": operator.add,
+    "prod": operator.mul,
+    "min": _extreme(np.minimum, min),
+    "max": _extreme(np.maximum, max),
+}
+
+# What these do with arrays of numbers.
+_LARGEST_ITEM = 32  # bytes of one, as of a complex number of two long doubles
+_FOLDS = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}
+
+
+def _reduction(op: str | Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    if callable(op):
+        return op
+    if op not in _REDUCTIONS:
+        raise ValueError(
+            f"op must be one of {', '.join(_REDUCTIONS)} or a function f(a, b), not {op!r}"
+        )
+    return _REDUCTIONS[op]
+
+
+def _folded(op: str | Callable[[Any, Any], Any], values: Iterable[Any]) -> Any:
+    fold, values = _reduction(op), iter(values)
+    result = next(values)
+    shape = _shape(result) if isinstance(op, str) else None
+    for rank, value in enumerate(values, 1):
+        if shape is not None and _shape(value) != shape:
+            raise ValueError(
+                f"op={op!r} folds values of one shape, but rank 0 has one of shape {shape} and "
+                f"rank {rank} has {_describe(value)}, which numpy would stretch or refuse. "
+                f"Blocks of scatter may differ in length: reduce each of them first, as by "
+                f"block.sum(axis=0), or gather them; or give a function f(a, b)"
+            )
+        result = fold(result, value)
+    return result
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", ())
+
+
+# Stands in an allgather for what cannot be sent to all in this way.
+_OTHERWISE = Message(b"otherwise", [])
+
+
+def _reduced(
+    comm: Communicator, data: Any, op: str | Callable[[Any, Any], Any], receivers: Sequence[int]
+) -> Any:
+    data = _own(data)
+    if comm.size == 1:
+        return _laid_out(data)
+    return _Reduction(comm, data, op, receivers).result()
+
+
+# How a process would reduce what it brings: a letter for each word, a small one where it shows
+# its value, which all fold by themselves.
+_LETTERS = {"sum": b"s", "prod": b"p", "min": b"n", "max": b"x"}
+_OPS = {letter: op for op, letter in _LETTERS.items()}
+_ALL_FOLD = frozenset(_OPS)
+_MAIN_FOLDS = b"-"
+_MOST_TO_ALL = 8192  # bytes of a value that is shown to all
+
+
+class _Reduction:
+    """One call of `reduce` or `allreduce` in this process.
+
+    What is small, each process shows to all, and all fold it. Of arrays that are alike, each
+    process folds a segment. All else main folds, a value at a time.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        data: Any,
+        op: str | Callable[[Any, Any], Any],
+        receivers: Sequence[int],
+    ) -> None:
+        self._comm, self._data, self._op, self._receivers = comm, data, op, receivers
+        self._what = f"what rank {comm.rank} reduces"
+        self._packed = _pack(data, self._what)
+
+    def result(self) -> Any:
+        """The result on the receivers, and perhaps on others; an error on all."""
+        packed, room = self._packed, None
+        way = self._proposal()
+        if way == _MAIN_FOLDS:
+            shown = Message(way, ())
+        elif way.islower():
+            shown = Message(way + packed.pickled, packed.buffers)
+        else:
+            shown = Message(way + packed.pickled, ())
+            if self._comm.rank in self._receivers:
+                room = _allocate(packed.buffers[0].nbytes)  # or an error before all begin
+        told = self._comm.show_all(shown)
+        alike = len({one.pickled for one in told}) == 1
+        if alike and way.isupper():
+            return self._fold_segments(way, room)
+        if _ALL_FOLD.issuperset([one.pickled[:1] for one in told]):
+            return self._fold_all(told, alike=alike)
+        return self._fold_on_main()
+
+    def _proposal(self) -> bytes:
+        packed, op = self._packed, self._op
+        if not isinstance(op, str) or packed.kept:
+            return _MAIN_FOLDS
+        if not packed.buffers or packed.nbytes <= _MOST_TO_ALL:
+            return _LETTERS[op] if len(packed.pickled) <= _MOST_TO_ALL else _MAIN_FOLDS
+        least = 64 * self._comm.size * _LARGEST_ITEM
+        if self._is_of_numbers() and least <= self._comm.portion_bytes:
+            return _LETTERS[op].upper()
+        return _MAIN_FOLDS
+
+    def _is_of_numbers(self) -> bool:
+        """Whether it is an array that numpy folds to one of the same dtype, in native bytes."""
+        if self._packed.pickled[0] != _BARE_ARRAY or not self._data.ndim:
+            return False
+        dtype = self._data.dtype
+        return dtype.kind in "biufc" and dtype.isbuiltin == 1 and dtype.metadata is None
+
+    def _fold_segments(self, way: bytes, room: _Bytes | None) -> Any:
+        spec = _unpacked_spec(self._packed.pickled)
+        own = self._packed.buffers[0].view(spec.dtype)
+        result = None if room is None else room.view(spec.dtype)
+        self._comm.fold_segments(own, _FOLDS[_OPS[way.lower()]], result, self._receivers)
+        return None if room is None else spec.build(room)
+
+    def _fold_all(self, told: list[Message], *, alike: bool) -> Any:
+        op = _OPS[told[0].pickled[:1]]
+        if alike and self._is_of_numbers():
+            spec = _unpacked_spec(self._packed.pickled)
+            # Copied, as numpy is slow with what is not aligned.
+            values = [one.buffers[0].copy().view(spec.dtype) for one in told]
+            return spec.build(_fold_alike(_FOLDS[op], values))
+        messages = [Message(one.pickled[1:], one.buffers) for one in told]
+        if any(map(_BUFFERS_OF, told)):
+            messages = [one.copy() for one in messages]
+        return _folded(op, _unpacked(messages, "reduces"))
+
+    def _fold_on_main(self) -> Any:
+        comm, packed = self._comm, self._packed
+        if comm.rank > 0:
+            (packed,) = _for_each(packed, self._data, self._what, comm, 1)
+        messages = comm.gather_in_turn(packed)
+        if len(self._receivers) > 1:
+            return _from_main(comm, lambda: self._folded_on_main(messages))
+        results: list[Any] = []
+        # What is told to all is no more than that main could fold.
+        _from_main(comm, lambda: results.append(self._folded_on_main(messages)))
+        return results[0] if results else None
+
+    def _folded_on_main(self, messages: Generator[Message, None, None]) -> Any:
+        """Of main's own value and the others'."""
+        with contextlib.closing(messages):
+            others = (
+                _unpack(message, f"what rank {rank} reduces")
+                for rank, message in enumerate(messages, 1)
+            )
+            return _folded(self._op, itertools.chain([_as_sent(self._data)], others))
+
+
+# ---------------------------------------------------------------------------------------------
+# What verbs have in common
+# ---------------------------------------------------------------------------------------------
+#
+# What main makes and others wait for may fail: then a `_Refusal` is sent in its place, so that all
+# raise the same, and are still in step.
+
+
+class _Refusal(Failure):
+    """Sent in place of a value that main could not provide."""
+
+
+def _refuse(why: Exception, comm: Communicator) -> Message:
+    return _pack(_Refusal.of(why, comm.process, comm.size), "a refusal")
+
+
+def _one_for_each(data: Any, comm: Communicator) -> list[Any]:
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            f"alltoall needs a sequence with an item for each process, not {_describe(data)}"
+        )
+    items = list(data)
+    if len(items) != comm.size:
+        raise ValueError(
+            f"alltoall needs an item for each of the {comm.size} processes, but rank {comm.rank} "
+            f"brings {len(items)}; where a process is to get nothing, let None stand in its place"
+        )
+    return items
+
+
+def _from_main(comm: Communicator, make: Callable[[], _T]) -> _T:
+    """What main makes, on every process; where main cannot, its exception on every one."""
+    if comm.size == 1:
+        return make()
+    if comm.rank > 0:
+        value: _T = _accept(comm.broadcast(None))
+        return value
+    try:
+        value, what = make(), "what main broadcasts"
+        message = _pack(value, what)
+        if message.relaid:
+            value = _unpack(message.copy(), what)
+        messages = _for_each(message, value, what, comm, comm.size - 1)
+    except Exception as why:
+        if comm.is_in_step():
+            comm.broadcast(_refuse(why, comm))
+        raise
+    if len(messages) > 1:  # where a receiver cannot tell the two from each other
+        comm.scatter([message, *messages])
+    else:
+        comm.broadcast(messages[0])
+    return value
+
+
+def _accept(message: Message) -> Any:
+    value = _unpack(message, "what main sent")
+    if type(value) is _Refusal:
+        raise value.exception()
+    return value
+
+
+def _raise_final(communicator: Communicator, error: BaseException) -> NoReturn:
+    """End the run on every process because of `error`, and raise what is to be raised here."""
+    final = communicator.fail_run(error)
+    try:
+        if final is error:
+            raise error
+        raise final from final.__cause__
+    finally:
+        del final, error  # their tracebacks hold this frame
+
+
+def _unpacked(messages: Iterable[Message], done: str) -> list[Any]:
+    return [_unpack(one, f"what rank {rank} {done}") for rank, one in enumerate(messages)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Running a function elsewhere: with whose modules, random numbers and arithmetic
+# ---------------------------------------------------------------------------------------------
+#
+# What of main's state goes along with a function, as it would if the function were called there.
+
+
+class _Imports:
+    """Within, what is imported leaves the global generators of random numbers as they are.
+
+    A script or module that seeds them is imported by each worker, so all would draw the same
+    numbers; and a function that has seeded them itself keeps what it has set. To read their states
+    takes some 20 us, so that is left until something is imported: this is a finder of modules, too,
+    which is asked first and finds none.
+    """
+
+    def __enter__(self) -> None:
+        self._states: dict[str, Any] | None = None
+        sys.meta_path.insert(0, self)
+
+    def find_spec(self, *_: object) -> None:
+        if self._states is None:
+            self._states = _random_states()
+
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path.remove(self)
+        if self._states is not None:
+            _set_random_states(self._states)
+
+
+def _loads_on_worker(*args: Any, **kwargs: Any) -> Any:
+    with _Imports():
+        return pickle.loads(*args, **kwargs)
+
+
+def _random_states() -> dict[str, Any]:
+    """Of the global generators that are loaded, by the names of their modules."""
+    states: dict[str, Any] = {}
+    if "random" in sys.modules:
+        states["random"] = sys.modules["random"].getstate()
+    if "numpy.random" in sys.modules:
+        states["numpy.random"] = np.random.get_state(legacy=False)  # noqa: NPY002
+    return states
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    """Those of which none is given begin anew, by fresh entropy."""
+    if "random" in states:
+        sys.modules["random"].setstate(states["random"])
+    elif "random" in sys.modules:
+        sys.modules["random"].seed()
+    if "numpy.random" in states:
+        np.random.set_state(states["numpy.random"])  # noqa: NPY002
+    elif "numpy.random" in sys.modules:
+        np.random.seed(np.frombuffer(os.urandom(32), np.uint32))  # noqa: NPY002
+
+
+def _run_packed(
+    packed: Message, threads: dict[str, int] | None, *, parallelizer: Parallelizer
+) -> Any:
+    comm = parallelizer._communicator()
+    with comm.undisturbed():
+        settings, work = _unpack(packed, "the function of a run, or its arguments,")
+    # Now, because unpacking has imported the modules of the function.
+    limit = comm.limit
+    if limit is not None:
+        _take_thread_numbers(threads or limit.state.numbers)
+    with _Arithmetic(settings):
+        return work(parallelizer=parallelizer)
+
+
+class _Arithmetic:
+    """How numpy and decimal compute for who calls `run`, `map` or their kin.
+
+    Within its ``with``, this process computes so, too. Otherwise a worker would compute as main
+    did when it was forked, or as its imports or an earlier function have left it; and main, as
+    the last item that it happened to take.
+    """
+
+    def __init__(self, settings: tuple[Any, Any] | None) -> None:
+        self._settings = settings
+        ufuncs, decimal = settings or (None, None)
+        self._decimal = decimal
+        self._ufunc_state = _ufunc_state(*ufuncs) if ufuncs else _default_ufunc_state()
+        self._ufuncs_before: Any = None
+        self._decimal_before: Any = None
+
+    def __reduce__(self) -> Any:
+        return _Arithmetic, (self._settings,)
+
+    def __enter__(self) -> None:
+        if self._decimal is not None or "decimal" in sys.modules:
+            import decimal
+
+            self._decimal_before = decimal.getcontext()
+            decimal.setcontext((self._decimal or _default_decimal_context()).copy())
+        self._ufuncs_before = _ufunc_variable().set(self._ufunc_state)
+
+    def __exit__(self, *_: object) -> None:
+        _ufunc_variable().reset(self._ufuncs_before)
+        if "decimal" in sys.modules:  # by now
+            import decimal
+
+            decimal.setcontext(self._decimal_before or _default_decimal_context().copy())
+
+
+def _arithmetic_of_caller() -> tuple[Any, Any] | None:
+    """None, which costs least to send, where all is as numpy and decimal have it by default."""
+    ufuncs, decimal = _ufunc_settings(), _decimal_context()
+    return None if ufuncs is None and decimal is None else (ufuncs, decimal)
+
+
+def _decimal_context() -> Any:
+    """The caller's, without its flags; None for the default one, or where decimal is not in use."""
+    if "decimal" not in sys.modules:
+        return None
+    import decimal
+
+    settings: Any = decimal.getcontext().__reduce__()[1]
+    settings[-2].clear()
+    if settings == _default_decimal_context().__reduce__()[1]:
+        return None
+    return decimal.Context(*settings)
+
+
+@functools.cache
+def _default_decimal_context() -> Any:
+    """As Python has it, because ``decimal.DefaultContext`` may have been changed."""
+    import decimal
+
+    traps = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow]
+    return decimal.Context(28, decimal.ROUND_HALF_EVEN, -999999, 999999, 1, 0, [], traps)
+
+
+# numpy's settings for its ufuncs: what they do about errors, whom they call then, and the size of
+# their buffers, which decides the order in which some sums are taken. To read and to set them one
+# by one takes some 20 us, as long as to deal out a chunk of items; but all are one object.
+_DEFAULT_UFUNCS = (
+    {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}, None, 8192
+)  # fmt: skip
+
+
+class _UfuncVariable:
+    """Where numpy 1 keeps that object, with the methods of a `contextvars.ContextVar`."""
+
+    def get(self, _: object = None) -> Any:
+        return vars(np)["geterrobj"]()[:]
+
+    def set(self, state: Any) -> Any:
+        before = self.get()
+        self.reset(state[:])
+        return before
+
+    def reset(self, before: Any) -> None:
+        vars(np)["seterrobj"](before)
+
+
+@functools.cache
+def _ufunc_variable() -> _UfuncVariable | contextvars.ContextVar[Any]:
+    """Where numpy keeps that object; numpy 2 in the variable that its own context manager sets."""
+    before = contextvars.copy_context()
+    with np.errstate():
+        within = contextvars.copy_context()
+    changed = (name for name in within if name not in before or within[name] is not before[name])
+    return next(changed, _UfuncVariable())
+
+
+def _ufunc_settings() -> tuple[Any, ...] | None:
+    """The caller's; None for the defaults."""
+    if _ufunc_variable().get(None) is None:
+        return None  # nothing has ever been set
+    errors, size = np.geterr(), np.getbufsize()
+    handler = None if {"call", "log"}.isdisjoint(errors.values()) else np.geterrcall()
+    found = (errors, handler, size)
+    return None if found == _DEFAULT_UFUNCS else found
+
+
+def _ufunc_state(errors: Any, handler: Any, size: int) -> Any:
+    """What numpy makes of such settings."""
+    with np.errstate(**errors, call=handler):
+        before = np.setbufsize(size)
+        try:
+            return _ufunc_variable().get(None)
+        finally:
+            np.setbufsize(before)
+
+
+@functools.cache
+def _default_ufunc_state() -> Any:
+    return _ufunc_state(*_DEFAULT_UFUNCS)
+
+
+def _restored(
+    kind: type[Parallelizer], key: str, options: dict[str, Any], up: bool = False
+) -> Parallelizer:
+    """What a pickled parallelizer is on this process: itself, or a stand-in, never another one.
+
+    It is told by its key, as two may be alike in all else and be of other processes. One that comes
+    within a run, and was up where it was pickled, has processes of its own, elsewhere.
+    """
+    found = Parallelizer._living.get(key)
+    if found is None:
+        found = kind._stand_in(key, options)
+        runs = (opened._runs_here() for opened in _opened())
+        found._absent = found._absent or (up and found._comm is None and any(runs))
+    return found._here()
+
+
+# ---------------------------------------------------------------------------------------------
+# Mapping, and its tasks
+# ---------------------------------------------------------------------------------------------
+#
+# A `_Task` is the function of a map, with what it needs, as each process has it. Outside `run`,
+# main drives the others (`_map_in_run`, `_imap_in_run` are then the function of a run of its own).
+
+
+class _Task:
+    """What main wants done with the items of `map`: the same on every process."""
+
+    func: Callable[..., Any]  # each process's own, and not among what main says
+    pace: float | None = None  # seconds that an item has taken here of late
+    tag = 0  # of the messages that belong to it
+
+    def __init__(
+        self,
+        extra_args: tuple[Any, ...] | int | None,
+        extra_kwargs: Mapping[str, Any] | None,
+        chunksize: int | None,
+        seed: Any,
+        *,
+        progress: bool,
+        vectorized: bool = False,
+        concatenate: bool | None = None,
+        callback: Callable[[Any], object] | None = None,
+        starred: bool = False,
+    ) -> None:
+        extra_args, chunksize = _checked_extra_args(extra_args, chunksize)
+        if not (chunksize is None or hasattr(chunksize, "__index__")):
+            raise TypeError(
+                f"chunksize must be a number of items, not {_describe(chunksize)}; further "
+                f"arguments of every call are given by extra_args=(x,)"
+            )
+        if chunksize is not None and chunksize < 1:
+            raise ValueError(f"chunksize must be at least 1, not {chunksize}")
+        if vectorized and seed is not None:
+            raise ValueError(
+                "seed= gives each item its own generator, so it needs vectorized=False"
+            )
+        if concatenate is not None and not vectorized:
+            raise ValueError(
+                "concatenate= is for the results of blocks, so it needs vectorized=True"
+            )
+        self.extra_args = tuple(map(_laid_out, extra_args))
+        keywords = dict(extra_kwargs or {})
+        self.extra_kwargs = {name: _laid_out(value) for name, value in keywords.items()}
+        self.chunksize = chunksize
+        self.seed = seed
+        self.progress = progress
+        self.vectorized = vectorized
+        self.concatenate = concatenate
+        self.callback = callback
+        self.is_stream = callback is not None and not vectorized
+        self.starred = starred
+        self.arithmetic = _Arithmetic(_arithmetic_of_caller())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the others need: not `func`, and of `callback` no more than `is_stream`."""
+        return {**vars(self), "callback": None, "pace": None}
+
+    def is_paced(self, length: int, nprocs: int) -> bool:
+        """Whether the size of the chunks depends on how long an item takes."""
+        return self.chunksize is None and length // (32 * nprocs) > 1
+
+    def choose_chunksize(self, length: int, nprocs: int) -> None:
+        """For a stream whose caller leaves that to us; of unknown `length`, 0."""
+        size = max(1, length // (32 * nprocs))
+        self.chunksize = self.chunksize or size
+
+    def call(self, item: Any, **more: Any) -> Any:
+        first = item if self.starred else (item,)
+        return self.func(*first, *self.extra_args, **self.extra_kwargs, **more)
+
+    def compute(self, items: Any, start: int, comm: Communicator) -> list[Any]:
+        """The results of a chunk whose first item is the `start`-th of all."""
+        results, error = self.compute_until_error(items, start, comm, keep=False)
+        if error is not None:
+            raise error
+        return results
+
+    def compute_until_error(
+        self, items: Any, start: int, comm: Communicator, *, keep: bool = True
+    ) -> tuple[list[Any], Exception | None]:
+        """The results, or, to `keep` them, those before an error, and what an item has raised."""
+        # What main computes from, and what comes of it, are copies, because they are on all other
+        # processes: nobody can tell from a result who computed it.
+        copied = comm.rank == 0 and comm.size > 1
+        task, function = comm.in_task, comm.in_function
+        results: list[Any] = []
+        error: Exception | None = None
+        unfit = None
+        try:
+            if copied:
+                items, unfit = _private(items)
+            elif comm.rank == 0:
+                items = _laid_out(items)
+            comm.in_task = threading.get_ident()
+            comm.mark_function(executing=True)  # it is not yet, where main alone calls imap
+            comm.items = list(items)
+            with self.arithmetic, _UsersCode():
+                begun = time.perf_counter()
+                self._call_items(comm.items, start, results, keep=keep)
+                self.pace = (time.perf_counter() - begun) / (len(results) or 1)
+            error = unfit
+        except Exception as why:
+            error = why
+        finally:
+            comm.items = []
+            comm.in_task = task
+            comm.mark_function(executing=function)
+        comm.account.tasks += len(results)
+        if copied:
+            try:
+                results = _as_sent(results)
+            except PackingError as why:
+                return _as_sent(_that_can_be_packed(results)), why
+        elif comm.rank == 0:
+            results = _laid_out(results)
+        return results, error
+
+    def _call_items(self, items: Any, start: int, results: list[Any], *, keep: bool) -> None:
+        plain = not (self.starred or self.extra_args or self.extra_kwargs)
+        if self.seed is not None:
+            for index, item in enumerate(items, start):
+                results.append(self.call(item, rng=_spawned_rng(self.seed, index)))
+        else:
+            call = self.func if plain else self.call
+            # Not by the builtin map, which a StopIteration would end without a word.
+            if not keep:
+                results += [call(item) for item in items]
+                return
+            for item in items:
+                results.append(call(item))
+
+
+def _checked_extra_args(third: Any, chunksize: Any) -> tuple[tuple[Any, ...], Any]:
+    """`extra_args` and `chunksize`, either of which may stand in the third place of a `map`."""
+    if third is None or isinstance(third, tuple):
+        return third or (), chunksize
+    if hasattr(third, "__index__") and not isinstance(third, (bool, np.ndarray)):
+        if chunksize is not None:
+            raise TypeError(f"chunksize is given twice: {third!r} as third argument, {chunksize!r}")
+        return (), third
+    raise TypeError(
+        f"extra_args, the third argument, must be a tuple of further arguments, or an int, which "
+        f"is then the chunksize, as in Pool.map; but it is {_describe(third)}. For one further "
+        f"argument x write (x,)"
+    )
+
+
+_RANK_STREAMS = 2**32 - 1  # begins the spawn keys of processes: no item has this number
+
+
+def _spawned_rng(seed: Any, *key: int) -> np.random.Generator:
+    """Of the descendant of ``SeedSequence(seed)`` with this key, as its `spawn` would give."""
+    root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
+    child = np.random.SeedSequence(
+        root.entropy, spawn_key=(*root.spawn_key, *key), pool_size=root.pool_size
+    )
+    return np.random.default_rng(child)
+
+
+def _map_in_run(
+    func: Callable[..., Any],
+    make_task: Callable[[], _Task] | None = None,
+    data: Any = None,
+    *,
+    parallelizer: Parallelizer,
+) -> Any:
+    """What every process does in a `map`; only main's `make_task` and `data` count."""
+    items: Any = None
+
+    def prepare() -> _Task:
+        nonlocal items
+        assert make_task is not None
+        task = make_task()
+        if task.is_stream:
+            items = _Source(data)
+            task.choose_chunksize(items.hint, comm.size)
+        else:
+            items = _blockwise(data) if task.vectorized else _sized(data)
+        return _called_to(task, comm)
+
+    with parallelizer._calling("map") as comm:
+        task = _from_main(comm, prepare)
+    task.func = func
+    if task.vectorized:
+        return _map_blocks(task, items, parallelizer)
+    if task.is_stream:
+        results = _call_back(task, _dealt_as_stream(task, items, True, comm))
+        return results if comm.rank == 0 else Parallelizer.InWorkerProcess
+    return _map_items(task, items, parallelizer)
+
+
+def _blockwise(data: Any) -> Any:
+    """What can be scattered."""
+    sliced = hasattr(data, "__getitem__") and not isinstance(data, Mapping)
+    return data if sliced else list(data)
+
+
+def _sized(data: Any) -> Any:
+    """What has a length, and whose slices hold the items that iteration gives."""
+    if isinstance(data, np.ndarray):
+        return data if _writes_to_file(data) else np.require(data, requirements=["C", "ALIGNED"])
+    return data if _can_be_cut(data) else list(data)
+
+
+def _can_be_cut(data: Any) -> bool:
+    """Not so a DataFrame, for one, whose slices hold other things than iteration gives."""
+    return isinstance(data, (list, tuple, range, str, bytes, np.ndarray))
+
+
+def _call_back(task: _Task, stream: Any) -> list[Any]:
+    results = []
+    with contextlib.closing(stream):  # a traceback may hold it
+        for result in stream:
+            assert task.callback is not None
+            with _UsersCode():
+                task.callback(result)
+            results.append(result)
+    return results
+
+
+def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
+    block = parallelizer.scatter(data)
+    # Of no items at all, main's call says what an empty result looks like.
+    wanted = len(block) > 0 or (parallelizer.on_main and len(data) == 0)
+    with task.arithmetic, _UsersCode():
+        own = [task.call(block)] if wanted else []
+    results = parallelizer.gather(own, concatenate=False)
+    if not parallelizer.on_main:
+        return results
+    results = [result for blocks in results for result in blocks]
+    combined = _combine(results, task.concatenate)
+    if task.concatenate is None and all(isinstance(result, list) for result in results):
+        combined = list(itertools.chain.from_iterable(results))
+    if task.callback is not None:
+        with _UsersCode():
+            task.callback(combined)  # of blocks there is one result
+    return combined
+
+
+def _called_to(task: _Task, comm: Communicator) -> _Task:
+    """On main, before all are called to it: the task, with nothing in its way."""
+    if task.progress:
+        _tqdm()
+    task.tag = comm.next_tag()
+    if not task.vectorized:
+        _hand(comm, task.tag).clear()
+    return task
+
+
+def _map_items(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
+    comm, tag = parallelizer._communicator(), task.tag
+    done: list[Any] = []
+    if comm.rank == 0:
+        dealer = _Dealer(task, _Chunks(_guided(data, comm, task)), tag, comm)
+        with _bar(len(data), task.progress) as reached:
+            done = _dealt_to_all(dealer, len(data), reached)
+            reached(len(data))
+    else:
+        hand = _hand(comm, tag)
+        for start, items in hand.chunks():
+            done.append((start, task.compute(items, start, comm)))
+            hand.tell_done()
+    with parallelizer._calling("end of map"):
+        gathered = parallelizer._gather(comm, done, False, is_sent=True)
+    if comm.rank > 0:
+        return gathered
+    comm.forget_mail(tag)
+    in_order = sorted(itertools.chain.from_iterable(gathered), key=operator.itemgetter(0))
+    return list(itertools.chain.from_iterable(results for _, results in in_order))
+
+
+def _private(items: Any) -> tuple[Any, PackingError | None]:
+    """Main's items, copied as the workers' are, so that it is all one who computes which.
+
+    If one cannot be, only those before it, and why.
+    """
+    if _are_plain(items):
+        return items, None
+    try:
+        return _sent(items), None
+    except PackingError as why:
+        return _sent(_that_can_be_packed(items)), why
+
+
+def _packed_chunk(chunk: tuple[int, Any], comm: Communicator) -> Message:
+    if _are_plain(chunk[1]):
+        return Message(pickle.dumps(chunk, 5), [])  # in less time than the search for arrays takes
+    return _pack(chunk, "a chunk of a map", comm)
+
+
+def _are_plain(items: Any) -> bool:
+    kinds = {type(items)} if isinstance(items, (range, str, bytes)) else set(map(type, items))
+    return kinds <= _PLAIN_TYPES
+
+
+def _tqdm() -> Any:
+    try:
+        return importlib.import_module("tqdm").tqdm
+    except ModuleNotFoundError as why:
+        raise ModuleNotFoundError(
+            "progress=True shows a bar by tqdm, which is not installed: pip install tqdm"
+        ) from why
+
+
+@_context
+def _bar(total: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
+    """A bar of so many items, and the function that says how many have been reached."""
+    if not shown:
+        yield lambda _: None
+        return
+    tqdm = _tqdm()
+    # Without the thread that tqdm would start, as fork is not used while threads run.
+    quiet = type("Bar", (tqdm,), {"monitor_interval": 0})
+    with quiet(total=total, disable=None) as bar:
+        yield lambda count: bar.update(count - bar.n)
+
+
+# ---------------------------------------------------------------------------------------------
+# Mapping: chunks, who computes them, and where results go
+# ---------------------------------------------------------------------------------------------
+#
+# A `_Dealer` on main gives chunks away by a `_Mail` (or a `_Pull`, where chunks lie in a queue),
+# takes their results in, and computes between; `_Results` keeps them in order. On processes,
+# chunks lie in a `_ChunkQueue`, from which all help themselves.
+
+
+_MOST_CHUNKS = 8192
+_LEAST_SECONDS = 2.5e-4  # that a chunk shall take, because to deal it takes some 1e-5
+
+
+def _guided(data: Any, comm: Communicator, task: _Task) -> Iterator[tuple[int, Any]]:
+    """Chunks of ever smaller size, which all the processes take in turn.
+
+    A chunk is a small share of what remains, so that the last ones to finish, whatever their
+    items cost, are not far apart (guided self-scheduling: Polychronopoulos and Kuck, 1987,
+    doi:10.1109/TC.1987.5009495).
+    """
+    length, start = len(data), 0
+    least = max(task.chunksize or 1, math.ceil(length / _MOST_CHUNKS))
+    most = length // (32 * comm.size)
+    while start < length:
+        size = least
+        if task.is_paced(length, comm.size):
+            worthwhile = min(most, int(_LEAST_SECONDS / task.pace)) if task.pace else 0
+            size = max(least, worthwhile, (length - start) // (32 * comm.size))
+        yield start, data[start : start + size]
+        start += size
+
+
+# The chunks of a map lie where each process takes its next one, or else main sends them. Main
+# computes, too: in an imap, whose results it is to yield, only if the workers are supplied and no
+# result has come. Dealt are at most so many chunks per process ahead of what has been yielded: at
+# least, before it is known how large the results are or how long they take, and of small results.
+_AHEAD = 2  # that main sends to each worker
+_LEAST_AHEAD, _FIRST_AHEAD, _MOST_AHEAD = 4, 16, 100
+
+
+class _Source:
+    """The items of an imap: what can be cut is left where it is, all else is iterated over."""
+
+    def __init__(self, data: Any) -> None:
+        self._items = iter(data)  # once, and at once, to refuse what cannot be iterated over
+        self.hint = operator.length_hint(data)
+        self.total: int | None = None
+        with contextlib.suppress(TypeError):  # also of what has a length at times
+            self.total = len(data)
+        self._cut = data if _can_be_cut(data) else None
+
+    def chunks(self, chunksize: int, comm: Communicator) -> _Chunks:
+        """With the number of the first item of each."""
+        if self._cut is not None:
+            return _Chunks(_cut(_sized(self._cut), chunksize))
+        chunks = _chunked(self._items, chunksize)
+        return _Chunks(chunks) if comm.size == 1 else _ReadAhead(chunks, comm)
+
+
+def _cut(data: Any, chunksize: int) -> Iterator[tuple[int, Any]]:
+    start = 0
+    while start < len(data):  # to which the user's loop may add
+        yield start, data[start : start + chunksize]
+        start += chunksize
+
+
+def _chunked(items: Iterator[Any], chunksize: int) -> Iterator[tuple[int, list[Any]]]:
+    """Lists of items; what `items` raises comes behind the ones that it has given before."""
+    for start in itertools.count(0, chunksize):
+        chunk, error = [], None
+        try:
+            for item in itertools.islice(items, chunksize):
+                chunk.append(item)  # noqa: PERF402 - those before an error are wanted
+        except Exception as why:
+            error = why
+        if chunk:
+            yield start, chunk
+        if error is not None:
+            raise error
+        if len(chunk) < chunksize:
+            return
+
+
+class _Chunks:
+    """Chunks that main takes, one after the other."""
+
+    def __init__(self, chunks: Iterator[tuple[int, Any]]) -> None:
+        self._chunks = chunks
+        self.ended = False
+        self.error: BaseException | None = None  # of the user's iterator, by which it has ended
+
+    def take(self) -> tuple[int, Any] | None:
+        """The next; None where there is none yet, or none any more."""
+        try:
+            chunk = next(self._chunks, None)
+        except Exception as error:
+            chunk, self.error = None, error
+        self.ended = chunk is None
+        return chunk
+
+    def has_news(self) -> bool:
+        """Whether `take` has something to say."""
+        return not self.ended
+
+    def close(self) -> None:
+        """Read no more."""
+
+
+class _Reader(threading.Thread):
+    """The thread that reads ahead for a communicator, and has no other part in its calls."""
+
+    def __init__(self, comm: Communicator, read: Callable[[], None]) -> None:
+        # The user's numpy.errstate and decimal context hold there as well.
+        run, name = contextvars.copy_context().run, f"parallelizer-reader-{comm.process}"
+        super().__init__(target=run, args=(read,), name=name, daemon=True)
+        self.comm = comm
+
+    @staticmethod
+    def refuse(comm: Communicator | None = None) -> None:
+        """An error on the thread that reads for `comm`, or without it on any that reads."""
+        thread = threading.current_thread()
+        if isinstance(thread, _Reader) and comm in (None, thread.comm):
+            raise ContractError(
+                "an iterator that imap reads has used the parallelizer that reads it, which "
+                "waits for the iterator: take what it needs before, or by another parallelizer"
+            )
+
+
+class _ReadAhead(_Chunks):
+    """The same by a thread, as an iterator may wait for what the user does with the results."""
+
+    def __init__(self, chunks: Iterator[tuple[int, Any]], comm: Communicator) -> None:
+        super().__init__(chunks)
+        self._read: collections.deque[tuple[int, Any] | BaseException | None]
+        self._read = collections.deque()
+        self._room = threading.Semaphore(_LEAST_AHEAD * comm.size)
+        self._wake = comm.wake
+        self._closed = False
+        self._thread = _Reader(comm, self._run)
+
+    def _run(self) -> None:
+        end: BaseException | None = None
+        try:
+            while self._room.acquire() and not self._closed:
+                chunk = next(self._chunks, None)
+                if chunk is None:
+                    break
+                self._tell(chunk)
+        except BaseException as error:  # which is main's
+            end = error
+        self._tell(end)
+
+    def _tell(self, news: tuple[int, Any] | BaseException | None) -> None:
+        self._read.append(news)
+        if not self._closed:
+            with contextlib.suppress(OSError):  # where the processes have ended meanwhile
+                self._wake()
+
+    def take(self) -> tuple[int, Any] | None:
+        if self._thread.ident is None:
+            self._thread.start()
+        if not self._read:
+            return None
+        chunk = self._read.popleft()
+        if isinstance(chunk, BaseException):
+            chunk, self.error = None, chunk
+        self.ended = chunk is None
+        self._room.release()
+        return chunk
+
+    def has_news(self) -> bool:
+        return bool(self._read)
+
+    def close(self) -> None:
+        self._closed = True
+        self._room.release()
+        if self._thread.ident is not None:
+            # In vain where the iterator waits for what will not come.
+            self._thread.join(_SETTLING)
+
+
+def _imap_in_run(
+    func: Callable[..., Any],
+    ordered: bool,
+    make_task: Callable[[], _Task] | None = None,
+    data: Any = None,
+    *,
+    parallelizer: Parallelizer,
+) -> Iterator[Any]:
+    """What every process does in an `imap`; only main's `make_task` and `data` count."""
+    source: Any = None
+
+    def prepare() -> _Task:
+        nonlocal source
+        assert make_task is not None
+        task = make_task()
+        source = data if isinstance(data, _Source) else _Source(data)
+        return _called_to(task, comm)
+
+    comm = parallelizer._communicator()
+    with comm.enter("imap"):
+        task = _from_main(comm, prepare)
+    task.func = func
+    return _dealt_as_stream(task, source, ordered, comm)
+
+
+def _dealt_as_stream(
+    task: _Task, source: Any, ordered: bool, comm: Communicator
+) -> Generator[Any, None, None]:
+    """The results on main, and on a worker nothing, when it has computed its part of them."""
+    tag = task.tag
+    if comm.rank == 0:
+        dealer = _Dealer(task, source.chunks(task.chunksize or 1, comm), tag, comm)
+        results = _Results(dealer, ordered, tag).all(source.total)
+        next(results)
+        return results
+    for start, items in _hand(comm, tag).chunks():
+        message = _packed_results(task, items, start, comm)
+        with comm.enter("send"):
+            comm.send(message, 0, tag)
+    return (result for result in list[Any]())  # which can be closed
+
+
+def _packed_results(task: _Task, items: Any, start: int, comm: Communicator) -> Message:
+    """The results of a chunk, or of its first items and what the next one has raised."""
+    what = "what imap's function returned"
+    results, error = task.compute_until_error(items, start, comm)
+    try:
+        return _pack((start, results, error and _failure_of(error, comm)), what, comm)
+    except PackingError as why:
+        return _pack((start, _that_can_be_packed(results), _failure_of(why, comm)), what, comm)
+
+
+def _failure_of(error: Exception, comm: Communicator) -> Failure:
+    return Failure.of(error, comm.process, comm.world_size)
+
+
+def _that_can_be_packed(values: Iterable[Any]) -> list[Any]:
+    """Those before the first one that cannot."""
+    found: list[Any] = []
+    with contextlib.suppress(PackingError):
+        for value in values:
+            _pack(value, "one of several")
+            found.append(value)
+    return found
+
+
+class _Stream:
+    """What an imap of main alone gives; any thread may ask for a result, close or collect it."""
+
+    def __init__(self, results: Generator[Any, None, None]) -> None:
+        # Those that have had a part in it would wait for themselves if they ran anything else.
+        self.threads = weakref.WeakSet([threading.current_thread()])
+        self._results = results
+        self._turn = threading.RLock()  # as no thread may enter where another one is
+        self._latest = threading.current_thread()  # who has had the turn
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        self._take_turn()
+        try:
+            if (thread := threading.current_thread()) is not self._latest:
+                self._latest = thread
+                self.threads.add(thread)
+            return next(self._results)
+        finally:
+            self._turn.release()
+
+    def close(self) -> None:
+        """Give up what has not come yet."""
+        self._take_turn()
+        try:
+            self._results.close()
+        finally:
+            self._turn.release()
+
+    def _take_turn(self) -> None:
+        if not self._turn.acquire(blocking=False):
+            _Reader.refuse()  # it may be the one that whoever has the turn waits for
+            self._turn.acquire()
+
+
+class _Mail:
+    """Main sends the chunks: each worker has one that it computes, and one that waits."""
+
+    ahead = _MOST_AHEAD  # chunks for each worker that may wait, where they lie in one place
+
+    def __init__(self, comm: Communicator, tag: int) -> None:
+        self._comm = comm
+        self._tag = tag
+        self._supply = dict.fromkeys(range(1, comm.size), 0)  # on main: chunks that each has
+
+    # -- on main ------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Before the workers are called: let nothing be left of an earlier map."""
+
+    def begin(self) -> None:
+        """The workers have been called."""
+
+    def has_room(self) -> bool:
+        """Whether a chunk may be offered."""
+        return any(count < _AHEAD for count in self._supply.values())
+
+    def offer(self, start: int, message: Message) -> bool:
+        """Give a chunk to who has least; False where there is no room for it after all."""
+        rank = min(self._supply, key=self._supply.__getitem__)
+        self._send(rank, message)
+        self._supply[rank] += 1
+        return True
+
+    def flush(self) -> None:
+        """Let all that has been offered be taken."""
+
+    def busy(self) -> list[int]:
+        """The workers that have chunks."""
+        return [rank for rank, count in self._supply.items() if count]
+
+    def hear(self, rank: int) -> None:
+        """A worker has computed one."""
+        self._supply[rank] -= 1
+
+    def hear_all(self) -> None:
+        """Take in who has computed one, where workers keep their results."""
+        while (busy := self.busy()) and self._comm.has_arrived(busy, self._tag):
+            with self._comm.enter("receive"):
+                self.hear(self._comm.receive_any(busy, self._tag, "a map")[0])
+
+    def has_spare(self) -> bool:
+        """Whether the workers are supplied, and main may compute, too."""
+        return True
+
+    def take_own(self) -> int | None:
+        """The first item of an offered chunk that main is to compute, if there is one."""
+        return None
+
+    def end(self) -> bool:
+        """Offer no more; False if there is no room for that word now."""
+        for rank in self._supply:
+            self._send(rank, _pack(None, "the end of a map"))
+        return True
+
+    def withdraw(self) -> None:
+        """Take back what nobody has begun to compute, as far as that can be done."""
+
+    # -- on a worker --------------------------------------------------------------------------
+
+    def chunks(self) -> Iterator[tuple[int, Any]]:
+        """Those that it is to compute."""
+        while True:
+            with self._comm.enter("receive"):
+                _, message = self._comm.receive_any([0], self._tag, "a map", idle=True)
+                chunk = _unpack(message, "a chunk")
+            if chunk is None:
+                return
+            yield chunk
+
+    def tell_done(self) -> None:
+        """The chunk is computed, and its results stay here."""
+        self._send(0, Message(b"-", []))
+
+    def _send(self, rank: int, message: Message) -> None:
+        with self._comm.enter("send"):
+            self._comm.send(message, rank, self._tag)
+
+
+class _Pull(_Mail):
+    """Where all share memory: the chunks lie there, and each process takes its next one."""
+
+    _comm: BoardCommunicator
+
+    def __init__(self, comm: BoardCommunicator, tag: int) -> None:
+        super().__init__(comm, tag)
+        self._offered = 0  # on main: chunks that are not known to have been computed
+        self._flushed = 0.0  # when
+
+    @property
+    def _queue(self) -> _ChunkQueue:
+        queue = self._comm.queue  # which a forked child is cut off from
+        assert queue is not None
+        return queue
+
+    def clear(self) -> None:
+        comm, queue = self._comm, self._queue
+        late = functools.partial(queue.who_is_late, comm.run)
+        if late():
+            comm.await_any(lambda: not late(), late, "a map")
+        queue.clear()
+
+    def begin(self) -> None:
+        self._queue.begin(self._comm.members[1:])
+
+    def has_room(self) -> bool:
+        return self._queue.count_unread() < self.ahead * len(self._supply)
+
+    def offer(self, start: int, message: Message) -> bool:
+        offered = self._queue.put(start, message)
+        self._offered += offered
+        # Each write wakes all who idle. That there is a ticket for each of them is worth a moment.
+        waited = time.perf_counter() - self._flushed
+        if self._queue.count_unwritten() >= len(self._supply) or waited > _LEAST_SECONDS:
+            self.flush()
+        return offered
+
+    def flush(self) -> None:
+        self._queue.flush()
+        self._flushed = time.perf_counter()
+
+    def busy(self) -> list[int]:
+        if not self._offered:
+            return []
+        taken = self._queue.taken[list(self._comm.members)]
+        # Those that idle wait for main, and are none to wait for.
+        return [rank for rank, heard in self._supply.items() if taken[rank] > heard] or [
+            *self._supply
+        ]
+
+    def hear(self, rank: int) -> None:
+        self._offered -= 1
+        self._supply[rank] += 1  # how many have been computed, here
+
+    def hear_all(self) -> None:
+        """The workers say nothing."""
+
+    def has_spare(self) -> bool:
+        return self._offered > len(self._supply)
+
+    def take_own(self) -> int | None:
+        ticket = self._queue.take()
+        if ticket is None or not ticket.nbytes:
+            return None
+        self._queue.forget(ticket)
+        self._offered -= 1
+        return ticket.start
+
+    def await_room(self) -> None:
+        """On main, where all that there is room for has been taken, but not yet been read."""
+        with self._comm.enter("receive"):
+            self._comm.await_room(self._queue.has_room_again, "a map")
+
+    def end(self) -> bool:
+        return self._queue.end()
+
+    def withdraw(self) -> None:
+        self._queue.withdraw()
+
+    def chunks(self) -> Iterator[tuple[int, Any]]:
+        comm, queue = self._comm, self._queue
+        try:
+            while True:
+                ticket = queue.take()
+                if ticket is None:
+                    with comm.enter("receive"):
+                        ticket = comm.await_ticket("a map")
+                if not ticket.nbytes:
+                    return
+                queue.taken[comm.process] += 1
+                try:
+                    message = queue.read(ticket)
+                except (MemoryError, OSError) as why:  # mmap raises the latter
+                    raise comm.out_of_memory(0, why) from why
+                comm.tell_of_room_in_queue()
+                yield _unpack(message, "a chunk")
+        finally:
+            queue.leave(comm.process)
+            comm.wake_main()
+
+    def tell_done(self) -> None:
+        """Main need not know."""
+
+
+def _hand(comm: Communicator, tag: int) -> _Mail:
+    if isinstance(comm, BoardCommunicator) and comm.size > 1 and comm.queue is not None:
+        return _Pull(comm, tag)
+    return _Mail(comm, tag)
+
+
+class _Dealer:
+    """Main's part in a map: offers the chunks to all, and computes its own."""
+
+    def __init__(self, task: _Task, chunks: _Chunks, tag: int, comm: Communicator) -> None:
+        self.task = task
+        self.chunks = chunks
+        self.comm = comm
+        self.hand = _hand(comm, tag)
+        self._items: dict[int, Any] = {}  # of chunks that are not known to be computed elsewhere
+        self._waiting: tuple[int, Message] | None = None  # until there is room for it
+        self._recalled: collections.deque[tuple[int, Any]] = collections.deque()
+        self.dealt: dict[int, None] = {}  # chunks whose results have not been yielded, in order
+        self.most: float = math.inf  # how many of them may be under way
+        self.told = False  # whether all know that there are no more
+        self.hand.begin()
+
+    def draw(self) -> tuple[int, Any] | None:
+        """A chunk that nobody has been offered, if there is one now."""
+        if self.room() <= 0:
+            return None
+        if self._recalled:
+            return self._recalled.popleft()
+        return None if self.chunks.ended else self.chunks.take()
+
+    def room(self) -> float:
+        """How many more chunks may be under way; below 0, if there are too many."""
+        return self.most - (len(self.dealt) - len(self._recalled))
+
+    def has_news(self) -> bool:
+        """Whether `draw` has something to say."""
+        return self.room() > 0 and (bool(self._recalled) or self.chunks.has_news())
+
+    def has_ended(self) -> bool:
+        """Whether there is nothing more to draw."""
+        return self.chunks.ended and not self._recalled
+
+    def offer(self) -> Iterator[tuple[int, PackingError | None]]:
+        """Offer what there is room for; each chunk's first item, and why it cannot be sent."""
+        if self.told:
+            return
+        while self.hand.has_room():
+            if self._waiting is None:
+                chunk = self.draw()
+                if chunk is None:
+                    break
+                yield from self._pack(*chunk)
+                if self._waiting is None:
+                    continue
+            if not self.hand.offer(*self._waiting):
+                break
+            self._waiting = None
+        self.hand.flush()
+        if self.has_ended() and self._waiting is None:
+            self.told = self.hand.end()
+
+    def _pack(self, start: int, items: Any) -> Iterator[tuple[int, PackingError | None]]:
+        error = None
+        try:
+            message = _packed_chunk((start, items), self.comm)
+        except PackingError as why:
+            error, items = why, _that_can_be_packed(items)
+            message = _packed_chunk((start, items), self.comm)
+        if len(items):
+            self._waiting = start, message
+            self._items[start] = items
+            yield start, None
+        if error is not None:
+            yield start + len(items), error
+
+    def recall(self) -> None:
+        """Take back what nobody has begun with, unless who finds nothing more has left."""
+        if self.told:
+            return
+        for start in iter(self.hand.take_own, None):
+            self._recalled.append((start, self._items.pop(start)))
+
+    def take_own(self) -> tuple[int, Any] | None:
+        """A chunk for main, a new one if possible, which need not be packed."""
+        if self._waiting is None and (chunk := self.draw()) is not None:
+            return chunk
+        start = self.hand.take_own()
+        return None if start is None else (start, self._items.pop(start))
+
+    def forget(self, start: int) -> None:
+        """The chunk has been computed elsewhere."""
+        self._items.pop(start, None)
+
+    def stop(self) -> None:
+        """Have nobody begin with another chunk."""
+        self.hand.withdraw()
+        if not self.told:
+            self.told = self.hand.end()
+
+
+def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object]) -> list[Any]:
+    """Main's part in a map whose results stay where they are: its own, by chunks."""
+    done = []
+    if dealer.task.is_paced(total, dealer.comm.size):
+        dealer.hand.ahead = _FIRST_AHEAD  # until it is known how long an item takes
+    while True:
+        dealer.hand.hear_all()
+        for _, error in dealer.offer():
+            if error is not None:
+                raise error
+        own = dealer.take_own()
+        if own is not None:
+            start, items = own
+            done.append((start, dealer.task.compute(items, start, dealer.comm)))
+            dealer.hand.ahead = _MOST_AHEAD
+            reached(start + len(items))
+        elif dealer.told:
+            return done
+        elif isinstance(dealer.hand, _Pull):
+            dealer.hand.await_room()
+
+
+class _Results:
+    """Main's part in an imap: deals out the chunks, and takes in the results."""
+
+    def __init__(self, dealer: _Dealer, ordered: bool, tag: int) -> None:
+        self._dealer = dealer
+        dealer.most = _FIRST_AHEAD * dealer.comm.size
+        self._comm = dealer.comm
+        self._ordered = ordered
+        self._tag = tag
+        self._begun = self._comm.run, self._comm.is_running()  # under MPI perhaps between two runs
+        self._done: dict[int, _Done] = {}  # results by the first item of their chunk
+        self._came = self._bytes = 0  # results, by chunks, and what they take
+
+    def all(self, total: int | None) -> Generator[Any, None, None]:
+        with _bar(total, self._dealer.task.progress) as reached:
+            count = 0
+            try:
+                yield None  # begun, so that it ends in what is below, even if nobody takes a result
+                while (done := self._next()) is not None:
+                    count += len(done.results)
+                    reached(count)
+                    yield from done.results
+                    if done.error is not None:
+                        raise done.error
+            finally:
+                self._dealer.chunks.close()
+                self._comm.do_between_calls(self._dismiss)
+
+    def _dismiss(self) -> None:
+        # Not after a failure, which the workers hear of anyway, or an interrupted call.
+        try:
+            if not self._has_ended():
+                self._dealer.stop()
+        except (RunEnded, ContractError) as error:
+            if self._comm.ends_outer_run(error):
+                raise
+
+    def _has_ended(self) -> bool:
+        """Whether the run is over, or another one goes on, of which nothing is to be taken."""
+        return (self._comm.run, self._comm.is_running()) != self._begun
+
+    def _next(self) -> _Done | None:
+        """The results to be yielded next; None after the last."""
+        dealer = self._dealer
+        while True:
+            if self._comm.size > 1 and self._has_ended():
+                raise ContractError("the run of this imap has ended, so it has no more results")
+            while dealer.hand.busy() and self._comm.has_arrived(dealer.hand.busy(), self._tag):
+                self._take_in()
+            self._deal()
+            start = next(iter(self._dealer.dealt if self._ordered else self._done), None)
+            if start in self._done:
+                del self._dealer.dealt[start]
+                return self._done.pop(start)
+            if dealer.hand.has_spare() and (own := dealer.take_own()) is not None:
+                start, items = own
+                self._dealer.dealt[start] = None
+                self._done[start] = _Done(
+                    *dealer.task.compute_until_error(items, start, self._comm)
+                )
+            elif dealer.hand.busy() or not dealer.has_ended():
+                self._await_news()
+            elif dealer.chunks.error is not None:
+                raise dealer.chunks.error
+            else:
+                return None
+
+    def _deal(self) -> None:
+        for start, error in self._dealer.offer():
+            self._dealer.dealt[start] = None
+            if error is not None:
+                self._done[start] = _Done([], error)
+
+    def _await_news(self) -> None:
+        """Wait for results, or for the iterator to go on."""
+
+        def busy() -> list[int]:
+            return [self._comm.members[rank] for rank in self._dealer.hand.busy()]
+
+        with self._comm.enter("receive"):
+            self._comm.await_any(self._has_news, busy, "imap")
+
+    def _has_news(self) -> bool:
+        if self._dealer.has_news():
+            return True
+        return self._comm.first_sender(self._dealer.hand.busy(), self._tag) is not None
+
+    def _take_in(self) -> None:
+        hand = self._dealer.hand
+        with self._comm.enter("receive"):
+            rank, message = self._comm.receive_any(hand.busy(), self._tag, "imap")
+            start, results, failure = _unpack(message, f"what rank {rank} sends to imap")
+        self._came += 1
+        self._bytes += message.nbytes
+        # As many as fill the queue with results such as these.
+        most = _QUEUE_BYTES * self._came // (self._bytes * self._comm.size)
+        self._dealer.most = min(max(_LEAST_AHEAD, most), _MOST_AHEAD) * self._comm.size
+        self._done[start] = _Done(results, failure and failure.exception())
+        self._dealer.forget(start)
+        hand.hear(rank)
+        if self._dealer.room() < 0:  # the results are larger than they might have been
+            self._dealer.recall()
+
+
+class _Done(NamedTuple):
+    """What has come of a chunk: results of its items, or of the first ones and then an error."""
+
+    results: list[Any]
+    error: BaseException | None
+
+
+# ---------------------------------------------------------------------------------------------
+# Rounds: what processes say to each other
+# ---------------------------------------------------------------------------------------------
+#
+# The vocabulary of the protocol: words and the calls they stand for, mail (`Parcel`), what is
+# counted (`RankStats`), and the search for deadlocks (`_Watch`).
+
+
 # Every verb is one meeting. A run is a sequence of numbered *rounds*, to each of which all its
 # processes come, with a *word* that says which call they make, and what they bring to it. Nobody
 # leaves a round before all have come with the same call; then all know what there is to be moved,
@@ -1664,7 +4761,6 @@ _VERBS = (
     "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "imap",
     "share", "send", "alltoall", "end of map",
 )  # fmt: skip
-
 
 _CODES = {verb: code for code, verb in enumerate(_VERBS)}
 _SIT, _MORE = _CODES["run(comm=...)"], _CODES["more of an earlier call"]
@@ -1903,13 +4999,17 @@ class _Laid(NamedTuple):
     total: int  # of all that the process brings
 
 
-# -- forks by the user ---------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# The communicator: what all transports have in common
+# ---------------------------------------------------------------------------------------------
 #
+# `Communicator` has the protocol, and calls the few methods of a transport at its head.
+
+
 # A child that is forked in a run has all that its parent has: the ways to the other processes, and
 # the frames of this module, to which it returns when it leaves the user's function. It neither
 # speaks nor hears there: its communicators are cut off as soon as it is born, and it ends where it
 # would leave the function, as a child of multiprocessing does.
-
 _COMMUNICATORS: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
@@ -3127,8 +6227,15 @@ class SerialCommunicator(Communicator):
     _words = _place_of = _post = _never
 
 
-# -- multiprocessing: a board in shared memory ---------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# The board: shared memory, and rings in it
+# ---------------------------------------------------------------------------------------------
 #
+# What processes of one machine write to each other. `_Board` is the memory; `_Rings` are a
+# process's ways to the others, `_Incoming` and `_Inflow` what comes by them and by slots; a
+# `_Doorbell` wakes.
+
+
 # To a collective each process comes by a word on the *board*, which lies in shared memory, beside
 # the slots for what it brings (see `BoardCommunicator`, rounds). All look at all words: nobody
 # relays, main is not special, and of a broadcast all read the same slot.
@@ -3157,7 +6264,6 @@ class SerialCommunicator(Communicator):
 #
 # The rounds of a run are counted from the largest number that any process has come to, so that no
 # word of an earlier one can be taken for a word of this.
-
 _POSIX = os.name == "posix"
 _SLOT_BYTES = 1 << 21
 _RING_BYTES, _MAINS_RING_BYTES = 1 << 16, 1 << 20  # main may be long in coming to what is sent
@@ -3469,219 +6575,6 @@ class _WindowsDoorbell(_Doorbell):
         return [handle for handle in others if handle in ready]
 
 
-class _Ticket(NamedTuple):
-    """Of a chunk, where it lies in the queue; the one without bytes says that there are no more."""
-
-    start: int  # number of the chunk's first item
-    offset: int
-    head_bytes: int
-    nbytes: int
-
-
-class _ChunkQueue:
-    """Chunks in shared memory, from which each process takes its next one by itself.
-
-    Main puts a chunk into the memory and its ticket into a pipe, which hands out each ticket once,
-    whoever dies. The memory is a ring. Before each chunk there is a byte that its reader sets when
-    it has copied the chunk, and at the start of the memory there are two counters for each process:
-    how often it has left the queue, and how many chunks it has taken since. Main begins to deal
-    anew when all have left, so that no late one takes a ticket that is not meant for it.
-    """
-
-    _TICKET = struct.Struct("<qqqq")
-    # Of up to so many, a write takes all or none.
-    _MOST_UNWRITTEN = (select.PIPE_BUF if _POSIX else 512) // _TICKET.size
-    _ALIGNED = 64
-
-    def __init__(self, context: Any, nprocs: int) -> None:
-        self._reader, self._writer = context.Pipe(duplex=False)
-        for connection in (self._reader, self._writer):
-            os.set_blocking(connection.fileno(), False)
-        self._first = -(-16 * nprocs // self._ALIGNED) * self._ALIGNED  # behind the counters
-        self._file = _anonymous_file(_QUEUE_AT_FIRST)
-        self._run = -1
-        self._expected = np.zeros(nprocs, np.int64)  # what the counters will be when all have left
-        # On main: where chunks lie that may be unread, oldest first, and where the next one goes.
-        self._unread: collections.deque[tuple[int, int]] = collections.deque()
-        self._next = self._first
-        self._unwritten: list[_Ticket] = []
-        self._map_file()
-
-    def _map_file(self) -> None:
-        size = os.fstat(self._file).st_size
-        self._map = mmap.mmap(self._file, size)
-        self._size = size
-        self._memory = np.frombuffer(self._map, np.uint8)
-        counters = np.frombuffer(self._memory.data, np.int64, 2 * len(self._expected))
-        self._left, self.taken = counters.reshape(2, -1)
-
-    @property
-    def handle(self) -> int:
-        """It is ready when there is a ticket."""
-        return int(self._reader.fileno())
-
-    # -- on main ------------------------------------------------------------------------------
-
-    def who_is_late(self, run: int) -> list[int]:
-        """The processes that have not left; nobody in a run that has just begun."""
-        if run != self._run:
-            self._run = run
-            self._left[:] = self._expected[:] = 0
-            self._unread.clear()
-            self._unwritten.clear()
-        return np.flatnonzero(self._left < self._expected).tolist()
-
-    def clear(self) -> None:
-        """Make ready to deal anew, when all have left."""
-        self.withdraw()
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self.handle, self._TICKET.size):
-                pass  # the last one of the time before
-        if not self._unread and self._size > _QUEUE_BYTES:  # give back what huge chunks needed
-            os.ftruncate(self._file, _QUEUE_AT_FIRST)
-            self._map_file()
-
-    def begin(self, processes: Sequence[int]) -> None:
-        """These have been called to the queue."""
-        self._expected[list(processes)] += 1
-        self.taken[:] = 0
-
-    def put(self, start: int, message: Message) -> bool:
-        """Lay down a chunk, to be taken from the next `flush` on; False if there is no room now."""
-        if len(self._unwritten) == self._MOST_UNWRITTEN and not self.flush():
-            return False
-        head = message.head()
-        nbytes = len(head) + sum(buffer.nbytes for buffer in message.buffers)
-        offset = self._place(nbytes + self._ALIGNED)
-        if offset is None:
-            return False
-        self._memory[offset] = 0
-        place = offset + self._ALIGNED
-        self._map[place : place + len(head)] = head
-        place += len(head)
-        for part in message.buffers:
-            self._memory[place : place + part.nbytes] = part
-            place += part.nbytes
-        self._unwritten.append(_Ticket(start, offset, len(head), nbytes))
-        self._next = -(-place // self._ALIGNED) * self._ALIGNED
-        self._unread.append((offset, self._next))
-        return True
-
-    def count_unwritten(self) -> int:
-        """How many chunks cannot be taken yet."""
-        return len(self._unwritten)
-
-    def flush(self) -> bool:
-        """Let all that has been put be taken; False if there is no room for its tickets now."""
-        if self._unwritten and self._write(*self._unwritten):
-            self._unwritten.clear()
-        return not self._unwritten
-
-    def count_unread(self) -> int:
-        """How many chunks have not been read, or lie behind such a one."""
-        while self._unread and self.has_room_again():
-            self._unread.popleft()
-        return len(self._unread)
-
-    def _place(self, nbytes: int) -> int | None:
-        """Where so many bytes fit; the ring grows up to `_QUEUE_BYTES`, or what one chunk needs."""
-        if not self._unread:
-            self._next = self._first
-        oldest = self._unread[0][0] if self._unread else self._size
-        if self._next <= oldest and self._unread:  # it has wrapped around
-            return self._next if self._next + nbytes < oldest else None
-        if self._next + nbytes > self._size:
-            if self._unread and self._first + nbytes < oldest:
-                return self._first
-            if self._unread and self._next + nbytes > _QUEUE_BYTES:
-                return None
-            self._grow(max(2 * self._size, self._next + nbytes))
-        return self._next
-
-    def _grow(self, nbytes: int) -> None:
-        try:
-            os.ftruncate(self._file, nbytes)
-        except OSError as why:
-            raise _no_shared_memory(f"the chunks of a map need {nbytes} bytes", why) from why
-        self._map_file()
-
-    def has_room_again(self) -> bool:
-        """Whether the oldest chunk has been read."""
-        return not self._unread or bool(self._memory[self._unread[0][0]])
-
-    def end(self) -> bool:
-        """Offer no more; False if there is no room for that word now."""
-        return self.flush() and self._write(_Ticket(0, 0, 0, 0))
-
-    def withdraw(self) -> None:
-        """Take back what nobody has taken."""
-        while (ticket := self.take()) is not None and ticket.nbytes:
-            self.forget(ticket)
-        for ticket in self._unwritten:
-            self.forget(ticket)
-        self._unwritten.clear()
-
-    def _write(self, *tickets: _Ticket) -> bool:
-        try:
-            os.write(self._writer.fileno(), b"".join(self._TICKET.pack(*each) for each in tickets))
-        except BlockingIOError:
-            return False
-        return True
-
-    # -- on all -------------------------------------------------------------------------------
-
-    def take(self) -> _Ticket | None:
-        """The next ticket, if there is one now; the last one stays for the others."""
-        try:
-            ticket = _Ticket(*self._TICKET.unpack(os.read(self.handle, self._TICKET.size)))
-        except BlockingIOError:
-            return None
-        if ticket.nbytes == 0:
-            self._write(ticket)
-        return ticket
-
-    def read(self, ticket: _Ticket) -> Message:
-        """A copy of the chunk, whose place is then free."""
-        place = ticket.offset + self._ALIGNED
-        if place + ticket.nbytes > self._size:
-            self._map_file()
-        sizes, pickled = _parse_head(self._map[place : place + ticket.head_bytes])
-        place += ticket.head_bytes
-        buffers = []
-        for size in sizes:
-            buffers.append(_allocate(size))
-            buffers[-1][:] = self._memory[place : place + size]
-            place += size
-        self.forget(ticket)
-        return Message(pickled, buffers)
-
-    def forget(self, ticket: _Ticket) -> None:
-        """The chunk need not lie there any more."""
-        self._memory[ticket.offset] = 1
-
-    def leave(self, process: int) -> None:
-        """Take no more tickets until the next dealing."""
-        self._left[process] += 1
-
-    def close(self) -> None:
-        for connection in (self._reader, self._writer):
-            connection.close()
-        del self._left, self.taken, self._memory, self._map
-        os.close(self._file)
-
-    def __getstate__(self) -> dict[str, Any]:
-        from multiprocessing.reduction import DupFd
-
-        state = {**vars(self), "_file": DupFd(self._file)}
-        del state["_left"], state["taken"], state["_memory"], state["_map"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._file = state["_file"].detach()
-        self._map_file()
-
-
 class _Incoming(Parcel):
     """A parcel that comes in pieces: first its head, then its buffers.
 
@@ -3904,6 +6797,235 @@ class _Rings:
             if verb not in _WORDS:
                 self._comm.deliver(process, inlet.parcel)
         return data[missing:]
+
+
+# ---------------------------------------------------------------------------------------------
+# The queue of chunks
+# ---------------------------------------------------------------------------------------------
+#
+# Chunks of a map lie in shared memory, and a pipe holds a `_Ticket` for each, so that the kernel
+# gives it to one process, whoever comes first.
+
+
+class _Ticket(NamedTuple):
+    """Of a chunk, where it lies in the queue; the one without bytes says that there are no more."""
+
+    start: int  # number of the chunk's first item
+    offset: int
+    head_bytes: int
+    nbytes: int
+
+
+class _ChunkQueue:
+    """Chunks in shared memory, from which each process takes its next one by itself.
+
+    Main puts a chunk into the memory and its ticket into a pipe, which hands out each ticket once,
+    whoever dies. The memory is a ring. Before each chunk there is a byte that its reader sets when
+    it has copied the chunk, and at the start of the memory there are two counters for each process:
+    how often it has left the queue, and how many chunks it has taken since. Main begins to deal
+    anew when all have left, so that no late one takes a ticket that is not meant for it.
+    """
+
+    _TICKET = struct.Struct("<qqqq")
+    # Of up to so many, a write takes all or none.
+    _MOST_UNWRITTEN = (select.PIPE_BUF if _POSIX else 512) // _TICKET.size
+    _ALIGNED = 64
+
+    def __init__(self, context: Any, nprocs: int) -> None:
+        self._reader, self._writer = context.Pipe(duplex=False)
+        for connection in (self._reader, self._writer):
+            os.set_blocking(connection.fileno(), False)
+        self._first = -(-16 * nprocs // self._ALIGNED) * self._ALIGNED  # behind the counters
+        self._file = _anonymous_file(_QUEUE_AT_FIRST)
+        self._run = -1
+        self._expected = np.zeros(nprocs, np.int64)  # what the counters will be when all have left
+        # On main: where chunks lie that may be unread, oldest first, and where the next one goes.
+        self._unread: collections.deque[tuple[int, int]] = collections.deque()
+        self._next = self._first
+        self._unwritten: list[_Ticket] = []
+        self._map_file()
+
+    def _map_file(self) -> None:
+        size = os.fstat(self._file).st_size
+        self._map = mmap.mmap(self._file, size)
+        self._size = size
+        self._memory = np.frombuffer(self._map, np.uint8)
+        counters = np.frombuffer(self._memory.data, np.int64, 2 * len(self._expected))
+        self._left, self.taken = counters.reshape(2, -1)
+
+    @property
+    def handle(self) -> int:
+        """It is ready when there is a ticket."""
+        return int(self._reader.fileno())
+
+    # -- on main ------------------------------------------------------------------------------
+
+    def who_is_late(self, run: int) -> list[int]:
+        """The processes that have not left; nobody in a run that has just begun."""
+        if run != self._run:
+            self._run = run
+            self._left[:] = self._expected[:] = 0
+            self._unread.clear()
+            self._unwritten.clear()
+        return np.flatnonzero(self._left < self._expected).tolist()
+
+    def clear(self) -> None:
+        """Make ready to deal anew, when all have left."""
+        self.withdraw()
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.handle, self._TICKET.size):
+                pass  # the last one of the time before
+        if not self._unread and self._size > _QUEUE_BYTES:  # give back what huge chunks needed
+            os.ftruncate(self._file, _QUEUE_AT_FIRST)
+            self._map_file()
+
+    def begin(self, processes: Sequence[int]) -> None:
+        """These have been called to the queue."""
+        self._expected[list(processes)] += 1
+        self.taken[:] = 0
+
+    def put(self, start: int, message: Message) -> bool:
+        """Lay down a chunk, to be taken from the next `flush` on; False if there is no room now."""
+        if len(self._unwritten) == self._MOST_UNWRITTEN and not self.flush():
+            return False
+        head = message.head()
+        nbytes = len(head) + sum(buffer.nbytes for buffer in message.buffers)
+        offset = self._place(nbytes + self._ALIGNED)
+        if offset is None:
+            return False
+        self._memory[offset] = 0
+        place = offset + self._ALIGNED
+        self._map[place : place + len(head)] = head
+        place += len(head)
+        for part in message.buffers:
+            self._memory[place : place + part.nbytes] = part
+            place += part.nbytes
+        self._unwritten.append(_Ticket(start, offset, len(head), nbytes))
+        self._next = -(-place // self._ALIGNED) * self._ALIGNED
+        self._unread.append((offset, self._next))
+        return True
+
+    def count_unwritten(self) -> int:
+        """How many chunks cannot be taken yet."""
+        return len(self._unwritten)
+
+    def flush(self) -> bool:
+        """Let all that has been put be taken; False if there is no room for its tickets now."""
+        if self._unwritten and self._write(*self._unwritten):
+            self._unwritten.clear()
+        return not self._unwritten
+
+    def count_unread(self) -> int:
+        """How many chunks have not been read, or lie behind such a one."""
+        while self._unread and self.has_room_again():
+            self._unread.popleft()
+        return len(self._unread)
+
+    def _place(self, nbytes: int) -> int | None:
+        """Where so many bytes fit; the ring grows up to `_QUEUE_BYTES`, or what one chunk needs."""
+        if not self._unread:
+            self._next = self._first
+        oldest = self._unread[0][0] if self._unread else self._size
+        if self._next <= oldest and self._unread:  # it has wrapped around
+            return self._next if self._next + nbytes < oldest else None
+        if self._next + nbytes > self._size:
+            if self._unread and self._first + nbytes < oldest:
+                return self._first
+            if self._unread and self._next + nbytes > _QUEUE_BYTES:
+                return None
+            self._grow(max(2 * self._size, self._next + nbytes))
+        return self._next
+
+    def _grow(self, nbytes: int) -> None:
+        try:
+            os.ftruncate(self._file, nbytes)
+        except OSError as why:
+            raise _no_shared_memory(f"the chunks of a map need {nbytes} bytes", why) from why
+        self._map_file()
+
+    def has_room_again(self) -> bool:
+        """Whether the oldest chunk has been read."""
+        return not self._unread or bool(self._memory[self._unread[0][0]])
+
+    def end(self) -> bool:
+        """Offer no more; False if there is no room for that word now."""
+        return self.flush() and self._write(_Ticket(0, 0, 0, 0))
+
+    def withdraw(self) -> None:
+        """Take back what nobody has taken."""
+        while (ticket := self.take()) is not None and ticket.nbytes:
+            self.forget(ticket)
+        for ticket in self._unwritten:
+            self.forget(ticket)
+        self._unwritten.clear()
+
+    def _write(self, *tickets: _Ticket) -> bool:
+        try:
+            os.write(self._writer.fileno(), b"".join(self._TICKET.pack(*each) for each in tickets))
+        except BlockingIOError:
+            return False
+        return True
+
+    # -- on all -------------------------------------------------------------------------------
+
+    def take(self) -> _Ticket | None:
+        """The next ticket, if there is one now; the last one stays for the others."""
+        try:
+            ticket = _Ticket(*self._TICKET.unpack(os.read(self.handle, self._TICKET.size)))
+        except BlockingIOError:
+            return None
+        if ticket.nbytes == 0:
+            self._write(ticket)
+        return ticket
+
+    def read(self, ticket: _Ticket) -> Message:
+        """A copy of the chunk, whose place is then free."""
+        place = ticket.offset + self._ALIGNED
+        if place + ticket.nbytes > self._size:
+            self._map_file()
+        sizes, pickled = _parse_head(self._map[place : place + ticket.head_bytes])
+        place += ticket.head_bytes
+        buffers = []
+        for size in sizes:
+            buffers.append(_allocate(size))
+            buffers[-1][:] = self._memory[place : place + size]
+            place += size
+        self.forget(ticket)
+        return Message(pickled, buffers)
+
+    def forget(self, ticket: _Ticket) -> None:
+        """The chunk need not lie there any more."""
+        self._memory[ticket.offset] = 1
+
+    def leave(self, process: int) -> None:
+        """Take no more tickets until the next dealing."""
+        self._left[process] += 1
+
+    def close(self) -> None:
+        for connection in (self._reader, self._writer):
+            connection.close()
+        del self._left, self.taken, self._memory, self._map
+        os.close(self._file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        from multiprocessing.reduction import DupFd
+
+        state = {**vars(self), "_file": DupFd(self._file)}
+        del state["_left"], state["taken"], state["_memory"], state["_map"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._file = state["_file"].detach()
+        self._map_file()
+
+
+# ---------------------------------------------------------------------------------------------
+# Communicating by the board
+# ---------------------------------------------------------------------------------------------
+#
+# `BoardCommunicator` is the transport; its two ends differ in how a failed run ends. `_WorkerEnd`
+# tells main, `_MainEnd` calls the run off, and kills who does not heed that.
 
 
 class BoardCommunicator(Communicator):
@@ -4527,14 +7649,15 @@ class _MainEnd(BoardCommunicator):
                 self._workers.close()
 
 
-# -- signals -------------------------------------------------------------------------------------
-#
+# ---------------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------------
+
+
 # Two signals concern a run. Ctrl-C (SIGINT) ends it, or does what else its handler says. By SIGURG
 # main makes a worker that computes, or a worker makes main, look whether the run has been called
 # off. Neither is heeded amid a step of the protocol, but at the end of the verb, or at the next
 # turn of a wait.
-
-
 class _CtrlC:
     """When a Ctrl-C is heeded: while the user's function executes, or when it is waited for.
 
@@ -4677,6 +7800,78 @@ def _signal_at_eof(file: int, signum: int) -> None:
         fcntl.fcntl(file, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(file, fcntl.F_SETSIG, signum)
         fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+# Signals by which somebody asks something of the program, and that end a process which does not
+# handle them; the faults of a process itself are not among them.
+_REQUESTS = (
+    "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM",
+    "SIGPROF", "SIGXCPU", "SIGIO", "SIGPWR", "SIGBREAK",
+)  # fmt: skip
+
+
+@functools.cache
+def _requests() -> frozenset[int]:
+    named = [getattr(signal, name) for name in _REQUESTS if hasattr(signal, name)]
+    if hasattr(signal, "SIGRTMIN"):
+        named += range(signal.SIGRTMIN, signal.SIGRTMAX + 1)
+    return frozenset(named)
+
+
+def _leave_to_main(signum: int, frame: types.FrameType | None) -> None:
+    """Handle a request in a worker, which main has got as well."""
+
+
+def _leave_signals_to_main() -> None:
+    """On a worker: let only main hear what is sent to all processes of the program.
+
+    Terminals, `timeout` and batch systems signal the whole group. What main does then is its own
+    affair, and may be to save its state and go on; workers end with main anyway. So they survive
+    all requests, whether main handles them now, later or never, and whether they were forked. They
+    do so by a handler, because programs that they start would inherit that a signal is ignored.
+    Handlers in compiled code stay: that of faulthandler shows what a worker is doing.
+    """
+    signal.set_wakeup_fd(-1)  # a fork has inherited the one by which main's asyncio hears of them
+    _HANDLERS_BEFORE.clear()  # main's, too
+    caught = _caught_signals()
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        by_default = handler == signal.SIG_DFL and number not in caught
+        if number in _requests() and (callable(handler) or by_default):
+            signal.signal(number, _leave_to_main)
+            if _POSIX:
+                signal.siginterrupt(number, False)  # compiled code may not expect to be interrupted
+        elif callable(handler):  # one of main's
+            # From its start on, Python ignores two that would end a process for a failed write.
+            ignored = number in (getattr(signal, "SIGPIPE", 0), getattr(signal, "SIGXFSZ", 0))
+            signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    if _POSIX:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.register_at_fork(after_in_child=_heed_termination)
+
+
+def _caught_signals() -> set[int]:
+    """Those that have a handler, also one that Python does not know; on Linux alone."""
+    found = 0
+    with contextlib.suppress(OSError, IndexError):
+        status = _read_proc("self/status")
+        found = int(status.partition(b"SigCgt:")[2].split(maxsplit=1)[0], 16)
+    return {number for number in range(1, 65) if found >> (number - 1) & 1}
+
+
+def _heed_termination() -> None:
+    """In a process that a worker has forked: be such that `multiprocessing` can terminate it."""
+    if signal.getsignal(signal.SIGTERM) is _leave_to_main:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------------------------
+# The pool: workers are started, watched and ended
+# ---------------------------------------------------------------------------------------------
+#
+# `_Workers` starts them, tells which have died, and starts those anew; `_Guard` is a process that
+# ends them, and what they have started, when main is gone; `_worker_main` is what each of them
+# runs.
 
 
 class _WorkerSetup(NamedTuple):
@@ -5062,6 +8257,195 @@ def _start_by_fork_server(process: Any) -> None:
             module.connect_to_new_process = theirs
 
 
+_RC_INITIALIZE = "MPI4PY_RC_INITIALIZE"
+
+
+@_context
+def _apart_from_the_mpi_job() -> Iterator[None]:
+    """Workers that are born within do not initialize MPI where a launcher started this process.
+
+    They inherit its variables, by which MPI would take them for this very rank once more. The main
+    module, whose imports may do that, is imported before anything of ours, so mpi4py must find
+    this in the environment.
+    """
+    before = os.environ.get(_RC_INITIALIZE)
+    if _launched_ranks() > 0:
+        os.environ[_RC_INITIALIZE] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(_RC_INITIALIZE, None)
+        if before is not None:
+            os.environ[_RC_INITIALIZE] = before
+
+
+def _stay_apart_from_the_mpi_job() -> None:
+    """In a worker: the same for later imports, but not for programs that the worker starts."""
+    if _launched_ranks() > 0 and os.environ.pop(_RC_INITIALIZE, "") == "0":
+        with contextlib.suppress(ImportError):
+            importlib.import_module("mpi4py").rc.initialize = False
+
+
+def _no_shared_memory(need: str, why: Exception) -> ParallelizerError:
+    return ParallelizerError(
+        f"no shared memory: {need}: {why}. Likely cause: a limit of the size of files (ulimit -f) "
+        f"or of memory (ulimit -v), or a full disk; raise the limit, use a smaller nprocs, or set "
+        f"TMPDIR to where there is room"
+    )
+
+
+def _new_board(nprocs: int) -> _Board:
+    try:
+        return _Board(nprocs)
+    except (OSError, ValueError) as why:
+        if isinstance(why, OSError) and why.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        need = f"{nprocs} processes need {2 * nprocs * _SLOT_BYTES >> 20} MiB"
+        raise _no_shared_memory(need, why) from why
+
+
+def _explain_start(nprocs: int, why: OSError) -> None:
+    """Raise what says more than `why`, where that met a limit or is about temporary files."""
+    if why.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+        raise ParallelizerError(
+            f"could not start {nprocs - 1} worker processes: {why}. {nprocs} processes need about "
+            f"{4 * nprocs + 10} file descriptors (ulimit -n) and as many processes (ulimit -u); "
+            f"raise the limit or use a smaller nprocs"
+        ) from why
+    import tempfile
+
+    if _is_about_sockets(why) or str(why.filename).startswith(tempfile.gettempdir()):
+        told = f"{why.strerror or why}. {_advice_on_temporary_files()}"
+        raise OSError(why.errno or errno.ENAMETOOLONG, told, why.filename) from why
+
+
+def _is_about_sockets(why: BaseException | None) -> bool:
+    """Whether the folder for temporary files has too long a path to hold one."""
+    return isinstance(why, OSError) and "AF_UNIX" in str(why)
+
+
+def _advice_on_temporary_files() -> str:
+    import tempfile
+
+    return (
+        f"The folder for temporary files is {tempfile.gettempdir()}: set TMPDIR to one that has "
+        f"room and a path of less than 80 characters, because sockets are made there"
+    )
+
+
+def _cause_of_death(code: int | None) -> str:
+    if code is None:
+        return "its exit code is unknown, as this program ignores SIGCHLD or waits for all children"
+    if code >= 0:
+        mpi = ", or calls MPI at its top, which is not initialized in workers"
+        return (
+            f"exit code {code}. Likely causes: os._exit in the function, or, at the start, a "
+            f"script that lacks 'if __name__ == \"__main__\":'{mpi if _launched_ranks() else ''} "
+            f"(the worker's own words are above)"
+        )
+    likely = {
+        "SIGKILL": "the system ran out of memory, or somebody used kill -9",
+        "SIGSEGV": "a crash in compiled code",
+        "SIGABRT": "compiled code gave up",
+        "SIGBUS": "shared memory or a mapped file ran out of space, or an array that a fork has "
+        "inherited was used after main had let go of it",
+        "SIGTERM": "somebody used kill, or the batch system ended it",
+    }
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"killed by {name}. Likely cause: {likely.get(name, 'see the manual of signals')}"
+
+
+@_context
+def _shielded_start(method: str | None) -> Iterator[None]:
+    """Signals wait while children start: they neither kill them half-born nor interrupt main.
+
+    The same holds for the fork server, and for its later children.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if _POSIX else set()
+    deferred = _requests() | ({_URGENT} if _URGENT is not None else set())
+    held: set[int] = set()
+    handlers: dict[int, Any] = {}
+    try:
+        if _POSIX:
+            signal.pthread_sigmask(signal.SIG_BLOCK, deferred)  # children inherit the mask
+        if _POSIX and method != "fork":
+            # It keeps the mask, so that no signal to all processes ends it; but it unblocks some.
+            importlib.import_module("multiprocessing.resource_tracker").ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, deferred)
+        if _POSIX and _on_main_thread():
+            # A thread of a BLAS library may still take a signal, upon which Python calls its
+            # handler on this one.
+            for number in deferred:
+                handler = signal.getsignal(number)
+                if callable(handler) and handler is not _leave_to_main:
+                    handlers[number] = handler
+                    signal.signal(number, lambda number, _: held.add(number))
+        with warnings.catch_warnings():
+            # Python 3.12 warns of threads that it does not know. Where fork is used, they are
+            # harmless: see `_Workers._start_all`.
+            warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)  # which waits until it is unblocked
+        if _POSIX:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _worker_main(setup: _WorkerSetup) -> None:
+    """A worker's whole life."""
+    _leave_signals_to_main()
+    setup = setup._replace(life=_die_with_main(setup.life))
+    _stay_apart_from_the_mpi_job()
+    communicator = _WorkerEnd(setup)
+    parallelizer = _loads(setup.parallelizer)
+    parallelizer._become_worker(communicator)
+    Parallelizer._open[:] = [weakref.ref(parallelizer)]
+    _forget_shared()
+    # What a fork has inherited does not run here.
+    Parallelizer._registry.clear()
+    Parallelizer._living.clear()
+    Parallelizer._living[parallelizer._key] = parallelizer
+    setup.limit.adopt()
+    _LOADS.append(_loads_on_worker)
+    _set_random_states({})
+    _listen(communicator)
+    # What it has started and left running ends with it, at the very end, so that before, programs
+    # are ended as they want to be.
+    from multiprocessing.util import Finalize
+
+    Finalize(None, _end_what_was_started, exitpriority=-1000)
+    parallelizer.serve()
+    # Before Python 3.13, multiprocessing waits for the processes of executors before it ends them.
+    getattr(threading, "_shutdown")()  # noqa: B009 - for type checkers
+
+
+def _end_what_was_started() -> None:
+    _kill_families(_children(os.getpid()))
+
+
+def _die_with_main(life: Any) -> Any:
+    """Ask the kernel to kill this worker when main is gone, also while it computes."""
+    own = life
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            # A signal is asked for per opened file, and the siblings share the one inherited.
+            file = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
+            own = type(life)(file, writable=False)
+            _signal_at_eof(own.fileno(), signal.SIGKILL)
+    return own
+
+
+# ---------------------------------------------------------------------------------------------
+# Threads of BLAS, and the CPUs that there are for them
+# ---------------------------------------------------------------------------------------------
+
+
 # BLAS gives other last digits with another number of threads, so that is the same on all processes
 # of a pool, main included, and on all ranks of an MPI job.
 #
@@ -5295,255 +8679,48 @@ def _variables_at_start() -> dict[str, str | None]:
     return {name: started.get(name) for name in _THREAD_VARIABLES}
 
 
-_RC_INITIALIZE = "MPI4PY_RC_INITIALIZE"
+def _affinity() -> set[int]:
+    """The CPUs that the system lets this process run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
-@_context
-def _apart_from_the_mpi_job() -> Iterator[None]:
-    """Workers that are born within do not initialize MPI where a launcher started this process.
-
-    They inherit its variables, by which MPI would take them for this very rank once more. The main
-    module, whose imports may do that, is imported before anything of ours, so mpi4py must find
-    this in the environment.
-    """
-    before = os.environ.get(_RC_INITIALIZE)
-    if _launched_ranks() > 0:
-        os.environ[_RC_INITIALIZE] = "0"
-    try:
-        yield
-    finally:
-        os.environ.pop(_RC_INITIALIZE, None)
-        if before is not None:
-            os.environ[_RC_INITIALIZE] = before
+def _available_cpus() -> int:
+    """CPUs that this process may use: affinity, cgroup quota, and Slurm's share of a task."""
+    limits = [len(_affinity())]
+    if hasattr(os, "process_cpu_count"):  # Python 3.13: heeds PYTHON_CPU_COUNT
+        limits.append(getattr(os, "process_cpu_count")() or 1)  # noqa: B009 - for type checkers
+    return max(1, min(limits + _cgroup_cpus() + _slurm_cpus()))
 
 
-def _stay_apart_from_the_mpi_job() -> None:
-    """In a worker: the same for later imports, but not for programs that the worker starts."""
-    if _launched_ranks() > 0 and os.environ.pop(_RC_INITIALIZE, "") == "0":
-        with contextlib.suppress(ImportError):
-            importlib.import_module("mpi4py").rc.initialize = False
+def _slurm_cpus() -> list[int]:
+    """CPUs of this task."""
+    told = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return [int(told)] if told.isdigit() else []
 
 
-def _no_shared_memory(need: str, why: Exception) -> ParallelizerError:
-    return ParallelizerError(
-        f"no shared memory: {need}: {why}. Likely cause: a limit of the size of files (ulimit -f) "
-        f"or of memory (ulimit -v), or a full disk; raise the limit, use a smaller nprocs, or set "
-        f"TMPDIR to where there is room"
-    )
+def _cgroup_cpus() -> list[int]:
+    """Quota over period, rounded up (Linux, docs.kernel.org: cgroup-v2 and sched-bwc)."""
+    from pathlib import Path
+
+    folder = Path("/sys/fs/cgroup")
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((folder / name).read_text() for name in files).split()
+            if int(quota) > 0:  # else there is none, which v2 calls "max"
+                return [math.ceil(int(quota) / int(period))]
+    return []
 
 
-def _new_board(nprocs: int) -> _Board:
-    try:
-        return _Board(nprocs)
-    except (OSError, ValueError) as why:
-        if isinstance(why, OSError) and why.errno in (errno.EMFILE, errno.ENFILE):
-            raise
-        need = f"{nprocs} processes need {2 * nprocs * _SLOT_BYTES >> 20} MiB"
-        raise _no_shared_memory(need, why) from why
-
-
-def _explain_start(nprocs: int, why: OSError) -> None:
-    """Raise what says more than `why`, where that met a limit or is about temporary files."""
-    if why.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
-        raise ParallelizerError(
-            f"could not start {nprocs - 1} worker processes: {why}. {nprocs} processes need about "
-            f"{4 * nprocs + 10} file descriptors (ulimit -n) and as many processes (ulimit -u); "
-            f"raise the limit or use a smaller nprocs"
-        ) from why
-    import tempfile
-
-    if _is_about_sockets(why) or str(why.filename).startswith(tempfile.gettempdir()):
-        told = f"{why.strerror or why}. {_advice_on_temporary_files()}"
-        raise OSError(why.errno or errno.ENAMETOOLONG, told, why.filename) from why
-
-
-def _is_about_sockets(why: BaseException | None) -> bool:
-    """Whether the folder for temporary files has too long a path to hold one."""
-    return isinstance(why, OSError) and "AF_UNIX" in str(why)
-
-
-def _advice_on_temporary_files() -> str:
-    import tempfile
-
-    return (
-        f"The folder for temporary files is {tempfile.gettempdir()}: set TMPDIR to one that has "
-        f"room and a path of less than 80 characters, because sockets are made there"
-    )
-
-
-def _cause_of_death(code: int | None) -> str:
-    if code is None:
-        return "its exit code is unknown, as this program ignores SIGCHLD or waits for all children"
-    if code >= 0:
-        mpi = ", or calls MPI at its top, which is not initialized in workers"
-        return (
-            f"exit code {code}. Likely causes: os._exit in the function, or, at the start, a "
-            f"script that lacks 'if __name__ == \"__main__\":'{mpi if _launched_ranks() else ''} "
-            f"(the worker's own words are above)"
-        )
-    likely = {
-        "SIGKILL": "the system ran out of memory, or somebody used kill -9",
-        "SIGSEGV": "a crash in compiled code",
-        "SIGABRT": "compiled code gave up",
-        "SIGBUS": "shared memory or a mapped file ran out of space, or an array that a fork has "
-        "inherited was used after main had let go of it",
-        "SIGTERM": "somebody used kill, or the batch system ended it",
-    }
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"killed by {name}. Likely cause: {likely.get(name, 'see the manual of signals')}"
-
-
-@_context
-def _shielded_start(method: str | None) -> Iterator[None]:
-    """Signals wait while children start: they neither kill them half-born nor interrupt main.
-
-    The same holds for the fork server, and for its later children.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if _POSIX else set()
-    deferred = _requests() | ({_URGENT} if _URGENT is not None else set())
-    held: set[int] = set()
-    handlers: dict[int, Any] = {}
-    try:
-        if _POSIX:
-            signal.pthread_sigmask(signal.SIG_BLOCK, deferred)  # children inherit the mask
-        if _POSIX and method != "fork":
-            # It keeps the mask, so that no signal to all processes ends it; but it unblocks some.
-            importlib.import_module("multiprocessing.resource_tracker").ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, deferred)
-        if _POSIX and _on_main_thread():
-            # A thread of a BLAS library may still take a signal, upon which Python calls its
-            # handler on this one.
-            for number in deferred:
-                handler = signal.getsignal(number)
-                if callable(handler) and handler is not _leave_to_main:
-                    handlers[number] = handler
-                    signal.signal(number, lambda number, _: held.add(number))
-        with warnings.catch_warnings():
-            # Python 3.12 warns of threads that it does not know. Where fork is used, they are
-            # harmless: see `_Workers._start_all`.
-            warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
-            yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in held:
-            signal.raise_signal(number)  # which waits until it is unblocked
-        if _POSIX:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# Signals by which somebody asks something of the program, and that end a process which does not
-# handle them; the faults of a process itself are not among them.
-_REQUESTS = (
-    "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM",
-    "SIGPROF", "SIGXCPU", "SIGIO", "SIGPWR", "SIGBREAK",
-)  # fmt: skip
-
-
-@functools.cache
-def _requests() -> frozenset[int]:
-    named = [getattr(signal, name) for name in _REQUESTS if hasattr(signal, name)]
-    if hasattr(signal, "SIGRTMIN"):
-        named += range(signal.SIGRTMIN, signal.SIGRTMAX + 1)
-    return frozenset(named)
-
-
-def _leave_to_main(signum: int, frame: types.FrameType | None) -> None:
-    """Handle a request in a worker, which main has got as well."""
-
-
-def _leave_signals_to_main() -> None:
-    """On a worker: let only main hear what is sent to all processes of the program.
-
-    Terminals, `timeout` and batch systems signal the whole group. What main does then is its own
-    affair, and may be to save its state and go on; workers end with main anyway. So they survive
-    all requests, whether main handles them now, later or never, and whether they were forked. They
-    do so by a handler, because programs that they start would inherit that a signal is ignored.
-    Handlers in compiled code stay: that of faulthandler shows what a worker is doing.
-    """
-    signal.set_wakeup_fd(-1)  # a fork has inherited the one by which main's asyncio hears of them
-    _HANDLERS_BEFORE.clear()  # main's, too
-    caught = _caught_signals()
-    for number in signal.valid_signals():
-        handler = signal.getsignal(number)
-        by_default = handler == signal.SIG_DFL and number not in caught
-        if number in _requests() and (callable(handler) or by_default):
-            signal.signal(number, _leave_to_main)
-            if _POSIX:
-                signal.siginterrupt(number, False)  # compiled code may not expect to be interrupted
-        elif callable(handler):  # one of main's
-            # From its start on, Python ignores two that would end a process for a failed write.
-            ignored = number in (getattr(signal, "SIGPIPE", 0), getattr(signal, "SIGXFSZ", 0))
-            signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
-    if _POSIX:
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.register_at_fork(after_in_child=_heed_termination)
-
-
-def _caught_signals() -> set[int]:
-    """Those that have a handler, also one that Python does not know; on Linux alone."""
-    found = 0
-    with contextlib.suppress(OSError, IndexError):
-        status = _read_proc("self/status")
-        found = int(status.partition(b"SigCgt:")[2].split(maxsplit=1)[0], 16)
-    return {number for number in range(1, 65) if found >> (number - 1) & 1}
-
-
-def _heed_termination() -> None:
-    """In a process that a worker has forked: be such that `multiprocessing` can terminate it."""
-    if signal.getsignal(signal.SIGTERM) is _leave_to_main:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _worker_main(setup: _WorkerSetup) -> None:
-    """A worker's whole life."""
-    _leave_signals_to_main()
-    setup = setup._replace(life=_die_with_main(setup.life))
-    _stay_apart_from_the_mpi_job()
-    communicator = _WorkerEnd(setup)
-    parallelizer = _loads(setup.parallelizer)
-    parallelizer._become_worker(communicator)
-    Parallelizer._open[:] = [weakref.ref(parallelizer)]
-    _forget_shared()
-    # What a fork has inherited does not run here.
-    Parallelizer._registry.clear()
-    Parallelizer._living.clear()
-    Parallelizer._living[parallelizer._key] = parallelizer
-    setup.limit.adopt()
-    _LOADS.append(_loads_on_worker)
-    _set_random_states({})
-    _listen(communicator)
-    # What it has started and left running ends with it, at the very end, so that before, programs
-    # are ended as they want to be.
-    from multiprocessing.util import Finalize
-
-    Finalize(None, _end_what_was_started, exitpriority=-1000)
-    parallelizer.serve()
-    # Before Python 3.13, multiprocessing waits for the processes of executors before it ends them.
-    getattr(threading, "_shutdown")()  # noqa: B009 - for type checkers
-
-
-def _end_what_was_started() -> None:
-    _kill_families(_children(os.getpid()))
-
-
-def _die_with_main(life: Any) -> Any:
-    """Ask the kernel to kill this worker when main is gone, also while it computes."""
-    own = life
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            # A signal is asked for per opened file, and the siblings share the one inherited.
-            file = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
-            own = type(life)(file, writable=False)
-            _signal_at_eof(own.fileno(), signal.SIGKILL)
-    return own
-
-
-# -- MPI: a round is one collective ----------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# MPI: rounds by one collective, all else by messages
+# ---------------------------------------------------------------------------------------------
 #
+# `_CardsByAllgather` (or `_CardsByAllreduce`) is a round, `_Bulk` moves what is large, `_Letters`
+# is mail; `MPICommunicator` is the transport that these make up.
+
+
 # What a rank brings to a round is a *card* of fixed size: its word, the sizes of its message, and
 # as much of that as there is room for. One collective shows all cards to all. What does not fit
 # follows as MPI moves it best, from array to array, as all know the sizes by then.
@@ -5570,7 +8747,6 @@ def _die_with_main(life: Any) -> Any:
 # round, and two letters to each rank. Of `map`, main handles two letters per chunk, some 64 chunks
 # per rank. A rank holds two communicators, and one for each group that has broadcast or scattered
 # what is large; and 0.5 KiB per other rank for cards.
-
 _CARD_BYTES = 512
 _ROOM = _CARD_BYTES - 8  # beside the word
 _MOST_BY_ALLGATHER = 32  # ranks; to more of them, cards go where they are needed
@@ -6666,6 +9842,14 @@ class MPICommunicator(Communicator):
         return super().enter(verb)
 
 
+# ---------------------------------------------------------------------------------------------
+# MPI: how the job ends
+# ---------------------------------------------------------------------------------------------
+#
+# An error that ends one rank's program ends the job: `_ProgramEnd` knows how the program of this
+# process ends, and `_JobEnd` sees to the others.
+
+
 class _ProgramEnd:
     """Knows how the program of this process ends: by which exception, or with which status.
 
@@ -6881,3058 +10065,10 @@ class _JobEnd:
 
 
 # ---------------------------------------------------------------------------------------------
-# The Parallelizer: every verb, once
-# ---------------------------------------------------------------------------------------------
-
-
-class Parallelizer:
-    """What a function that takes the keyword ``parallelizer`` is fed: who am I, and the verbs.
-
-    Parameters
-    ----------
-    timeout : float, optional
-        Seconds that any wait for another process may take before it ends in a `WaitTimeout`.
-
-    Notes
-    -----
-    `run` calls a function on every process at once (SPMD); main, ``id == 0``, takes part. Inside,
-    all processes call the same collective verbs in the same order: `broadcast`, `scatter`,
-    `gather`, `allgather`, `reduce`, `allreduce`, `wait`, `map`, `starmap`. A function that raises
-    on any process ends the run on every process, and main gets the exception.
-    """
-
-    # Whether the others always wait for commands, so that main calls alone what is outside a run;
-    # and whether the processes may be on several machines.
-    _drives_workers = False
-    _spans_hosts = False
-
-    InWorkerProcess: ClassVar = _Elsewhere.InWorkerProcess
-    InMainProcess: ClassVar = _Elsewhere.InMainProcess
-
-    _registry: ClassVar[dict[str, Parallelizer]] = {}
-    _open: ClassVar[list[weakref.ref[Parallelizer]]] = []  # innermost first
-    _living: ClassVar[weakref.WeakValueDictionary[str, Parallelizer]] = (
-        weakref.WeakValueDictionary()
-    )
-
-    def __init__(self, *, timeout: float | None = None) -> None:
-        if timeout is not None and not timeout > 0:
-            raise ValueError(
-                f"timeout must be a positive number of seconds or None, not {timeout!r}"
-            )
-        self.timeout = timeout
-        self._comm: Communicator | None = None  # through which the verbs speak, where they may
-        self._entered = 0
-        # A run at a time. That of an `imap` of main alone may end on another thread than it began.
-        self._lock = threading.Lock()
-        self._stream: Callable[[], _Stream | None] = lambda: None  # such an imap that goes on
-        self._reports: list[bytes] = []  # of the latest run, by rank
-        # Whether it has come here without being known, and whether it can be held only.
-        self._stands_in = self._absent = False
-        self._be_known_as(os.urandom(16).hex())
-
-    def _be_known_as(self, key: str) -> None:
-        """Be what is unpickled under that key on this process."""
-        self._key = key
-        self._living[key] = self
-
-    # -- roles and life -----------------------------------------------------------------------
-
-    @property
-    def id(self) -> int | Any:
-        """Rank of this process, main's is 0; None before multiprocessing's processes are up."""
-        return None if self._comm is None else self._comm.rank
-
-    @property
-    def nprocs(self) -> int | Any:
-        """Number of processes, main included; None before multiprocessing's are up."""
-        return None if self._comm is None else self._comm.size
-
-    @property
-    def size(self) -> int | Any:
-        """As `nprocs`: what programs ask a pool for."""
-        return self.nprocs
-
-    @property
-    def on_main(self) -> bool:
-        """Whether this is the process that `run` returns its result on."""
-        self._refuse_if_absent()
-        return self.id in (0, None)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(id={self.id}, nprocs={self.nprocs})"
-
-    def __enter__(self: _Self) -> _Self:
-        """Bring the processes up, and be what ``lookup(None)`` finds. Re-entrant."""
-        self._refuse_if_absent()
-        before = self._entered
-        try:
-            with _CTRL_C.governed_by(None):
-                if self._entered == 0:
-                    self._start()
-                self._open.insert(0, weakref.ref(self))
-                self._entered += 1
-                return self
-        except BaseException:
-            if self._entered > before:  # then a Ctrl-C has come amid this
-                self.__exit__()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        before = self._entered
-        try:
-            with _CTRL_C.governed_by(None):
-                self._leave()
-        except BaseException:
-            if self._entered == before:  # because a Ctrl-C has come first
-                self._leave()
-            raise
-
-    def _leave(self) -> None:
-        self._entered = max(self._entered - 1, 0)  # a forked child has never entered
-        with contextlib.suppress(ValueError):  # a worker's are its own
-            self._open.remove(weakref.ref(self))
-        if self._entered == 0:
-            try:
-                self._end_stream()
-            finally:  # whatever a stream may raise
-                self._stop()
-
-    def _start(self) -> None:
-        """Bring the processes up."""
-
-    def _stop(self) -> None:
-        """Let the processes go."""
-
-    @_context
-    def _others_serving(self) -> Iterator[None]:
-        """On main, while the other processes `serve`."""
-        yield
-
-    def _options(self) -> dict[str, Any]:
-        """Keywords that make another parallelizer like this one."""
-        return {"timeout": self.timeout}
-
-    def _here(self) -> Parallelizer:
-        """What `lookup` and unpickling make of it: where processes are threads, this one's."""
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """On the processes that take part in it, it is the one that each of them has."""
-        up = self._absent or (self._comm is not None and self._comm.world_size > 1)
-        return _restored, (type(self), self._key, self._options(), up)
-
-    @classmethod
-    def _stand_in(cls: type[_Self], key: str, options: dict[str, Any]) -> _Self:
-        """What a pickled one is where its key is not known: a closed one with the same options."""
-        found = cls(**options)
-        found._stands_in = True
-        found._be_known_as(key)
-        return found
-
-    def _refuse_if_absent(self) -> None:
-        if self._absent:
-            raise self._has_no_part_here()
-
-    def _has_no_part_here(self) -> ContractError:
-        return ContractError(
-            f"this {type(self).__name__} was pickled by another program or for other processes, "
-            f"and the present process takes no part in it: use the one that runs here (the "
-            f"keyword parallelizer, or Parallelizer.lookup(None)), or give the object that holds "
-            f"it another one"
-        )
-
-    # -- running ------------------------------------------------------------------------------
-
-    def run(
-        self,
-        func: Callable[..., _R],
-        /,
-        *args: Any,
-        comm: Sequence[int] | None = None,
-        main_kwargs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> _R:
-        """Call ``func(*args, parallelizer=self, **kwargs)`` on every process.
-
-        Brings the processes up for this one call where no ``with`` holds them. Called by a
-        function that runs already, it is a plain call.
-
-        Parameters
-        ----------
-        func : callable
-            Must accept the keyword `parallelizer`, and be picklable for multiprocessing.
-        comm : sequence of int, optional
-            The ranks that take part, 0 among them; inside, their ids count from 0. The others
-            get `InWorkerProcess`. Where they call it, too, inside a run or under MPI, they wait
-            until those that take part are through. An exception that leaves the function of one
-            of these leaves that of all, in the same call.
-        main_kwargs : mapping, optional
-            Further keywords for main's call only; they never leave main.
-
-        Returns
-        -------
-        On main its own call's result. Under MPI every rank gets the result of its own call.
-
-        Raises
-        ------
-        The exception of the lowest rank that raised one, caused by a `RemoteTraceback` where
-        that was not this process; `WorkerDied`, `ContractError`, `PackingError`, `WaitTimeout`.
-        """
-        if not callable(func):
-            raise TypeError(f"run needs a function, not {_describe(func)}")
-        if "parallelizer" in kwargs:
-            raise TypeError("run passes the keyword parallelizer itself; leave it out of the call")
-        work = functools.partial(func, *args, **kwargs)
-        nested = self._runs_here()
-        if not nested:
-            work = _with_arguments_laid_out(work)
-        with contextlib.nullcontext() if nested else self._running():
-            communicator = self._communicator()
-            ranks = _checked_ranks(comm, communicator.size)
-            own = functools.partial(work, **(main_kwargs or {})) if communicator.rank == 0 else work
-            if nested:
-                own = functools.partial(own, parallelizer=self)
-                return own() if comm is None else communicator.in_group(ranks, own)
-            if comm is not None and not self._leads(communicator):
-                communicator.timeout = self.timeout
-                if not communicator.joins(ranks):
-                    return Parallelizer.InWorkerProcess  # type: ignore[return-value]
-            self._command(communicator, ranks, work)
-            return self._execute(communicator, ranks, own)  # type: ignore[no-any-return]
-
-    def apply(self, func: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
-        """`run` on a parallelizer that is already up; else a `ContractError`."""
-        if self._entered == 0 and not self._runs_here():
-            raise ContractError(
-                f"apply needs a parallelizer that is up, but {self!r} is not: use run, or open it "
-                f"with a 'with' statement"
-            )
-        return self.run(func, *args, **kwargs)
-
-    @_context
-    def _reserved(self, what: str) -> Iterator[None]:
-        """Within, nothing else is run: by no other thread, nor by an imap that goes on."""
-        if self._comm is not None:
-            _Reader.refuse(self._comm)
-        stream = self._stream()
-        if stream is not None and threading.current_thread() in stream.threads:
-            raise ContractError(
-                f"{what} was called while an imap goes on, which keeps the workers busy; let "
-                f"that come to its end first, or close() it"
-            )
-        lock = self._lock  # not that of a child which is forked within
-        timeout = min(self.timeout or math.inf, threading.TIMEOUT_MAX)
-        if not (
-            lock.acquire(blocking=False) or _CTRL_C.allow(lambda: lock.acquire(timeout=timeout))
-        ):
-            raise WaitTimeout(
-                f"{what} waited {self.timeout} s for a run of another thread to end; if that waits "
-                f"for this thread, neither can go on"
-            )
-        try:
-            yield
-        finally:
-            lock.release()
-
-    @_context
-    def _running(self) -> Iterator[None]:
-        """Within, the processes are up, and this thread is the one that runs."""
-        with _CTRL_C.governed_by(None), self._reserved("run"), self:
-            communicator = self._communicator()
-            with communicator.limiting(), _CTRL_C.governed_by(communicator):
-                communicator.runner = threading.get_ident()
-                try:
-                    yield
-                finally:
-                    communicator.runner = None
-
-    def _runs_here(self) -> bool:
-        """Whether this thread executes a run, on this parallelizer or one that shares its ranks."""
-        self._refuse_if_absent()
-        return self._comm is not None and self._comm.runner == threading.get_ident()
-
-    def _leads(self, communicator: Communicator) -> bool:
-        """Whether the others wait for what this process, main, has them do."""
-        return self._drives_workers or communicator.drives_others
-
-    def _command(
-        self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
-    ) -> None:
-        """Have these ranks take part in a run, where they wait to be told."""
-        if self._leads(communicator):
-            what = "the function that is run or mapped, or its arguments"
-            sent = (_arithmetic_of_caller(), work)
-            communicator.start_others()  # first, as how they start decides how it is packed
-            packed = _for_each(_pack(sent, what), sent, what, communicator, len(ranks) - 1 or 1)
-            # All can read whom it is meant for, and by which names main is registered.
-            threads = communicator.limit and communicator.limit.changed_numbers()
-            heads = [
-                pickle.dumps((list(ranks), self._names(), threads, one.pickled)) for one in packed
-            ]
-            messages = zip(heads, packed, strict=True)
-            communicator.command([Message(head, one.buffers) for head, one in messages])
-
-    def _execute(
-        self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
-    ) -> Any:
-        """Take this process's part in a run, and in its end on all of them."""
-        communicator.timeout = self.timeout  # of one that several parallelizers may share
-        with communicator.restricted_to(ranks):
-            try:
-                communicator.begin_run()
-                begun = time.perf_counter()
-                communicator.mark_function(executing=True)
-                try:
-                    with _UsersCode():
-                        result = work(parallelizer=self)
-                finally:
-                    communicator.mark_function(executing=False)
-                self._finish_run(communicator, begun)
-            except BaseException as error:  # whatever it is, the others must hear of it
-                _raise_final(communicator, error)
-        return result
-
-    def _finish_run(self, communicator: Communicator, begun: float) -> None:
-        report = communicator.account.report(time.perf_counter() - begun)
-        self._reports = communicator.finish_run(report)
-
-    @property
-    def stats(self) -> RunStats | None:
-        """What each rank did in the latest run that ended well; None before the first.
-
-        A tuple of `RankStats` by rank, on main; its text is one line. Under MPI, the other ranks
-        have one of their own alone.
-        """
-        if not self._reports:
-            return None
-        return RunStats(RankStats(*_REPORT.unpack_from(report)) for report in self._reports)
-
-    def _end_stream(self) -> None:
-        """Give up an `imap` that has not come to its end."""
-        stream = self._stream()
-        if stream is not None:
-            stream.close()
-
-    def serve(self) -> None:
-        """Run what main asks for until it closes: a worker's main loop.
-
-        Under MPI, `ClientServerRunner` calls it on every rank but 0; main then uses `map`,
-        `starmap` and `run` alone. Main's own call returns at once.
-        """
-        communicator = self._communicator()
-        if communicator.process == 0:
-            return
-        if self._runs_here():
-            raise ContractError(
-                "serve was called inside run, where main takes part in the function and does not "
-                "drive the others; call it, or ClientServerRunner without a server, outside run"
-            )
-        runner, communicator.runner = communicator.runner, threading.get_ident()
-        try:
-            while (message := communicator.next_command()) is not None:
-                try:
-                    self._obey(communicator, message)
-                except MemoryError as error:
-                    communicator.fail_run(error)
-                del message  # the arguments are in it, and the next command may be long in coming
-        finally:
-            communicator.runner = runner
-
-    def _obey(self, communicator: Communicator, message: Message) -> None:
-        ranks, names, threads, pickled = pickle.loads(message.pickled)
-        for name in self._names():
-            del self._registry[name]
-        self._registry.update(dict.fromkeys(names, self))
-        work = functools.partial(_run_packed, Message(pickled, message.buffers), threads)
-        # Main has been told of a failure and raises it; a worker goes on to serve.
-        with contextlib.suppress(BaseException):
-            if communicator.process in ranks:
-                self._execute(communicator, ranks, work)
-            else:
-                communicator.sit_out(ranks)
-
-    def _names(self) -> list[str]:
-        return [name for name, held in self._registry.items() if held is self]
-
-    def _communicator(self) -> Communicator:
-        self._refuse_if_absent()
-        if self._comm is None:
-            raise ContractError(f"{self!r} is not up; open it with a 'with' statement")
-        return self._comm
-
-    def _speaking(self, verb: str) -> Communicator:
-        """The communicator, for a verb that all processes call together."""
-        if self._comm is not None and self._comm.size > 1 and self._in_task():
-            raise ContractError(
-                f"{verb} was called by a function that map calls for an item, where not all "
-                f"processes come to it; call it before or after map"
-            )
-        if self._main_is_alone() or self._comm is None:
-            if self._stands_in and self._comm is None:
-                raise self._has_no_part_here()
-            raise ContractError(
-                f"{verb} was called outside run, where the workers cannot take part; put it into "
-                f"a function and call that by {type(self).__name__}.run"
-            )
-        return self._comm
-
-    def _calling(self, verb: str) -> contextlib.AbstractContextManager[Communicator, None]:
-        """The same, as the context of the call; one process need not keep in step with itself."""
-        comm = self._comm
-        # What mostly holds is asked for here, because each call costs as much as a small message.
-        if comm is None or comm.runner != threading.get_ident() or comm.in_task or self._absent:
-            comm = self._speaking(verb)
-        return comm.enter(verb) if comm.size > 1 else contextlib.nullcontext(comm)
-
-    # -- messages -----------------------------------------------------------------------------
-
-    def broadcast(self, data: _T) -> _T:
-        """Main's `data` on every process; what workers pass is ignored.
-
-        Returns
-        -------
-        On main `data` itself, on workers a copy of their own.
-        """
-        with self._calling("broadcast") as comm:
-            return _from_main(comm, lambda: data if comm.size > 1 else _laid_out(data))
-
-    def scatter(self, data: _T | None) -> _T:
-        """Split main's `data` into one block per process.
-
-        Parameters
-        ----------
-        data : array, or sequence with slices, or iterator
-            Split along axis 0. Only main's counts.
-
-        Returns
-        -------
-        This process's block, of the type of what was split (an iterator's is a list), its own
-        to write to; on main a view where that is possible. Blocks are as even as can be, the
-        first ``len(data) % nprocs`` are one longer, and they may be empty.
-
-        Raises
-        ------
-        TypeError
-            On every process, where main's `data` is a scalar, a mapping, None or a 0-d array.
-
-        Notes
-        -----
-        On three processes the blocks of ``range(10)`` have four, three and three items.
-        """
-        with self._calling("scatter") as comm:
-            if comm.size == 1:
-                return _laid_out(_split(data, 1)[0])  # type: ignore[no-any-return]
-            if comm.rank > 0:
-                return _accept(comm.scatter(None))  # type: ignore[no-any-return]
-            try:
-                own, *others = _split(data, comm.size)
-                messages = [_pack(other, "a block that main scatters", comm) for other in others]
-                own = _as_sent(own)
-            except Exception as why:
-                comm.scatter([_refuse(why, comm)] * comm.size)
-                raise
-            comm.scatter([Message(b"", []), *messages])
-            return own  # type: ignore[no-any-return]
-
-    def gather(self, data: Any, *, concatenate: bool | None = None) -> Any:
-        """Collect every process's `data` on main.
-
-        Parameters
-        ----------
-        data : object
-            Arrays of one trailing shape are concatenated along axis 0, their dtypes promoted as
-            numpy does, empty blocks never standing in the way; anything else makes a list in
-            rank order.
-        concatenate : bool, optional
-            False asks for the list in any case, True for a ValueError where they don't fit.
-
-        Returns
-        -------
-        On main the array or list, on workers `InWorkerProcess`.
-
-        Raises
-        ------
-        ValueError
-            With `concatenate=True`, on main, where the values do not fit.
-
-        Notes
-        -----
-        On three processes ``gather(id)`` is ``[0, 1, 2]``, and ``gather(np.arange(2))`` is
-        ``array([0, 1, 0, 1, 0, 1])``.
-        """
-        with self._calling("gather") as comm:
-            return self._gather(comm, data, concatenate)
-
-    def _gather(
-        self, comm: Communicator, data: Any, concatenate: bool | None, *, is_sent: bool = False
-    ) -> Any:
-        """See `gather`; main's data may already be what another process would get."""
-        data = _own(data)
-        if comm.size == 1:
-            return _combine([_laid_out(data)], concatenate)
-        if type(data) is np.ndarray and data.ndim > 0 and concatenate is not False:
-            data = np.ascontiguousarray(data)
-        plan = GatherPlan(concatenate)
-        packed = _pack(data, f"what rank {comm.rank} gathers", comm if comm.rank > 0 else None)
-        messages = comm.gather(packed, plan)
-        if messages is None:
-            return Parallelizer.InWorkerProcess
-        if plan.result is not None:
-            return plan.result
-        others = [
-            _unpack(message, f"what rank {rank} gathered")
-            for rank, message in enumerate(messages[1:], 1)
-        ]
-        return _combine([data if is_sent else _as_sent(data), *others], concatenate)
-
-    def allgather(self, data: Any, *, concatenate: bool | None = None) -> Any:
-        """As `gather`, with the result on every process."""
-        with self._calling("allgather") as comm:
-            if comm.size == 1:
-                return self._gather(comm, data, concatenate)
-            data = _own(data)
-            if type(data) is np.ndarray and data.ndim > 0 and concatenate is not False:
-                data = np.ascontiguousarray(data)
-            plan = GatherPlan(concatenate)
-            messages = self._allgather(comm, data, f"what rank {comm.rank} gathers", plan)
-            if messages is None:
-                values = self._gather(comm, data, False)
-                return _from_main(comm, lambda: _combine(values, concatenate))
-            if plan.result is not None:
-                return plan.result
-            return _combine(_unpacked(messages, "gathered"), concatenate)
-
-    @staticmethod
-    def _allgather(
-        comm: Communicator, data: Any, what: str, plan: GatherPlan
-    ) -> list[Message] | None:
-        """Everybody's message; None where one is for a single receiver."""
-        packed = _pack(data, what)
-        messages = comm.allgather(_OTHERWISE if packed.kept else packed, plan)
-        return None if any(one.pickled == _OTHERWISE.pickled for one in messages) else messages
-
-    def alltoall(self, data: Any) -> list[Any]:
-        """Send an item to each process, and get one from each.
-
-        Parameters
-        ----------
-        data : sequence
-            As many items as there are processes; each goes to the rank at its place.
-
-        Returns
-        -------
-        What the others, and this process itself, have sent here, in rank order: a list of `nprocs`
-        objects, each a copy of one's own but for the item that this process keeps.
-
-        Raises
-        ------
-        ValueError, TypeError
-            On every process, where one of them brings another number of items, or no sequence.
-
-        Notes
-        -----
-        On three processes, ``alltoall([10 * id + n for n in range(3)])`` is ``[1, 11, 21]`` on
-        rank 1.
-        """
-        with self._calling("alltoall") as comm:
-            refused: Exception | None = None
-            try:
-                items = _one_for_each(data, comm)
-                own = items[comm.rank] = _laid_out(items[comm.rank])
-                if comm.size == 1:
-                    return items
-                items[comm.rank] = None  # which need not travel
-                what = f"what rank {comm.rank} sends by alltoall"
-                messages = [_pack(item, what, comm) for item in items]
-                own = _as_sent(own)
-            except Exception as why:
-                if comm.size == 1:
-                    raise
-                refused, own = why, _Refusal.of(why, comm.process, comm.size)
-                messages = [_pack(own, "a refusal")] * comm.size
-            values = _unpacked(comm.alltoall(messages), "sent by alltoall")
-            values[comm.rank] = own
-            for value in values:
-                if type(value) is _Refusal:
-                    raise refused if refused and value is own else value.exception()
-            return values
-
-    def reduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
-        """Fold every process's `data` on main: ``op(op(rank 0's, rank 1's), rank 2's)``, ...
-
-        Parameters
-        ----------
-        data : object
-        op : {"sum", "prod", "min", "max"} or callable
-            Applied in rank order, so that the result does not depend on timing. A word asks for
-            values of one shape on all ranks, and goes by numpy's rules: the sum of arrays of bool
-            is their "or", small integers wrap around, and NaN wins in "min" and "max".
-
-        Returns
-        -------
-        On main the result, on workers `InWorkerProcess`.
-
-        Raises
-        ------
-        ValueError
-            On every process, where `op` is another word, or shapes differ.
-        """
-        _reduction(op)
-        with self._calling("reduce") as comm:
-            result = _reduced(comm, data, op, [0])
-            return result if comm.rank == 0 else Parallelizer.InWorkerProcess
-
-    def allreduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
-        """As `reduce`, with the result on every process."""
-        _reduction(op)
-        with self._calling("allreduce") as comm:
-            return _reduced(comm, data, op, range(comm.size))
-
-    def send(self, data: Any, loc: int, tag: int = 0) -> None:
-        """Send `data` to rank `loc`, which must `receive` it under the same `tag`.
-
-        Returns when `data` may be changed; large data waits until the receiver takes it in,
-        which it also does while it waits for something else.
-
-        Parameters
-        ----------
-        data : object
-        loc : int
-            A rank; one's own, too.
-        tag : int
-            From 0 to 2**31 - 1. Messages from one rank under one tag keep their order.
-
-        Raises
-        ------
-        ValueError, PackingError
-            Before anything is sent.
-        """
-        with self._calling("send") as comm:
-            loc, tag = _checked_address(loc, tag, comm.size)
-            receiver = comm if loc != comm.rank else None
-            comm.send(_pack(data, f"what rank {comm.rank} sends", receiver), loc, tag)
-
-    def receive(self, loc: int, tag: int = 0) -> Any:
-        """The oldest message that rank `loc` has sent here under `tag`; waits for it.
-
-        Raises
-        ------
-        ContractError
-            Where it can never come: that rank has returned, or waits in turn for this one.
-        """
-        with self._calling("receive") as comm:
-            loc, tag = _checked_address(loc, tag, comm.size)
-            return _unpack(comm.receive(loc, tag), f"what rank {loc} sent")
-
-    def wait(self) -> None:
-        """Return when every process has called it: a barrier."""
-        with self._calling("wait") as comm:
-            if comm.size > 1:
-                comm.barrier()
-
-    def share(self, array: Any) -> np.ndarray[Any, Any]:
-        """One read-only copy of main's `array` per machine, for all processes there.
-
-        Inside `run` every process calls it, and only main's `array` counts; outside, main alone.
-
-        Parameters
-        ----------
-        array : numpy.ndarray or numpy.memmap, list, number
-            Of numbers or text, without objects in it.
-
-        Returns
-        -------
-        A read-only numpy.ndarray. It can be passed to `run` and `map`, closed over and put into
-        objects at no cost, as it and its views travel as handles; what is computed from it, and
-        its copies, are ordinary arrays. It is released when the last reference to it goes, on
-        main and on whom it was sent to: what a forked worker has inherited without being sent
-        it, as a global variable, must not be used any more then. Serial: a read-only view of
-        `array`.
-
-        Raises
-        ------
-        TypeError
-            On every process that calls it, for anything else: an array of objects; a masked
-            array, a matrix, a quantity, a table, which are more than the numbers in them.
-        """
-        if self._main_is_alone():
-            if self._spans_hosts:
-                return self.run(_share_in_run, main_kwargs={"array": array})
-            return _share(array)
-        shared: np.ndarray[Any, Any] = _share_in_run(array, parallelizer=self)
-        return shared
-
-    def print(
-        self, *args: Any, where: Literal["both", "main", "worker"] = "both", **kwargs: Any
-    ) -> None:
-        """Print as `print` does, a worker's lines headed by its rank.
-
-        Parameters
-        ----------
-        where : {"both", "main", "worker"}
-            Who prints.
-        *args, **kwargs
-            As `print` takes them.
-        """
-        if where not in ("both", "main", "worker"):
-            raise ValueError(f"where must be 'both', 'main' or 'worker', not {where!r}")
-        if where == ("worker" if self.on_main else "main"):
-            return
-        file = kwargs.pop("file", None) or sys.stdout
-        if file is None:  # a program without a console
-            return
-        flush = kwargs.pop("flush", False)
-        lines = io.StringIO()
-        print(*args, file=lines, **kwargs)
-        lines.seek(0)
-        head = "" if self.on_main else f"[rank {self.id}] "
-        # In one write, so that the lines of several processes do not mix; at once, as under MPI
-        # another rank may end this one.
-        file.write("".join(head + line for line in lines))
-        if flush or (self.nprocs or 1) > 1:
-            file.flush()
-
-    def rng(self, seed: Any = None) -> np.random.Generator:
-        """A random generator of this process's own, independent of the other processes'.
-
-        Parameters
-        ----------
-        seed : int or numpy.random.SeedSequence, optional
-            The same seed and number of the process give the same stream; None takes fresh
-            entropy. For numbers that do not depend on the number of processes, see `map`.
-        """
-        return _spawned_rng(seed, _RANK_STREAMS, 0 if self.on_main else self.id)
-
-    # -- mapping ------------------------------------------------------------------------------
-
-    def map(
-        self,
-        func: Callable[..., _R],
-        data: Iterable[Any] | None,
-        extra_args: tuple[Any, ...] | int | None = (),
-        extra_kwargs: Mapping[str, Any] | None = None,
-        *,
-        vectorized: bool = False,
-        concatenate: bool | None = None,
-        chunksize: int | None = None,
-        callback: Callable[[_R], object] | None = None,
-        seed: Any = None,
-        progress: bool = False,
-    ) -> Any:
-        """``[func(x, *extra_args, **extra_kwargs) for x in data]``, on all processes.
-
-        Inside `run` every process calls it; outside, main alone (under MPI while the others
-        `serve`). Of everything but `func`, only what main passes counts. The work is balanced:
-        processes that finish early take more of it.
-
-        Parameters
-        ----------
-        func : callable
-        data : iterable
-        extra_args : tuple, optional
-            Further arguments of every call. An int in this place is `chunksize`, as in
-            `multiprocessing.pool.Pool.map`.
-        extra_kwargs : mapping, optional
-            Further keywords of every call.
-        vectorized : bool
-            `func` gets a block of `data` per process (see `scatter`; empty ones are left out)
-            and returns an array or a list; these are concatenated.
-        concatenate : bool, optional
-            With `vectorized`: False asks for the list of the blocks' results in rank order, True
-            for a ValueError where they are not arrays that fit (see `gather`).
-        chunksize : int, optional
-            Items to take at once; by default many at first and ever fewer towards the end.
-        callback : callable, optional
-            Called on main with each result, in order, as soon as it is there.
-        seed : int or numpy.random.SeedSequence, optional
-            Each item's call gets the keyword ``rng``, a `numpy.random.Generator` of its own,
-            the same whatever the backend and the number of processes.
-        progress : bool
-            Show a bar on main (needs tqdm).
-
-        Returns
-        -------
-        On main the list of results in the order of `data`; with `vectorized` what the blocks'
-        results concatenate to. On workers `InWorkerProcess`.
-
-        Raises
-        ------
-        The exception of the lowest process whose `func` raised one; see `run`.
-        TypeError, ValueError
-            On every process, for `data` or options of main's that cannot be used.
-
-        Examples
-        --------
-        >>> SerialNonParallelizer().map(pow, [2, 3], extra_args=(2,))
-        [4, 9]
-        >>> SerialNonParallelizer().map(np.sqrt, np.array([4.0, 9.0]), vectorized=True)
-        array([2., 3.])
-        """
-        return self._map(func, data, functools.partial(
-            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress,
-            vectorized=vectorized, concatenate=concatenate, callback=callback,
-        ))  # fmt: skip
-
-    def starmap(
-        self,
-        func: Callable[..., _R],
-        data: Iterable[Iterable[Any]] | None,
-        extra_args: tuple[Any, ...] | int | None = (),
-        extra_kwargs: Mapping[str, Any] | None = None,
-        *,
-        vectorized: bool = False,
-        concatenate: bool | None = None,
-        chunksize: int | None = None,
-        callback: Callable[[_R], object] | None = None,
-        seed: Any = None,
-        progress: bool = False,
-    ) -> Any:
-        """As `map`, but each item of `data` holds the first arguments: ``func(*x, ...)``.
-
-        Examples
-        --------
-        >>> SerialNonParallelizer().starmap(pow, [(2, 3), (3, 2)])
-        [8, 9]
-        """
-        return self._map(func, data, functools.partial(
-            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress,
-            vectorized=vectorized, concatenate=concatenate, callback=callback, starred=True,
-        ))  # fmt: skip
-
-    def imap(
-        self,
-        func: Callable[..., _R],
-        data: Iterable[Any] | None,
-        chunksize: int = 1,
-        extra_args: tuple[Any, ...] | None = (),
-        extra_kwargs: Mapping[str, Any] | None = None,
-        *,
-        seed: Any = None,
-        progress: bool = False,
-    ) -> Iterator[_R]:
-        """As `map`, but yields each result in turn as soon as it is there.
-
-        `data` may be endless: it is read only a few chunks ahead of what has been yielded. Where
-        there are several processes, all but lists, tuples, ranges, texts and arrays are read by a
-        thread of main's, so that the next item may wait for results. To that thread belongs, then,
-        what can be used by one thread alone, as a cursor of a database: open it in the generator
-        that reads it. If it waits for an item that never comes, it stays to the end of the program,
-        and pools that are started meanwhile do not fork. What an item or `data` raises comes in its
-        place, behind the results of what is before it.
-
-        The iterator that main gets must be exhausted or closed before anything else is run on this
-        parallelizer; to leave its loop early closes it. Any thread may do these, as one of asyncio
-        does by ``loop.run_in_executor(None, next, results)``. On the workers the iterator is empty.
-        See `map` for the parameters; `chunksize` is the number of items that travel together.
-
-        Examples
-        --------
-        >>> squares = SerialNonParallelizer().imap(lambda x: x * x, itertools.count())
-        >>> next(squares), next(squares), next(squares)
-        (0, 1, 4)
-        """
-        make = functools.partial(
-            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress
-        )
-        return self._imap(func, data, make, ordered=True)
-
-    def imap_unordered(
-        self,
-        func: Callable[..., _R],
-        data: Iterable[Any] | None,
-        chunksize: int = 1,
-        extra_args: tuple[Any, ...] | None = (),
-        extra_kwargs: Mapping[str, Any] | None = None,
-        *,
-        seed: Any = None,
-        progress: bool = False,
-    ) -> Iterator[_R]:
-        """As `imap`, in the order in which the results come.
-
-        Examples
-        --------
-        >>> sorted(SerialNonParallelizer().imap_unordered(abs, [-1, 2]))
-        [1, 2]
-        """
-        make = functools.partial(
-            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress
-        )
-        return self._imap(func, data, make, ordered=False)
-
-    def _main_is_alone(self) -> bool:
-        """Whether main calls what all processes call inside `run`."""
-        if self._comm is not None:
-            _Reader.refuse(self._comm)
-        if self._runs_here():
-            return False
-        return self._comm is None or self._drives_workers or self._comm.drives_others
-
-    def _in_task(self) -> bool:
-        return self._comm is not None and self._comm.in_task == threading.get_ident()
-
-    def _map(self, func: Callable[..., Any], data: Any, make_task: Callable[..., _Task]) -> Any:
-        if self._in_task():  # this process's own affair
-            quiet = functools.partial(make_task, progress=False)
-            return SerialNonParallelizer()._map(func, data, quiet)
-        if not self._main_is_alone():
-            return _map_in_run(_function_laid_out(func), make_task, data, parallelizer=self)
-        task = make_task()
-        if task.is_stream:
-            # Not inside a run, where a callback that calls a verb would wait for ever.
-            data = _Source(data)
-            task.choose_chunksize(data.hint, self.nprocs or 1)
-            return _call_back(task, self._imap(func, data, lambda: task, ordered=True))
-        given = {"make_task": lambda: task, "data": data}
-        work = functools.partial(_map_in_run, _function_laid_out(func))
-        return self.run(work, main_kwargs=given)
-
-    def _imap(
-        self,
-        func: Callable[..., Any],
-        data: Any,
-        make_task: Callable[..., _Task],
-        *,
-        ordered: bool,
-    ) -> Iterator[Any]:
-        if self._in_task():
-            quiet = functools.partial(make_task, progress=False)
-            return SerialNonParallelizer()._imap(func, data, quiet, ordered=ordered)
-        func = _function_laid_out(func)
-        work = functools.partial(_imap_in_run, func, ordered)
-        if not self._main_is_alone():
-            return work(make_task, data, parallelizer=self)
-        task = make_task()
-        data = data if isinstance(data, _Source) else _Source(data)
-        itself: list[Callable[[], Any]] = []  # weakly, so that who leaves its loop closes it
-        stream = _Stream(self._imap_alone(work, lambda: task, data, itself))
-        itself.append(weakref.ref(stream))
-        return stream
-
-    def _imap_alone(
-        self,
-        work: Callable[..., Iterator[Any]],
-        make_task: Callable[[], _Task],
-        data: Any,
-        itself: list[Callable[[], Any]],
-    ) -> Generator[Any, None, None]:
-        """A run whose function, on main, is interrupted by what the user does with the results."""
-        # Not to keep open what its own `with` statement closes.
-        opened = contextlib.nullcontext() if self._entered else self
-        with self._reserved("imap"), opened, self._communicator().limiting():
-            self._stream = itself[0]
-            communicator = self._communicator()
-            ranks = range(communicator.size)
-            self._command(communicator, ranks, work)
-            communicator.timeout = self.timeout
-            with communicator.restricted_to(ranks):
-                try:
-                    communicator.begin_run()
-                    begun = time.perf_counter()
-                    yield from work(make_task, data, parallelizer=self)
-                    self._finish_run(communicator, begun)
-                except BaseException as error:  # of the user's loop, too
-                    if not communicator.is_running():  # as the program has ended meanwhile
-                        raise
-                    _raise_final(communicator, error)
-                finally:
-                    self._stream = lambda: None
-
-    # -- finding a parallelizer ---------------------------------------------------------------
-
-    @staticmethod
-    def lookup(key: Any = None, *, default: Any = _UNSET, **options: Any) -> Parallelizer:
-        """The parallelizer that `key` means.
-
-        Parameters
-        ----------
-        key : Parallelizer, None, str or mapping
-            A parallelizer passes through. None is the innermost open one, else what the
-            environment variable PARALLELIZER names ("multiprocessing:8" gives the number of
-            processes, too), else a `SerialNonParallelizer`. A string is a registered name, a
-            backend's name ("serial", "multiprocessing", "mpi"), or "auto": MPI where an MPI
-            launcher has started more than one rank, else multiprocessing where there is more
-            than one CPU, else serial. A mapping is ``{"mode": backend's name, **options}``.
-        default : optional
-            What to look up instead where the name is unknown.
-        **options
-            For a backend's constructor.
-
-        Raises
-        ------
-        LookupError
-            For an unknown name without a `default`; the message lists the known ones.
-
-        Examples
-        --------
-        >>> Parallelizer.lookup("serial")
-        SerialNonParallelizer(id=0, nprocs=1)
-        >>> Parallelizer.lookup({"mode": "multiprocessing", "nprocs": 4})
-        MultiprocessingParallelizer(id=None, nprocs=None)
-        """
-        if default is not _UNSET:
-            try:
-                return Parallelizer.lookup(key, **options)
-            except LookupError:
-                return Parallelizer.lookup(default)
-        if isinstance(key, Mapping):
-            return Parallelizer.from_config(**{**key, **options})
-        if isinstance(key, str):
-            registered = Parallelizer._registry.get(key)
-            if registered is None:
-                return Parallelizer.from_config(key, **options)
-            return registered._here()
-        if options:
-            raise TypeError(f"options {sorted(options)} need the name of a backend, not {key!r}")
-        if isinstance(key, Parallelizer):
-            return key
-        if key is not None:
-            raise TypeError(f"lookup needs a Parallelizer, a name, a mapping or None, not {key!r}")
-        for innermost in _opened():
-            return innermost._here()
-        return _named_by_environment(os.environ.get("PARALLELIZER") or "serial")
-
-    @staticmethod
-    def from_config(mode: str = "auto", **options: Any) -> Parallelizer:
-        """Make a parallelizer of a backend's name and what its constructor takes.
-
-        Examples
-        --------
-        >>> Parallelizer.from_config("multiprocessing", nprocs=4)
-        MultiprocessingParallelizer(id=None, nprocs=None)
-        """
-        if mode == "auto":
-            mode = _automatic_mode()
-        backends = _backends()
-        if mode not in backends:
-            raise LookupError(
-                f"no parallelizer is known as {mode!r}; there are the backends "
-                f"{', '.join([*backends, 'auto'])} and the registered names "
-                f"{', '.join(Parallelizer._registry) or '(none)'}"
-            )
-        return backends[mode](**options)
-
-    def register(self: _Self, name: str) -> _Self:
-        """Be what ``lookup(name)`` finds. ValueError where another one has the name.
-
-        Examples
-        --------
-        >>> mine = SerialNonParallelizer().register("mine")
-        >>> Parallelizer.lookup("mine") is mine
-        True
-        >>> Parallelizer.unregister("mine")
-        """
-        if name in _backends() or name == "auto":
-            raise ValueError(f"{name!r} is the name of a backend; choose another")
-        if self._registry.setdefault(name, self) is not self:
-            raise ValueError(
-                f"{name!r} is the name of {self._registry[name]!r} already; unregister it first"
-            )
-        return self
-
-    @staticmethod
-    def unregister(name: str) -> None:
-        """Forget a registered name. LookupError where there is none. See `register`."""
-        if name not in Parallelizer._registry:
-            raise LookupError(
-                f"{name!r} is not registered; registered are "
-                f"{', '.join(Parallelizer._registry) or '(none)'}"
-            )
-        del Parallelizer._registry[name]
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Give a script's command line ``--backend`` and ``--nprocs``.
-
-        Examples
-        --------
-        >>> import argparse
-        >>> parser = argparse.ArgumentParser()
-        >>> Parallelizer.add_arguments(parser)
-        >>> Parallelizer.from_arguments(parser.parse_args(["--backend", "serial"]))
-        SerialNonParallelizer(id=0, nprocs=1)
-        """
-        group = parser.add_argument_group("parallelization")
-        group.add_argument(
-            "--backend", choices=[*_backends(), "auto"], default="auto",
-            help="what to run on (default: auto)",
-        )  # fmt: skip
-        group.add_argument("--nprocs", type=int, help="number of processes of multiprocessing")
-
-    @staticmethod
-    def from_arguments(namespace: argparse.Namespace) -> Parallelizer:
-        """The parallelizer that a command line with these arguments asks for.
-
-        See `add_arguments`.
-        """
-        mode = _automatic_mode() if namespace.backend == "auto" else namespace.backend
-        options = {"nprocs": namespace.nprocs} if mode == "multiprocessing" else {}
-        return Parallelizer.from_config(mode, **options)
-
-    # -- functions for main or workers only -----------------------------------------------------
-
-    @staticmethod
-    def main_restricted(func: Callable[..., _R]) -> Callable[..., _R]:
-        """Decorate a function or method that takes ``parallelizer=`` to run on main only.
-
-        Elsewhere it returns `InWorkerProcess`. ``parallelizer=None`` means ``lookup(None)``.
-
-        Examples
-        --------
-        >>> @Parallelizer.main_restricted
-        ... def write(text, *, parallelizer=None):
-        ...     return f"wrote {text}"
-        >>> write("all")
-        'wrote all'
-        """
-        return _restricted(func, on_main=True)
-
-    @staticmethod
-    def worker_restricted(func: Callable[..., _R]) -> Callable[..., _R]:
-        """As `main_restricted`, for workers only; main gets `InMainProcess`."""
-        return _restricted(func, on_main=False)
-
-
-def _restricted(func: Callable[..., _R], *, on_main: bool) -> Callable[..., _R]:
-    elsewhere = _Elsewhere.InWorkerProcess if on_main else _Elsewhere.InMainProcess
-
-    @functools.wraps(func)
-    def restricted(*args: Any, parallelizer: Any = None, **kwargs: Any) -> Any:
-        found = Parallelizer.lookup(parallelizer)
-        if found.on_main is not on_main:
-            return elsewhere
-        return func(*args, parallelizer=found, **kwargs)
-
-    return restricted
-
-
-def _opened() -> list[Parallelizer]:
-    """Those that are open on this process, innermost first."""
-    return [found for reference in Parallelizer._open if (found := reference()) is not None]
-
-
-def _restored(
-    kind: type[Parallelizer], key: str, options: dict[str, Any], up: bool = False
-) -> Parallelizer:
-    """What a pickled parallelizer is on this process: itself, or a stand-in, never another one.
-
-    It is told by its key, as two may be alike in all else and be of other processes. One that comes
-    within a run, and was up where it was pickled, has processes of its own, elsewhere.
-    """
-    found = Parallelizer._living.get(key)
-    if found is None:
-        found = kind._stand_in(key, options)
-        runs = (opened._runs_here() for opened in _opened())
-        found._absent = found._absent or (up and found._comm is None and any(runs))
-    return found._here()
-
-
-# What `share` takes: whose numbers and text say everything. Of a masked array, a matrix, a quantity
-# or a table the rest, which decides what the numbers mean, would be lost.
-_SHARABLE_TYPES = frozenset([np.ndarray, np.memmap, list, *_PLAIN_TYPES]) - {type(None), range}
-
-
-def _sharable(array: Any) -> np.ndarray[Any, Any]:
-    whole = not isinstance(array, (str, bytes)) and _is_sharable(array)
-    data = np.asarray(array) if whole else None
-    if data is None or not _is_raw(data):
-        raise TypeError(
-            f"share needs an array of plain numbers or text, a list or a number, not "
-            f"{_describe(array)}. Of what is more than that, share the arrays in it one by one, "
-            f"as numpy.asarray gives them, and put it together again where it is used"
-        )
-    return data
-
-
-def _is_sharable(value: Any) -> bool:
-    if type(value) is list:
-        return all(map(_is_sharable, value))
-    return type(value) in _SHARABLE_TYPES
-
-
-def _share(array: Any, *, lent: bool = False) -> np.ndarray[Any, Any]:
-    data = _sharable(array)
-    spec, content = _raw(data)
-    flat: np.ndarray[Any, Any]
-    if lent:  # laid out as a copy would be
-        flat = np.asarray(_Lent(content if data.flags.aligned else content.copy())).view(spec.dtype)
-    else:
-        flat = np.ndarray((math.prod(spec.shape),), spec.dtype, _shared_copy(content))
-    return flat.reshape(spec.shape, order=spec.order)
-
-
-def _share_in_run(array: Any = None, *, parallelizer: Parallelizer) -> Any:
-    """On each machine the lowest rank makes the copy, and the others attach to it."""
-    hosts: Any = None
-
-    def prepare() -> list[str]:
-        _sharable(array)  # or it is refused on every rank
-        found: list[str] = hosts
-        return found
-
-    with parallelizer._calling("share") as comm:
-        if comm.size == 1:
-            return _share(array, lent=True)
-        hosts = parallelizer._gather(comm, _hostname(), False)
-        hosts = _from_main(comm, prepare)
-    leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
-    copy = comm.in_group(leaders, lambda: _share(parallelizer.broadcast(array)))
-    handle = _dumps(copy) if comm.rank in leaders else b""
-    handles = parallelizer.allgather(handle)
-    shared = _loads(handles[hosts.index(hosts[comm.rank])])
-    parallelizer.wait()  # before it is attached to, nobody may let go
-    return shared
-
-
-def _checked_ranks(comm: Sequence[int] | None, size: int) -> list[int]:
-    if comm is None:
-        return list(range(size))
-    ranks = [operator.index(rank) for rank in comm]
-    if size == 1:  # so that a serial run needs no code of its own
-        ranks = [rank for rank in ranks if rank < 1]
-    outside = [rank for rank in ranks if not 0 <= rank < size]
-    if 0 not in ranks or outside or len(set(ranks)) < len(ranks):
-        raise ValueError(
-            f"comm must hold rank 0 and other ranks below {size}, each once, not {list(comm)}"
-        )
-    return sorted(ranks)
-
-
-def _checked_address(loc: int, tag: int, size: int) -> tuple[int, int]:
-    loc, tag = operator.index(loc), operator.index(tag)
-    if not 0 <= loc < size:
-        raise ValueError(f"loc must be a rank below {size}, not {loc}")
-    if not 0 <= tag < 2**31:
-        raise ValueError(f"tag must be a number from 0 to 2**31 - 1, not {tag}")
-    return loc, tag
-
-
-def _unpacked(messages: Iterable[Message], done: str) -> list[Any]:
-    return [_unpack(one, f"what rank {rank} {done}") for rank, one in enumerate(messages)]
-
-
-def _folded(op: str | Callable[[Any, Any], Any], values: Iterable[Any]) -> Any:
-    fold, values = _reduction(op), iter(values)
-    result = next(values)
-    shape = _shape(result) if isinstance(op, str) else None
-    for rank, value in enumerate(values, 1):
-        if shape is not None and _shape(value) != shape:
-            raise ValueError(
-                f"op={op!r} folds values of one shape, but rank 0 has one of shape {shape} and "
-                f"rank {rank} has {_describe(value)}, which numpy would stretch or refuse. "
-                f"Blocks of scatter may differ in length: reduce each of them first, as by "
-                f"block.sum(axis=0), or gather them; or give a function f(a, b)"
-            )
-        result = fold(result, value)
-    return result
-
-
-def _shape(value: Any) -> Any:
-    return getattr(value, "shape", ())
-
-
-# Stands in an allgather for what cannot be sent to all in this way.
-_OTHERWISE = Message(b"otherwise", [])
-
-
-def _reduced(
-    comm: Communicator, data: Any, op: str | Callable[[Any, Any], Any], receivers: Sequence[int]
-) -> Any:
-    data = _own(data)
-    if comm.size == 1:
-        return _laid_out(data)
-    return _Reduction(comm, data, op, receivers).result()
-
-
-# How a process would reduce what it brings: a letter for each word, a small one where it shows
-# its value, which all fold by themselves.
-_LETTERS = {"sum": b"s", "prod": b"p", "min": b"n", "max": b"x"}
-_OPS = {letter: op for op, letter in _LETTERS.items()}
-_ALL_FOLD = frozenset(_OPS)
-_MAIN_FOLDS = b"-"
-_MOST_TO_ALL = 8192  # bytes of a value that is shown to all
-
-
-class _Reduction:
-    """One call of `reduce` or `allreduce` in this process.
-
-    What is small, each process shows to all, and all fold it. Of arrays that are alike, each
-    process folds a segment. All else main folds, a value at a time.
-    """
-
-    def __init__(
-        self,
-        comm: Communicator,
-        data: Any,
-        op: str | Callable[[Any, Any], Any],
-        receivers: Sequence[int],
-    ) -> None:
-        self._comm, self._data, self._op, self._receivers = comm, data, op, receivers
-        self._what = f"what rank {comm.rank} reduces"
-        self._packed = _pack(data, self._what)
-
-    def result(self) -> Any:
-        """The result on the receivers, and perhaps on others; an error on all."""
-        packed, room = self._packed, None
-        way = self._proposal()
-        if way == _MAIN_FOLDS:
-            shown = Message(way, ())
-        elif way.islower():
-            shown = Message(way + packed.pickled, packed.buffers)
-        else:
-            shown = Message(way + packed.pickled, ())
-            if self._comm.rank in self._receivers:
-                room = _allocate(packed.buffers[0].nbytes)  # or an error before all begin
-        told = self._comm.show_all(shown)
-        alike = len({one.pickled for one in told}) == 1
-        if alike and way.isupper():
-            return self._fold_segments(way, room)
-        if _ALL_FOLD.issuperset([one.pickled[:1] for one in told]):
-            return self._fold_all(told, alike=alike)
-        return self._fold_on_main()
-
-    def _proposal(self) -> bytes:
-        packed, op = self._packed, self._op
-        if not isinstance(op, str) or packed.kept:
-            return _MAIN_FOLDS
-        if not packed.buffers or packed.nbytes <= _MOST_TO_ALL:
-            return _LETTERS[op] if len(packed.pickled) <= _MOST_TO_ALL else _MAIN_FOLDS
-        least = 64 * self._comm.size * _LARGEST_ITEM
-        if self._is_of_numbers() and least <= self._comm.portion_bytes:
-            return _LETTERS[op].upper()
-        return _MAIN_FOLDS
-
-    def _is_of_numbers(self) -> bool:
-        """Whether it is an array that numpy folds to one of the same dtype, in native bytes."""
-        if self._packed.pickled[0] != _BARE_ARRAY or not self._data.ndim:
-            return False
-        dtype = self._data.dtype
-        return dtype.kind in "biufc" and dtype.isbuiltin == 1 and dtype.metadata is None
-
-    def _fold_segments(self, way: bytes, room: _Bytes | None) -> Any:
-        spec = _unpacked_spec(self._packed.pickled)
-        own = self._packed.buffers[0].view(spec.dtype)
-        result = None if room is None else room.view(spec.dtype)
-        self._comm.fold_segments(own, _FOLDS[_OPS[way.lower()]], result, self._receivers)
-        return None if room is None else spec.build(room)
-
-    def _fold_all(self, told: list[Message], *, alike: bool) -> Any:
-        op = _OPS[told[0].pickled[:1]]
-        if alike and self._is_of_numbers():
-            spec = _unpacked_spec(self._packed.pickled)
-            # Copied, as numpy is slow with what is not aligned.
-            values = [one.buffers[0].copy().view(spec.dtype) for one in told]
-            return spec.build(_fold_alike(_FOLDS[op], values))
-        messages = [Message(one.pickled[1:], one.buffers) for one in told]
-        if any(map(_BUFFERS_OF, told)):
-            messages = [one.copy() for one in messages]
-        return _folded(op, _unpacked(messages, "reduces"))
-
-    def _fold_on_main(self) -> Any:
-        comm, packed = self._comm, self._packed
-        if comm.rank > 0:
-            (packed,) = _for_each(packed, self._data, self._what, comm, 1)
-        messages = comm.gather_in_turn(packed)
-        if len(self._receivers) > 1:
-            return _from_main(comm, lambda: self._folded_on_main(messages))
-        results: list[Any] = []
-        # What is told to all is no more than that main could fold.
-        _from_main(comm, lambda: results.append(self._folded_on_main(messages)))
-        return results[0] if results else None
-
-    def _folded_on_main(self, messages: Generator[Message, None, None]) -> Any:
-        """Of main's own value and the others'."""
-        with contextlib.closing(messages):
-            others = (
-                _unpack(message, f"what rank {rank} reduces")
-                for rank, message in enumerate(messages, 1)
-            )
-            return _folded(self._op, itertools.chain([_as_sent(self._data)], others))
-
-
-class _Refusal(Failure):
-    """Sent in place of a value that main could not provide."""
-
-
-def _refuse(why: Exception, comm: Communicator) -> Message:
-    return _pack(_Refusal.of(why, comm.process, comm.size), "a refusal")
-
-
-def _one_for_each(data: Any, comm: Communicator) -> list[Any]:
-    if not isinstance(data, Iterable):
-        raise TypeError(
-            f"alltoall needs a sequence with an item for each process, not {_describe(data)}"
-        )
-    items = list(data)
-    if len(items) != comm.size:
-        raise ValueError(
-            f"alltoall needs an item for each of the {comm.size} processes, but rank {comm.rank} "
-            f"brings {len(items)}; where a process is to get nothing, let None stand in its place"
-        )
-    return items
-
-
-def _from_main(comm: Communicator, make: Callable[[], _T]) -> _T:
-    """What main makes, on every process; where main cannot, its exception on every one."""
-    if comm.size == 1:
-        return make()
-    if comm.rank > 0:
-        value: _T = _accept(comm.broadcast(None))
-        return value
-    try:
-        value, what = make(), "what main broadcasts"
-        message = _pack(value, what)
-        if message.relaid:
-            value = _unpack(message.copy(), what)
-        messages = _for_each(message, value, what, comm, comm.size - 1)
-    except Exception as why:
-        if comm.is_in_step():
-            comm.broadcast(_refuse(why, comm))
-        raise
-    if len(messages) > 1:  # where a receiver cannot tell the two from each other
-        comm.scatter([message, *messages])
-    else:
-        comm.broadcast(messages[0])
-    return value
-
-
-def _accept(message: Message) -> Any:
-    value = _unpack(message, "what main sent")
-    if type(value) is _Refusal:
-        raise value.exception()
-    return value
-
-
-def _raise_final(communicator: Communicator, error: BaseException) -> NoReturn:
-    """End the run on every process because of `error`, and raise what is to be raised here."""
-    final = communicator.fail_run(error)
-    try:
-        if final is error:
-            raise error
-        raise final from final.__cause__
-    finally:
-        del final, error  # their tracebacks hold this frame
-
-
-def _run_packed(
-    packed: Message, threads: dict[str, int] | None, *, parallelizer: Parallelizer
-) -> Any:
-    comm = parallelizer._communicator()
-    with comm.undisturbed():
-        settings, work = _unpack(packed, "the function of a run, or its arguments,")
-    # Now, because unpacking has imported the modules of the function.
-    limit = comm.limit
-    if limit is not None:
-        _take_thread_numbers(threads or limit.state.numbers)
-    with _Arithmetic(settings):
-        return work(parallelizer=parallelizer)
-
-
-class _Arithmetic:
-    """How numpy and decimal compute for who calls `run`, `map` or their kin.
-
-    Within its ``with``, this process computes so, too. Otherwise a worker would compute as main
-    did when it was forked, or as its imports or an earlier function have left it; and main, as
-    the last item that it happened to take.
-    """
-
-    def __init__(self, settings: tuple[Any, Any] | None) -> None:
-        self._settings = settings
-        ufuncs, decimal = settings or (None, None)
-        self._decimal = decimal
-        self._ufunc_state = _ufunc_state(*ufuncs) if ufuncs else _default_ufunc_state()
-        self._ufuncs_before: Any = None
-        self._decimal_before: Any = None
-
-    def __reduce__(self) -> Any:
-        return _Arithmetic, (self._settings,)
-
-    def __enter__(self) -> None:
-        if self._decimal is not None or "decimal" in sys.modules:
-            import decimal
-
-            self._decimal_before = decimal.getcontext()
-            decimal.setcontext((self._decimal or _default_decimal_context()).copy())
-        self._ufuncs_before = _ufunc_variable().set(self._ufunc_state)
-
-    def __exit__(self, *_: object) -> None:
-        _ufunc_variable().reset(self._ufuncs_before)
-        if "decimal" in sys.modules:  # by now
-            import decimal
-
-            decimal.setcontext(self._decimal_before or _default_decimal_context().copy())
-
-
-def _arithmetic_of_caller() -> tuple[Any, Any] | None:
-    """None, which costs least to send, where all is as numpy and decimal have it by default."""
-    ufuncs, decimal = _ufunc_settings(), _decimal_context()
-    return None if ufuncs is None and decimal is None else (ufuncs, decimal)
-
-
-def _decimal_context() -> Any:
-    """The caller's, without its flags; None for the default one, or where decimal is not in use."""
-    if "decimal" not in sys.modules:
-        return None
-    import decimal
-
-    settings: Any = decimal.getcontext().__reduce__()[1]
-    settings[-2].clear()
-    if settings == _default_decimal_context().__reduce__()[1]:
-        return None
-    return decimal.Context(*settings)
-
-
-@functools.cache
-def _default_decimal_context() -> Any:
-    """As Python has it, because ``decimal.DefaultContext`` may have been changed."""
-    import decimal
-
-    traps = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow]
-    return decimal.Context(28, decimal.ROUND_HALF_EVEN, -999999, 999999, 1, 0, [], traps)
-
-
-# numpy's settings for its ufuncs: what they do about errors, whom they call then, and the size of
-# their buffers, which decides the order in which some sums are taken. To read and to set them one
-# by one takes some 20 us, as long as to deal out a chunk of items; but all are one object.
-
-_DEFAULT_UFUNCS = (
-    {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}, None, 8192
-)  # fmt: skip
-
-
-class _UfuncVariable:
-    """Where numpy 1 keeps that object, with the methods of a `contextvars.ContextVar`."""
-
-    def get(self, _: object = None) -> Any:
-        return vars(np)["geterrobj"]()[:]
-
-    def set(self, state: Any) -> Any:
-        before = self.get()
-        self.reset(state[:])
-        return before
-
-    def reset(self, before: Any) -> None:
-        vars(np)["seterrobj"](before)
-
-
-@functools.cache
-def _ufunc_variable() -> _UfuncVariable | contextvars.ContextVar[Any]:
-    """Where numpy keeps that object; numpy 2 in the variable that its own context manager sets."""
-    before = contextvars.copy_context()
-    with np.errstate():
-        within = contextvars.copy_context()
-    changed = (name for name in within if name not in before or within[name] is not before[name])
-    return next(changed, _UfuncVariable())
-
-
-def _ufunc_settings() -> tuple[Any, ...] | None:
-    """The caller's; None for the defaults."""
-    if _ufunc_variable().get(None) is None:
-        return None  # nothing has ever been set
-    errors, size = np.geterr(), np.getbufsize()
-    handler = None if {"call", "log"}.isdisjoint(errors.values()) else np.geterrcall()
-    found = (errors, handler, size)
-    return None if found == _DEFAULT_UFUNCS else found
-
-
-def _ufunc_state(errors: Any, handler: Any, size: int) -> Any:
-    """What numpy makes of such settings."""
-    with np.errstate(**errors, call=handler):
-        before = np.setbufsize(size)
-        try:
-            return _ufunc_variable().get(None)
-        finally:
-            np.setbufsize(before)
-
-
-@functools.cache
-def _default_ufunc_state() -> Any:
-    return _ufunc_state(*_DEFAULT_UFUNCS)
-
-
-class _Task:
-    """What main wants done with the items of `map`: the same on every process."""
-
-    func: Callable[..., Any]  # each process's own, and not among what main says
-    pace: float | None = None  # seconds that an item has taken here of late
-    tag = 0  # of the messages that belong to it
-
-    def __init__(
-        self,
-        extra_args: tuple[Any, ...] | int | None,
-        extra_kwargs: Mapping[str, Any] | None,
-        chunksize: int | None,
-        seed: Any,
-        *,
-        progress: bool,
-        vectorized: bool = False,
-        concatenate: bool | None = None,
-        callback: Callable[[Any], object] | None = None,
-        starred: bool = False,
-    ) -> None:
-        extra_args, chunksize = _checked_extra_args(extra_args, chunksize)
-        if not (chunksize is None or hasattr(chunksize, "__index__")):
-            raise TypeError(
-                f"chunksize must be a number of items, not {_describe(chunksize)}; further "
-                f"arguments of every call are given by extra_args=(x,)"
-            )
-        if chunksize is not None and chunksize < 1:
-            raise ValueError(f"chunksize must be at least 1, not {chunksize}")
-        if vectorized and seed is not None:
-            raise ValueError(
-                "seed= gives each item its own generator, so it needs vectorized=False"
-            )
-        if concatenate is not None and not vectorized:
-            raise ValueError(
-                "concatenate= is for the results of blocks, so it needs vectorized=True"
-            )
-        self.extra_args = tuple(map(_laid_out, extra_args))
-        keywords = dict(extra_kwargs or {})
-        self.extra_kwargs = {name: _laid_out(value) for name, value in keywords.items()}
-        self.chunksize = chunksize
-        self.seed = seed
-        self.progress = progress
-        self.vectorized = vectorized
-        self.concatenate = concatenate
-        self.callback = callback
-        self.is_stream = callback is not None and not vectorized
-        self.starred = starred
-        self.arithmetic = _Arithmetic(_arithmetic_of_caller())
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What the others need: not `func`, and of `callback` no more than `is_stream`."""
-        return {**vars(self), "callback": None, "pace": None}
-
-    def is_paced(self, length: int, nprocs: int) -> bool:
-        """Whether the size of the chunks depends on how long an item takes."""
-        return self.chunksize is None and length // (32 * nprocs) > 1
-
-    def choose_chunksize(self, length: int, nprocs: int) -> None:
-        """For a stream whose caller leaves that to us; of unknown `length`, 0."""
-        size = max(1, length // (32 * nprocs))
-        self.chunksize = self.chunksize or size
-
-    def call(self, item: Any, **more: Any) -> Any:
-        first = item if self.starred else (item,)
-        return self.func(*first, *self.extra_args, **self.extra_kwargs, **more)
-
-    def compute(self, items: Any, start: int, comm: Communicator) -> list[Any]:
-        """The results of a chunk whose first item is the `start`-th of all."""
-        results, error = self.compute_until_error(items, start, comm, keep=False)
-        if error is not None:
-            raise error
-        return results
-
-    def compute_until_error(
-        self, items: Any, start: int, comm: Communicator, *, keep: bool = True
-    ) -> tuple[list[Any], Exception | None]:
-        """The results, or, to `keep` them, those before an error, and what an item has raised."""
-        # What main computes from, and what comes of it, are copies, because they are on all other
-        # processes: nobody can tell from a result who computed it.
-        copied = comm.rank == 0 and comm.size > 1
-        task, function = comm.in_task, comm.in_function
-        results: list[Any] = []
-        error: Exception | None = None
-        unfit = None
-        try:
-            if copied:
-                items, unfit = _private(items)
-            elif comm.rank == 0:
-                items = _laid_out(items)
-            comm.in_task = threading.get_ident()
-            comm.mark_function(executing=True)  # it is not yet, where main alone calls imap
-            comm.items = list(items)
-            with self.arithmetic, _UsersCode():
-                begun = time.perf_counter()
-                self._call_items(comm.items, start, results, keep=keep)
-                self.pace = (time.perf_counter() - begun) / (len(results) or 1)
-            error = unfit
-        except Exception as why:
-            error = why
-        finally:
-            comm.items = []
-            comm.in_task = task
-            comm.mark_function(executing=function)
-        comm.account.tasks += len(results)
-        if copied:
-            try:
-                results = _as_sent(results)
-            except PackingError as why:
-                return _as_sent(_that_can_be_packed(results)), why
-        elif comm.rank == 0:
-            results = _laid_out(results)
-        return results, error
-
-    def _call_items(self, items: Any, start: int, results: list[Any], *, keep: bool) -> None:
-        plain = not (self.starred or self.extra_args or self.extra_kwargs)
-        if self.seed is not None:
-            for index, item in enumerate(items, start):
-                results.append(self.call(item, rng=_spawned_rng(self.seed, index)))
-        else:
-            call = self.func if plain else self.call
-            # Not by the builtin map, which a StopIteration would end without a word.
-            if not keep:
-                results += [call(item) for item in items]
-                return
-            for item in items:
-                results.append(call(item))
-
-
-def _checked_extra_args(third: Any, chunksize: Any) -> tuple[tuple[Any, ...], Any]:
-    """`extra_args` and `chunksize`, either of which may stand in the third place of a `map`."""
-    if third is None or isinstance(third, tuple):
-        return third or (), chunksize
-    if hasattr(third, "__index__") and not isinstance(third, (bool, np.ndarray)):
-        if chunksize is not None:
-            raise TypeError(f"chunksize is given twice: {third!r} as third argument, {chunksize!r}")
-        return (), third
-    raise TypeError(
-        f"extra_args, the third argument, must be a tuple of further arguments, or an int, which "
-        f"is then the chunksize, as in Pool.map; but it is {_describe(third)}. For one further "
-        f"argument x write (x,)"
-    )
-
-
-_RANK_STREAMS = 2**32 - 1  # begins the spawn keys of processes: no item has this number
-
-
-def _spawned_rng(seed: Any, *key: int) -> np.random.Generator:
-    """Of the descendant of ``SeedSequence(seed)`` with this key, as its `spawn` would give."""
-    root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
-    child = np.random.SeedSequence(
-        root.entropy, spawn_key=(*root.spawn_key, *key), pool_size=root.pool_size
-    )
-    return np.random.default_rng(child)
-
-
-def _map_in_run(
-    func: Callable[..., Any],
-    make_task: Callable[[], _Task] | None = None,
-    data: Any = None,
-    *,
-    parallelizer: Parallelizer,
-) -> Any:
-    """What every process does in a `map`; only main's `make_task` and `data` count."""
-    items: Any = None
-
-    def prepare() -> _Task:
-        nonlocal items
-        assert make_task is not None
-        task = make_task()
-        if task.is_stream:
-            items = _Source(data)
-            task.choose_chunksize(items.hint, comm.size)
-        else:
-            items = _blockwise(data) if task.vectorized else _sized(data)
-        return _called_to(task, comm)
-
-    with parallelizer._calling("map") as comm:
-        task = _from_main(comm, prepare)
-    task.func = func
-    if task.vectorized:
-        return _map_blocks(task, items, parallelizer)
-    if task.is_stream:
-        results = _call_back(task, _dealt_as_stream(task, items, True, comm))
-        return results if comm.rank == 0 else Parallelizer.InWorkerProcess
-    return _map_items(task, items, parallelizer)
-
-
-def _blockwise(data: Any) -> Any:
-    """What can be scattered."""
-    sliced = hasattr(data, "__getitem__") and not isinstance(data, Mapping)
-    return data if sliced else list(data)
-
-
-def _sized(data: Any) -> Any:
-    """What has a length, and whose slices hold the items that iteration gives."""
-    if isinstance(data, np.ndarray):
-        return data if _writes_to_file(data) else np.require(data, requirements=["C", "ALIGNED"])
-    return data if _can_be_cut(data) else list(data)
-
-
-def _can_be_cut(data: Any) -> bool:
-    """Not so a DataFrame, for one, whose slices hold other things than iteration gives."""
-    return isinstance(data, (list, tuple, range, str, bytes, np.ndarray))
-
-
-def _call_back(task: _Task, stream: Any) -> list[Any]:
-    results = []
-    with contextlib.closing(stream):  # a traceback may hold it
-        for result in stream:
-            assert task.callback is not None
-            with _UsersCode():
-                task.callback(result)
-            results.append(result)
-    return results
-
-
-def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
-    block = parallelizer.scatter(data)
-    # Of no items at all, main's call says what an empty result looks like.
-    wanted = len(block) > 0 or (parallelizer.on_main and len(data) == 0)
-    with task.arithmetic, _UsersCode():
-        own = [task.call(block)] if wanted else []
-    results = parallelizer.gather(own, concatenate=False)
-    if not parallelizer.on_main:
-        return results
-    results = [result for blocks in results for result in blocks]
-    combined = _combine(results, task.concatenate)
-    if task.concatenate is None and all(isinstance(result, list) for result in results):
-        combined = list(itertools.chain.from_iterable(results))
-    if task.callback is not None:
-        with _UsersCode():
-            task.callback(combined)  # of blocks there is one result
-    return combined
-
-
-def _called_to(task: _Task, comm: Communicator) -> _Task:
-    """On main, before all are called to it: the task, with nothing in its way."""
-    if task.progress:
-        _tqdm()
-    task.tag = comm.next_tag()
-    if not task.vectorized:
-        _hand(comm, task.tag).clear()
-    return task
-
-
-def _map_items(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
-    comm, tag = parallelizer._communicator(), task.tag
-    done: list[Any] = []
-    if comm.rank == 0:
-        dealer = _Dealer(task, _Chunks(_guided(data, comm, task)), tag, comm)
-        with _bar(len(data), task.progress) as reached:
-            done = _dealt_to_all(dealer, len(data), reached)
-            reached(len(data))
-    else:
-        hand = _hand(comm, tag)
-        for start, items in hand.chunks():
-            done.append((start, task.compute(items, start, comm)))
-            hand.tell_done()
-    with parallelizer._calling("end of map"):
-        gathered = parallelizer._gather(comm, done, False, is_sent=True)
-    if comm.rank > 0:
-        return gathered
-    comm.forget_mail(tag)
-    in_order = sorted(itertools.chain.from_iterable(gathered), key=operator.itemgetter(0))
-    return list(itertools.chain.from_iterable(results for _, results in in_order))
-
-
-def _private(items: Any) -> tuple[Any, PackingError | None]:
-    """Main's items, copied as the workers' are, so that it is all one who computes which.
-
-    If one cannot be, only those before it, and why.
-    """
-    if _are_plain(items):
-        return items, None
-    try:
-        return _sent(items), None
-    except PackingError as why:
-        return _sent(_that_can_be_packed(items)), why
-
-
-def _packed_chunk(chunk: tuple[int, Any], comm: Communicator) -> Message:
-    if _are_plain(chunk[1]):
-        return Message(pickle.dumps(chunk, 5), [])  # in less time than the search for arrays takes
-    return _pack(chunk, "a chunk of a map", comm)
-
-
-def _are_plain(items: Any) -> bool:
-    kinds = {type(items)} if isinstance(items, (range, str, bytes)) else set(map(type, items))
-    return kinds <= _PLAIN_TYPES
-
-
-_MOST_CHUNKS = 8192
-_LEAST_SECONDS = 2.5e-4  # that a chunk shall take, because to deal it takes some 1e-5
-
-
-def _guided(data: Any, comm: Communicator, task: _Task) -> Iterator[tuple[int, Any]]:
-    """Chunks of ever smaller size, which all the processes take in turn.
-
-    A chunk is a small share of what remains, so that the last ones to finish, whatever their
-    items cost, are not far apart (guided self-scheduling: Polychronopoulos and Kuck, 1987,
-    doi:10.1109/TC.1987.5009495).
-    """
-    length, start = len(data), 0
-    least = max(task.chunksize or 1, math.ceil(length / _MOST_CHUNKS))
-    most = length // (32 * comm.size)
-    while start < length:
-        size = least
-        if task.is_paced(length, comm.size):
-            worthwhile = min(most, int(_LEAST_SECONDS / task.pace)) if task.pace else 0
-            size = max(least, worthwhile, (length - start) // (32 * comm.size))
-        yield start, data[start : start + size]
-        start += size
-
-
-def _tqdm() -> Any:
-    try:
-        return importlib.import_module("tqdm").tqdm
-    except ModuleNotFoundError as why:
-        raise ModuleNotFoundError(
-            "progress=True shows a bar by tqdm, which is not installed: pip install tqdm"
-        ) from why
-
-
-@_context
-def _bar(total: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
-    """A bar of so many items, and the function that says how many have been reached."""
-    if not shown:
-        yield lambda _: None
-        return
-    tqdm = _tqdm()
-    # Without the thread that tqdm would start, as fork is not used while threads run.
-    quiet = type("Bar", (tqdm,), {"monitor_interval": 0})
-    with quiet(total=total, disable=None) as bar:
-        yield lambda count: bar.update(count - bar.n)
-
-
-# The chunks of a map lie where each process takes its next one, or else main sends them. Main
-# computes, too: in an imap, whose results it is to yield, only if the workers are supplied and no
-# result has come. Dealt are at most so many chunks per process ahead of what has been yielded: at
-# least, before it is known how large the results are or how long they take, and of small results.
-
-_AHEAD = 2  # that main sends to each worker
-_LEAST_AHEAD, _FIRST_AHEAD, _MOST_AHEAD = 4, 16, 100
-
-
-class _Source:
-    """The items of an imap: what can be cut is left where it is, all else is iterated over."""
-
-    def __init__(self, data: Any) -> None:
-        self._items = iter(data)  # once, and at once, to refuse what cannot be iterated over
-        self.hint = operator.length_hint(data)
-        self.total: int | None = None
-        with contextlib.suppress(TypeError):  # also of what has a length at times
-            self.total = len(data)
-        self._cut = data if _can_be_cut(data) else None
-
-    def chunks(self, chunksize: int, comm: Communicator) -> _Chunks:
-        """With the number of the first item of each."""
-        if self._cut is not None:
-            return _Chunks(_cut(_sized(self._cut), chunksize))
-        chunks = _chunked(self._items, chunksize)
-        return _Chunks(chunks) if comm.size == 1 else _ReadAhead(chunks, comm)
-
-
-def _cut(data: Any, chunksize: int) -> Iterator[tuple[int, Any]]:
-    start = 0
-    while start < len(data):  # to which the user's loop may add
-        yield start, data[start : start + chunksize]
-        start += chunksize
-
-
-def _chunked(items: Iterator[Any], chunksize: int) -> Iterator[tuple[int, list[Any]]]:
-    """Lists of items; what `items` raises comes behind the ones that it has given before."""
-    for start in itertools.count(0, chunksize):
-        chunk, error = [], None
-        try:
-            for item in itertools.islice(items, chunksize):
-                chunk.append(item)  # noqa: PERF402 - those before an error are wanted
-        except Exception as why:
-            error = why
-        if chunk:
-            yield start, chunk
-        if error is not None:
-            raise error
-        if len(chunk) < chunksize:
-            return
-
-
-class _Chunks:
-    """Chunks that main takes, one after the other."""
-
-    def __init__(self, chunks: Iterator[tuple[int, Any]]) -> None:
-        self._chunks = chunks
-        self.ended = False
-        self.error: BaseException | None = None  # of the user's iterator, by which it has ended
-
-    def take(self) -> tuple[int, Any] | None:
-        """The next; None where there is none yet, or none any more."""
-        try:
-            chunk = next(self._chunks, None)
-        except Exception as error:
-            chunk, self.error = None, error
-        self.ended = chunk is None
-        return chunk
-
-    def has_news(self) -> bool:
-        """Whether `take` has something to say."""
-        return not self.ended
-
-    def close(self) -> None:
-        """Read no more."""
-
-
-class _Reader(threading.Thread):
-    """The thread that reads ahead for a communicator, and has no other part in its calls."""
-
-    def __init__(self, comm: Communicator, read: Callable[[], None]) -> None:
-        # The user's numpy.errstate and decimal context hold there as well.
-        run, name = contextvars.copy_context().run, f"parallelizer-reader-{comm.process}"
-        super().__init__(target=run, args=(read,), name=name, daemon=True)
-        self.comm = comm
-
-    @staticmethod
-    def refuse(comm: Communicator | None = None) -> None:
-        """An error on the thread that reads for `comm`, or without it on any that reads."""
-        thread = threading.current_thread()
-        if isinstance(thread, _Reader) and comm in (None, thread.comm):
-            raise ContractError(
-                "an iterator that imap reads has used the parallelizer that reads it, which "
-                "waits for the iterator: take what it needs before, or by another parallelizer"
-            )
-
-
-class _ReadAhead(_Chunks):
-    """The same by a thread, as an iterator may wait for what the user does with the results."""
-
-    def __init__(self, chunks: Iterator[tuple[int, Any]], comm: Communicator) -> None:
-        super().__init__(chunks)
-        self._read: collections.deque[tuple[int, Any] | BaseException | None]
-        self._read = collections.deque()
-        self._room = threading.Semaphore(_LEAST_AHEAD * comm.size)
-        self._wake = comm.wake
-        self._closed = False
-        self._thread = _Reader(comm, self._run)
-
-    def _run(self) -> None:
-        end: BaseException | None = None
-        try:
-            while self._room.acquire() and not self._closed:
-                chunk = next(self._chunks, None)
-                if chunk is None:
-                    break
-                self._tell(chunk)
-        except BaseException as error:  # which is main's
-            end = error
-        self._tell(end)
-
-    def _tell(self, news: tuple[int, Any] | BaseException | None) -> None:
-        self._read.append(news)
-        if not self._closed:
-            with contextlib.suppress(OSError):  # where the processes have ended meanwhile
-                self._wake()
-
-    def take(self) -> tuple[int, Any] | None:
-        if self._thread.ident is None:
-            self._thread.start()
-        if not self._read:
-            return None
-        chunk = self._read.popleft()
-        if isinstance(chunk, BaseException):
-            chunk, self.error = None, chunk
-        self.ended = chunk is None
-        self._room.release()
-        return chunk
-
-    def has_news(self) -> bool:
-        return bool(self._read)
-
-    def close(self) -> None:
-        self._closed = True
-        self._room.release()
-        if self._thread.ident is not None:
-            # In vain where the iterator waits for what will not come.
-            self._thread.join(_SETTLING)
-
-
-def _imap_in_run(
-    func: Callable[..., Any],
-    ordered: bool,
-    make_task: Callable[[], _Task] | None = None,
-    data: Any = None,
-    *,
-    parallelizer: Parallelizer,
-) -> Iterator[Any]:
-    """What every process does in an `imap`; only main's `make_task` and `data` count."""
-    source: Any = None
-
-    def prepare() -> _Task:
-        nonlocal source
-        assert make_task is not None
-        task = make_task()
-        source = data if isinstance(data, _Source) else _Source(data)
-        return _called_to(task, comm)
-
-    comm = parallelizer._communicator()
-    with comm.enter("imap"):
-        task = _from_main(comm, prepare)
-    task.func = func
-    return _dealt_as_stream(task, source, ordered, comm)
-
-
-def _dealt_as_stream(
-    task: _Task, source: Any, ordered: bool, comm: Communicator
-) -> Generator[Any, None, None]:
-    """The results on main, and on a worker nothing, when it has computed its part of them."""
-    tag = task.tag
-    if comm.rank == 0:
-        dealer = _Dealer(task, source.chunks(task.chunksize or 1, comm), tag, comm)
-        results = _Results(dealer, ordered, tag).all(source.total)
-        next(results)
-        return results
-    for start, items in _hand(comm, tag).chunks():
-        message = _packed_results(task, items, start, comm)
-        with comm.enter("send"):
-            comm.send(message, 0, tag)
-    return (result for result in list[Any]())  # which can be closed
-
-
-def _packed_results(task: _Task, items: Any, start: int, comm: Communicator) -> Message:
-    """The results of a chunk, or of its first items and what the next one has raised."""
-    what = "what imap's function returned"
-    results, error = task.compute_until_error(items, start, comm)
-    try:
-        return _pack((start, results, error and _failure_of(error, comm)), what, comm)
-    except PackingError as why:
-        return _pack((start, _that_can_be_packed(results), _failure_of(why, comm)), what, comm)
-
-
-def _failure_of(error: Exception, comm: Communicator) -> Failure:
-    return Failure.of(error, comm.process, comm.world_size)
-
-
-def _that_can_be_packed(values: Iterable[Any]) -> list[Any]:
-    """Those before the first one that cannot."""
-    found: list[Any] = []
-    with contextlib.suppress(PackingError):
-        for value in values:
-            _pack(value, "one of several")
-            found.append(value)
-    return found
-
-
-class _Stream:
-    """What an imap of main alone gives; any thread may ask for a result, close or collect it."""
-
-    def __init__(self, results: Generator[Any, None, None]) -> None:
-        # Those that have had a part in it would wait for themselves if they ran anything else.
-        self.threads = weakref.WeakSet([threading.current_thread()])
-        self._results = results
-        self._turn = threading.RLock()  # as no thread may enter where another one is
-        self._latest = threading.current_thread()  # who has had the turn
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        self._take_turn()
-        try:
-            if (thread := threading.current_thread()) is not self._latest:
-                self._latest = thread
-                self.threads.add(thread)
-            return next(self._results)
-        finally:
-            self._turn.release()
-
-    def close(self) -> None:
-        """Give up what has not come yet."""
-        self._take_turn()
-        try:
-            self._results.close()
-        finally:
-            self._turn.release()
-
-    def _take_turn(self) -> None:
-        if not self._turn.acquire(blocking=False):
-            _Reader.refuse()  # it may be the one that whoever has the turn waits for
-            self._turn.acquire()
-
-
-class _Mail:
-    """Main sends the chunks: each worker has one that it computes, and one that waits."""
-
-    ahead = _MOST_AHEAD  # chunks for each worker that may wait, where they lie in one place
-
-    def __init__(self, comm: Communicator, tag: int) -> None:
-        self._comm = comm
-        self._tag = tag
-        self._supply = dict.fromkeys(range(1, comm.size), 0)  # on main: chunks that each has
-
-    # -- on main ------------------------------------------------------------------------------
-
-    def clear(self) -> None:
-        """Before the workers are called: let nothing be left of an earlier map."""
-
-    def begin(self) -> None:
-        """The workers have been called."""
-
-    def has_room(self) -> bool:
-        """Whether a chunk may be offered."""
-        return any(count < _AHEAD for count in self._supply.values())
-
-    def offer(self, start: int, message: Message) -> bool:
-        """Give a chunk to who has least; False where there is no room for it after all."""
-        rank = min(self._supply, key=self._supply.__getitem__)
-        self._send(rank, message)
-        self._supply[rank] += 1
-        return True
-
-    def flush(self) -> None:
-        """Let all that has been offered be taken."""
-
-    def busy(self) -> list[int]:
-        """The workers that have chunks."""
-        return [rank for rank, count in self._supply.items() if count]
-
-    def hear(self, rank: int) -> None:
-        """A worker has computed one."""
-        self._supply[rank] -= 1
-
-    def hear_all(self) -> None:
-        """Take in who has computed one, where workers keep their results."""
-        while (busy := self.busy()) and self._comm.has_arrived(busy, self._tag):
-            with self._comm.enter("receive"):
-                self.hear(self._comm.receive_any(busy, self._tag, "a map")[0])
-
-    def has_spare(self) -> bool:
-        """Whether the workers are supplied, and main may compute, too."""
-        return True
-
-    def take_own(self) -> int | None:
-        """The first item of an offered chunk that main is to compute, if there is one."""
-        return None
-
-    def end(self) -> bool:
-        """Offer no more; False if there is no room for that word now."""
-        for rank in self._supply:
-            self._send(rank, _pack(None, "the end of a map"))
-        return True
-
-    def withdraw(self) -> None:
-        """Take back what nobody has begun to compute, as far as that can be done."""
-
-    # -- on a worker --------------------------------------------------------------------------
-
-    def chunks(self) -> Iterator[tuple[int, Any]]:
-        """Those that it is to compute."""
-        while True:
-            with self._comm.enter("receive"):
-                _, message = self._comm.receive_any([0], self._tag, "a map", idle=True)
-                chunk = _unpack(message, "a chunk")
-            if chunk is None:
-                return
-            yield chunk
-
-    def tell_done(self) -> None:
-        """The chunk is computed, and its results stay here."""
-        self._send(0, Message(b"-", []))
-
-    def _send(self, rank: int, message: Message) -> None:
-        with self._comm.enter("send"):
-            self._comm.send(message, rank, self._tag)
-
-
-class _Pull(_Mail):
-    """Where all share memory: the chunks lie there, and each process takes its next one."""
-
-    _comm: BoardCommunicator
-
-    def __init__(self, comm: BoardCommunicator, tag: int) -> None:
-        super().__init__(comm, tag)
-        self._offered = 0  # on main: chunks that are not known to have been computed
-        self._flushed = 0.0  # when
-
-    @property
-    def _queue(self) -> _ChunkQueue:
-        queue = self._comm.queue  # which a forked child is cut off from
-        assert queue is not None
-        return queue
-
-    def clear(self) -> None:
-        comm, queue = self._comm, self._queue
-        late = functools.partial(queue.who_is_late, comm.run)
-        if late():
-            comm.await_any(lambda: not late(), late, "a map")
-        queue.clear()
-
-    def begin(self) -> None:
-        self._queue.begin(self._comm.members[1:])
-
-    def has_room(self) -> bool:
-        return self._queue.count_unread() < self.ahead * len(self._supply)
-
-    def offer(self, start: int, message: Message) -> bool:
-        offered = self._queue.put(start, message)
-        self._offered += offered
-        # Each write wakes all who idle. That there is a ticket for each of them is worth a moment.
-        waited = time.perf_counter() - self._flushed
-        if self._queue.count_unwritten() >= len(self._supply) or waited > _LEAST_SECONDS:
-            self.flush()
-        return offered
-
-    def flush(self) -> None:
-        self._queue.flush()
-        self._flushed = time.perf_counter()
-
-    def busy(self) -> list[int]:
-        if not self._offered:
-            return []
-        taken = self._queue.taken[list(self._comm.members)]
-        # Those that idle wait for main, and are none to wait for.
-        return [rank for rank, heard in self._supply.items() if taken[rank] > heard] or [
-            *self._supply
-        ]
-
-    def hear(self, rank: int) -> None:
-        self._offered -= 1
-        self._supply[rank] += 1  # how many have been computed, here
-
-    def hear_all(self) -> None:
-        """The workers say nothing."""
-
-    def has_spare(self) -> bool:
-        return self._offered > len(self._supply)
-
-    def take_own(self) -> int | None:
-        ticket = self._queue.take()
-        if ticket is None or not ticket.nbytes:
-            return None
-        self._queue.forget(ticket)
-        self._offered -= 1
-        return ticket.start
-
-    def await_room(self) -> None:
-        """On main, where all that there is room for has been taken, but not yet been read."""
-        with self._comm.enter("receive"):
-            self._comm.await_room(self._queue.has_room_again, "a map")
-
-    def end(self) -> bool:
-        return self._queue.end()
-
-    def withdraw(self) -> None:
-        self._queue.withdraw()
-
-    def chunks(self) -> Iterator[tuple[int, Any]]:
-        comm, queue = self._comm, self._queue
-        try:
-            while True:
-                ticket = queue.take()
-                if ticket is None:
-                    with comm.enter("receive"):
-                        ticket = comm.await_ticket("a map")
-                if not ticket.nbytes:
-                    return
-                queue.taken[comm.process] += 1
-                try:
-                    message = queue.read(ticket)
-                except (MemoryError, OSError) as why:  # mmap raises the latter
-                    raise comm.out_of_memory(0, why) from why
-                comm.tell_of_room_in_queue()
-                yield _unpack(message, "a chunk")
-        finally:
-            queue.leave(comm.process)
-            comm.wake_main()
-
-    def tell_done(self) -> None:
-        """Main need not know."""
-
-
-def _hand(comm: Communicator, tag: int) -> _Mail:
-    if isinstance(comm, BoardCommunicator) and comm.size > 1 and comm.queue is not None:
-        return _Pull(comm, tag)
-    return _Mail(comm, tag)
-
-
-class _Dealer:
-    """Main's part in a map: offers the chunks to all, and computes its own."""
-
-    def __init__(self, task: _Task, chunks: _Chunks, tag: int, comm: Communicator) -> None:
-        self.task = task
-        self.chunks = chunks
-        self.comm = comm
-        self.hand = _hand(comm, tag)
-        self._items: dict[int, Any] = {}  # of chunks that are not known to be computed elsewhere
-        self._waiting: tuple[int, Message] | None = None  # until there is room for it
-        self._recalled: collections.deque[tuple[int, Any]] = collections.deque()
-        self.dealt: dict[int, None] = {}  # chunks whose results have not been yielded, in order
-        self.most: float = math.inf  # how many of them may be under way
-        self.told = False  # whether all know that there are no more
-        self.hand.begin()
-
-    def draw(self) -> tuple[int, Any] | None:
-        """A chunk that nobody has been offered, if there is one now."""
-        if self.room() <= 0:
-            return None
-        if self._recalled:
-            return self._recalled.popleft()
-        return None if self.chunks.ended else self.chunks.take()
-
-    def room(self) -> float:
-        """How many more chunks may be under way; below 0, if there are too many."""
-        return self.most - (len(self.dealt) - len(self._recalled))
-
-    def has_news(self) -> bool:
-        """Whether `draw` has something to say."""
-        return self.room() > 0 and (bool(self._recalled) or self.chunks.has_news())
-
-    def has_ended(self) -> bool:
-        """Whether there is nothing more to draw."""
-        return self.chunks.ended and not self._recalled
-
-    def offer(self) -> Iterator[tuple[int, PackingError | None]]:
-        """Offer what there is room for; each chunk's first item, and why it cannot be sent."""
-        if self.told:
-            return
-        while self.hand.has_room():
-            if self._waiting is None:
-                chunk = self.draw()
-                if chunk is None:
-                    break
-                yield from self._pack(*chunk)
-                if self._waiting is None:
-                    continue
-            if not self.hand.offer(*self._waiting):
-                break
-            self._waiting = None
-        self.hand.flush()
-        if self.has_ended() and self._waiting is None:
-            self.told = self.hand.end()
-
-    def _pack(self, start: int, items: Any) -> Iterator[tuple[int, PackingError | None]]:
-        error = None
-        try:
-            message = _packed_chunk((start, items), self.comm)
-        except PackingError as why:
-            error, items = why, _that_can_be_packed(items)
-            message = _packed_chunk((start, items), self.comm)
-        if len(items):
-            self._waiting = start, message
-            self._items[start] = items
-            yield start, None
-        if error is not None:
-            yield start + len(items), error
-
-    def recall(self) -> None:
-        """Take back what nobody has begun with, unless who finds nothing more has left."""
-        if self.told:
-            return
-        for start in iter(self.hand.take_own, None):
-            self._recalled.append((start, self._items.pop(start)))
-
-    def take_own(self) -> tuple[int, Any] | None:
-        """A chunk for main, a new one if possible, which need not be packed."""
-        if self._waiting is None and (chunk := self.draw()) is not None:
-            return chunk
-        start = self.hand.take_own()
-        return None if start is None else (start, self._items.pop(start))
-
-    def forget(self, start: int) -> None:
-        """The chunk has been computed elsewhere."""
-        self._items.pop(start, None)
-
-    def stop(self) -> None:
-        """Have nobody begin with another chunk."""
-        self.hand.withdraw()
-        if not self.told:
-            self.told = self.hand.end()
-
-
-def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object]) -> list[Any]:
-    """Main's part in a map whose results stay where they are: its own, by chunks."""
-    done = []
-    if dealer.task.is_paced(total, dealer.comm.size):
-        dealer.hand.ahead = _FIRST_AHEAD  # until it is known how long an item takes
-    while True:
-        dealer.hand.hear_all()
-        for _, error in dealer.offer():
-            if error is not None:
-                raise error
-        own = dealer.take_own()
-        if own is not None:
-            start, items = own
-            done.append((start, dealer.task.compute(items, start, dealer.comm)))
-            dealer.hand.ahead = _MOST_AHEAD
-            reached(start + len(items))
-        elif dealer.told:
-            return done
-        elif isinstance(dealer.hand, _Pull):
-            dealer.hand.await_room()
-
-
-class _Results:
-    """Main's part in an imap: deals out the chunks, and takes in the results."""
-
-    def __init__(self, dealer: _Dealer, ordered: bool, tag: int) -> None:
-        self._dealer = dealer
-        dealer.most = _FIRST_AHEAD * dealer.comm.size
-        self._comm = dealer.comm
-        self._ordered = ordered
-        self._tag = tag
-        self._begun = self._comm.run, self._comm.is_running()  # under MPI perhaps between two runs
-        self._done: dict[int, _Done] = {}  # results by the first item of their chunk
-        self._came = self._bytes = 0  # results, by chunks, and what they take
-
-    def all(self, total: int | None) -> Generator[Any, None, None]:
-        with _bar(total, self._dealer.task.progress) as reached:
-            count = 0
-            try:
-                yield None  # begun, so that it ends in what is below, even if nobody takes a result
-                while (done := self._next()) is not None:
-                    count += len(done.results)
-                    reached(count)
-                    yield from done.results
-                    if done.error is not None:
-                        raise done.error
-            finally:
-                self._dealer.chunks.close()
-                self._comm.do_between_calls(self._dismiss)
-
-    def _dismiss(self) -> None:
-        # Not after a failure, which the workers hear of anyway, or an interrupted call.
-        try:
-            if not self._has_ended():
-                self._dealer.stop()
-        except (RunEnded, ContractError) as error:
-            if self._comm.ends_outer_run(error):
-                raise
-
-    def _has_ended(self) -> bool:
-        """Whether the run is over, or another one goes on, of which nothing is to be taken."""
-        return (self._comm.run, self._comm.is_running()) != self._begun
-
-    def _next(self) -> _Done | None:
-        """The results to be yielded next; None after the last."""
-        dealer = self._dealer
-        while True:
-            if self._comm.size > 1 and self._has_ended():
-                raise ContractError("the run of this imap has ended, so it has no more results")
-            while dealer.hand.busy() and self._comm.has_arrived(dealer.hand.busy(), self._tag):
-                self._take_in()
-            self._deal()
-            start = next(iter(self._dealer.dealt if self._ordered else self._done), None)
-            if start in self._done:
-                del self._dealer.dealt[start]
-                return self._done.pop(start)
-            if dealer.hand.has_spare() and (own := dealer.take_own()) is not None:
-                start, items = own
-                self._dealer.dealt[start] = None
-                self._done[start] = _Done(
-                    *dealer.task.compute_until_error(items, start, self._comm)
-                )
-            elif dealer.hand.busy() or not dealer.has_ended():
-                self._await_news()
-            elif dealer.chunks.error is not None:
-                raise dealer.chunks.error
-            else:
-                return None
-
-    def _deal(self) -> None:
-        for start, error in self._dealer.offer():
-            self._dealer.dealt[start] = None
-            if error is not None:
-                self._done[start] = _Done([], error)
-
-    def _await_news(self) -> None:
-        """Wait for results, or for the iterator to go on."""
-
-        def busy() -> list[int]:
-            return [self._comm.members[rank] for rank in self._dealer.hand.busy()]
-
-        with self._comm.enter("receive"):
-            self._comm.await_any(self._has_news, busy, "imap")
-
-    def _has_news(self) -> bool:
-        if self._dealer.has_news():
-            return True
-        return self._comm.first_sender(self._dealer.hand.busy(), self._tag) is not None
-
-    def _take_in(self) -> None:
-        hand = self._dealer.hand
-        with self._comm.enter("receive"):
-            rank, message = self._comm.receive_any(hand.busy(), self._tag, "imap")
-            start, results, failure = _unpack(message, f"what rank {rank} sends to imap")
-        self._came += 1
-        self._bytes += message.nbytes
-        # As many as fill the queue with results such as these.
-        most = _QUEUE_BYTES * self._came // (self._bytes * self._comm.size)
-        self._dealer.most = min(max(_LEAST_AHEAD, most), _MOST_AHEAD) * self._comm.size
-        self._done[start] = _Done(results, failure and failure.exception())
-        self._dealer.forget(start)
-        hand.hear(rank)
-        if self._dealer.room() < 0:  # the results are larger than they might have been
-            self._dealer.recall()
-
-
-class _Done(NamedTuple):
-    """What has come of a chunk: results of its items, or of the first ones and then an error."""
-
-    results: list[Any]
-    error: BaseException | None
-
-
-# ---------------------------------------------------------------------------------------------
-# The backends
-# ---------------------------------------------------------------------------------------------
-
-
-class SerialNonParallelizer(Parallelizer):
-    """Runs everything in this process; no verb copies or costs anything."""
-
-    def __init__(self, *, timeout: float | None = None) -> None:
-        super().__init__(timeout=timeout)
-        self._comm = SerialCommunicator()
-
-
-class MultiprocessingParallelizer(Parallelizer):
-    """Runs on this machine, on `nprocs` processes, of which this one is main.
-
-    Parameters
-    ----------
-    nprocs : int, optional
-        By default the number of CPUs that this process may use.
-    start_method : {"fork", "forkserver", "spawn"}, optional
-        By default the platform's. Never fork where other threads run, those of a library such
-        as polars or OpenMP included, or MPI is up: forkserver takes its place, with a warning.
-    threads_per_process : int, optional
-        Threads of BLAS and OpenMP on each process, main included, while the processes are up.
-        By default their share of the CPUs, unless the environment sets OMP_NUM_THREADS or the
-        like. This takes threadpoolctl; without it a warning says that nothing is limited. While
-        the processes are up, main's environment has the number, for what is loaded later.
-    timeout : float, optional
-        See `Parallelizer`.
-
-    Examples
-    --------
-    >>> with MultiprocessingParallelizer(2) as parallelizer:
-    ...     parallelizer.map(abs, [-1, 2, -3])
-    [1, 2, 3]
-    """
-
-    _drives_workers = True
-
-    def __init__(
-        self,
-        nprocs: int | None = None,
-        *,
-        start_method: str | None = None,
-        threads_per_process: int | None = None,
-        timeout: float | None = None,
-    ) -> None:
-        super().__init__(timeout=timeout)
-        if threads_per_process is not None and threads_per_process < 1:
-            raise ValueError(f"threads_per_process must be at least 1, not {threads_per_process}")
-        self.threads_per_process = threads_per_process
-        if nprocs is not None:
-            if not hasattr(nprocs, "__index__"):
-                raise TypeError(f"nprocs must be a number of processes or None, not {nprocs!r}")
-            nprocs = operator.index(nprocs)
-            if not 1 <= nprocs < 2**15:
-                raise ValueError(f"nprocs must be a number of processes from 1, not {nprocs}")
-        if start_method not in (None, *_start_methods()):
-            raise ValueError(
-                f"start_method must be one of {_start_methods()} here, not {start_method!r}"
-            )
-        self._nprocs = nprocs
-        self._start_method = start_method
-        self._close: Callable[[], None] | None = None
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "nprocs": self._nprocs, "start_method": self._start_method,
-            "threads_per_process": self.threads_per_process, **super()._options()
-        }  # fmt: skip
-
-    def _start(self) -> None:
-        nprocs = self._nprocs or _available_cpus()
-        workers = _Workers(self, nprocs, self._start_method)
-        self._comm = communicator = _MainEnd(workers, self.timeout)
-        # Whichever comes first: the end of 'with', of this object, or of the interpreter; the
-        # last before multiprocessing's own exit handler, which would wait for the workers.
-        self._close = weakref.finalize(self, communicator.close)
-        atexit.register(self._close)
-
-    def _stop(self) -> None:
-        self._comm = None
-        if self._close is not None:
-            self._close()
-            atexit.unregister(self._close)
-
-    def _forget(self) -> None:
-        """In a forked child: be as if never opened."""
-        self._comm, self._entered = None, 0
-        self._lock = threading.Lock()
-        self._stream = lambda: None
-
-    def _become_worker(self, communicator: Communicator) -> None:
-        self._comm = communicator
-        self._entered, self._close = 1, None
-
-
-def _start_methods() -> list[str]:
-    """Those of this platform, its default first."""
-    import multiprocessing
-
-    return multiprocessing.get_all_start_methods()
-
-
-def _default_start_method() -> str:
-    import multiprocessing
-
-    return multiprocessing.get_start_method(allow_none=True) or _start_methods()[0]
-
-
-def _safe_start_method(method: str, nprocs: int) -> str:
-    """The one that is asked for, or another one, where that would do harm now."""
-    if method == "fork" and (why := _why_not_to_fork()):
-        _warn_of_no_fork(why)
-        method = "forkserver"
-    # A fork server takes at most 256 descriptors for a child, and its children are not born with
-    # an environment of their own, which they need under a launcher of MPI.
-    if method == "forkserver" and (nprocs > 240 or _launched_ranks() > 0):
-        method = "spawn"
-    return method
-
-
-def _why_not_to_fork() -> str:
-    """What is known to be harmed by a fork; empty where there is nothing.
-
-    A child has none of the other threads of its parent, and what they had locked stays locked. Of
-    threads that Python does not know, the first fork tells: see `_Workers._start_all`.
-    """
-    if not _harmless_threads().issuperset(threading.enumerate()):
-        return "other threads run"
-    if _mpi_is_up():
-        return "MPI is up"
-    return ""
-
-
-def _harmless_threads() -> set[threading.Thread]:
-    """The present one, and multiprocessing's, which hands out connections and expects forks."""
-    sharer: Any = sys.modules.get("multiprocessing.resource_sharer")
-    own = None if sharer is None else sharer._resource_sharer._thread
-    return {threading.current_thread()} | ({own} if own is not None else set())
-
-
-@functools.cache  # once per program
-def _warn_of_no_fork(why: str) -> None:
-    _logger().warning(
-        "%s, so that fork is not safe: forkserver is used, whose workers import the program anew. "
-        "Open the parallelizer before that, or choose start_method='forkserver' or 'spawn', which "
-        "leaves out this warning", why,
-    )  # fmt: skip
-
-
-def _is_single_threaded() -> bool:
-    """Whether no thread runs beside this one, or just one that sleeps and blocks all signals.
-
-    Such a thread serves, and does not compute: it is that of `faulthandler.dump_traceback_later`,
-    which the tests of many projects run with, and which holds nothing that a child needs.
-    """
-    linux = sys.platform == "linux"
-    others = {*os.listdir("/proc/self/task")} if linux else set()  # noqa: PTH208 - slow
-    others -= {str(thread.native_id) for thread in _harmless_threads()}
-    others.discard(str(threading.get_native_id()))  # of which a forked child's `Thread` is wrong
-    serving = 0
-    for task in others:
-        with contextlib.suppress(OSError):
-            state, *fields = _read_proc(f"self/task/{task}/stat").rpartition(b")")[2].split()
-            flags, blocked = int(fields[5]), int(fields[28])
-            if flags & _PF_EXITING:  # it has been waited for, and is listed a little longer
-                continue
-            # One that begins blocks all signals, too, but has yet to run.
-            if state != b"S" or ~blocked & _BLOCKABLE:
-                return False
-            serving += 1
-    return serving <= 1
-
-
-_PF_EXITING = 4  # in the flags of /proc/PID/stat
-_BLOCKABLE = 2**31 - 1 - (1 << 8) - (1 << 18)  # the first 31 signals but SIGKILL and SIGSTOP
-
-
-def _mpi_is_up() -> bool:
-    mpi = sys.modules.get("mpi4py.MPI")
-    return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
-
-
-def _affinity() -> set[int]:
-    """The CPUs that the system lets this process run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
-def _available_cpus() -> int:
-    """CPUs that this process may use: affinity, cgroup quota, and Slurm's share of a task."""
-    limits = [len(_affinity())]
-    if hasattr(os, "process_cpu_count"):  # Python 3.13: heeds PYTHON_CPU_COUNT
-        limits.append(getattr(os, "process_cpu_count")() or 1)  # noqa: B009 - for type checkers
-    return max(1, min(limits + _cgroup_cpus() + _slurm_cpus()))
-
-
-def _slurm_cpus() -> list[int]:
-    """CPUs of this task."""
-    told = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return [int(told)] if told.isdigit() else []
-
-
-def _cgroup_cpus() -> list[int]:
-    """Quota over period, rounded up (Linux, docs.kernel.org: cgroup-v2 and sched-bwc)."""
-    from pathlib import Path
-
-    folder = Path("/sys/fs/cgroup")
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = " ".join((folder / name).read_text() for name in files).split()
-            if int(quota) > 0:  # else there is none, which v2 calls "max"
-                return [math.ceil(int(quota) / int(period))]
-    return []
-
-
-class MPIParallelizer(Parallelizer):
-    """Runs on the ranks of an MPI job: every rank runs the script and makes one of these.
-
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Intracomm, optional
-        By default ``COMM_WORLD``. All its ranks must make the parallelizer together.
-    timeout : float, optional
-        See `Parallelizer`.
-
-    Notes
-    -----
-    The ranks of `comm` agree on their number of threads of BLAS and OpenMP: the least of what
-    each has by its environment, or has as its share of the CPUs of its machine.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        Where mpi4py is not installed.
-    ParallelizerError
-        Where a launcher has started several ranks, of which the MPI library sees one alone.
-
-    Examples
-    --------
-    In a script that ``mpiexec -n 4 python script.py`` starts::
-
-        p = MPIParallelizer()
-        result = p.run(job)
-        p.print(result, where="main")
-    """
-
-    _spans_hosts = True
-
-    def __init__(self, comm: Any = None, *, timeout: float | None = None) -> None:
-        super().__init__(timeout=timeout)
-        mpi = _import_mpi()
-        _check_mpi_is_up(mpi)
-        if mpi.COMM_WORLD.Get_size() > 1:
-            _job_end().begin(mpi)
-        communicator = _world(mpi) if comm is None else _connected(mpi, comm)
-        self._comm = communicator
-        # The ranks make their parallelizers on a communicator in the same order.
-        communicator.made += 1
-        self._be_known_as(f"{communicator.key}-{communicator.made}")
-
-    @classmethod
-    def _stand_in(cls: type[_Self], key: str, options: dict[str, Any]) -> _Self:
-        """One on the same communicator; absent where that is not known, or MPI is not there."""
-        communicator = MPICommunicator.known.get(key.partition("-")[0])
-        for opened in _opened():
-            if isinstance(opened, cls) and opened._comm is communicator is not None:
-                return opened
-        found = cls.__new__(cls)
-        Parallelizer.__init__(found, **options)
-        found._comm = communicator
-        found._absent = communicator is None
-        found._be_known_as(key)
-        return found
-
-    def _communicator(self) -> Communicator:
-        communicator = super()._communicator()
-        assert isinstance(communicator, MPICommunicator)
-        communicator.check_is_open()
-        return communicator
-
-    @_context
-    def _others_serving(self) -> Iterator[None]:
-        """On main, while the other ranks `serve`."""
-        communicator = self._communicator()
-        # A client within a client, whose end is not theirs; inside run, they refuse to serve.
-        if communicator.drives_others or self._runs_here():
-            yield
-            return
-        communicator.drives_others = True
-        try:
-            yield
-        finally:
-            try:
-                self._end_stream()
-            finally:
-                communicator.drives_others = False
-                communicator.command(None)
-
-
-def _check_mpi_is_up(mpi: Any) -> None:
-    if not mpi.Is_initialized():
-        raise ParallelizerError(
-            "MPI is not initialized, as mpi4py.rc.initialize or the environment variable "
-            "MPI4PY_RC_INITIALIZE asks for: call MPI.Init() before an MPIParallelizer is made, or "
-            "leave that out. (The workers of a pool under an MPI launcher are no ranks.)"
-        )
-    if mpi.Is_finalized():
-        raise ParallelizerError(
-            "MPI has been finalized, so that no MPIParallelizer can be made any more: leave out "
-            "MPI.Finalize(), which mpi4py calls when the program ends, or call it last"
-        )
-
-
-def _world(mpi: Any) -> MPICommunicator:
-    """The communicator of all ranks."""
-    communicator = _connected(mpi, mpi.COMM_WORLD)
-    if communicator.size == 1 and _launched_ranks() > 1:
-        library = mpi.Get_library_version().splitlines()[0].strip("\0 ")
-        raise ParallelizerError(
-            f"a launcher has started {_launched_ranks()} ranks, but the MPI library of mpi4py "
-            f"({library}) sees one: they are of different MPIs, so that every rank would do all "
-            f"the work. Use the mpiexec of that library (it may stand beside {sys.executable}), or "
-            f"build mpi4py with the launcher's: pip install --no-binary=mpi4py mpi4py"
-        )
-    return communicator
-
-
-def _connected(mpi: Any, comm: Any) -> MPICommunicator:
-    """The communicator of these ranks, at whose end the job is seen to.
-
-    It is kept as an attribute of `comm`, for other parallelizers there, as MPI libraries have but
-    some thousand communicators.
-    """
-    communicator: MPICommunicator | None = comm.Get_attr(_keyval(mpi))
-    if communicator is None:
-        communicator = MPICommunicator(mpi, comm)
-        if communicator.size > 1:
-            communicator.agree_on_threads()
-        comm.Set_attr(_keyval(mpi), communicator)
-        if mpi.COMM_WORLD.Get_size() > 1:
-            _job_end().communicators.append(communicator)
-    return communicator
-
-
-@functools.cache
-def _keyval(mpi: Any) -> int:
-    """Of that attribute; it is deleted by the `Free` of the communicator that has it."""
-
-    def disconnect(*attribute: Any) -> None:
-        communicator = attribute[-1]
-        if mpi.COMM_WORLD.Get_size() > 1:
-            _job_end().free(communicator)
-        else:
-            communicator.free()
-
-    return mpi.Comm.Create_keyval(delete_fn=disconnect)  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _finalize_keyval(mpi: Any) -> int:
-    """Of an attribute of COMM_SELF, as MPI_Finalize deletes these first, with MPI still up."""
-    return mpi.Comm.Create_keyval(delete_fn=lambda *_: _job_end().on_finalize())  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _job_end() -> _JobEnd:
-    return _JobEnd()
-
-
-def _backends() -> dict[str, Callable[..., Parallelizer]]:
-    return {
-        "serial": SerialNonParallelizer,
-        "multiprocessing": MultiprocessingParallelizer,
-        "mpi": MPIParallelizer,
-    }
-
-
-@functools.lru_cache(1)
-def _named_by_environment(text: str) -> Parallelizer:
-    """Of PARALLELIZER=multiprocessing:8 and the like; the same one each time."""
-    mode, _, nprocs = text.partition(":")
-    if (nprocs and mode != "multiprocessing") or not (nprocs or "1").isdigit():
-        raise LookupError(
-            f"the environment variable PARALLELIZER is {text!r}, but must be the name of a "
-            f"backend, or multiprocessing:8 for 8 processes"
-        )
-    return Parallelizer.from_config(mode, **({"nprocs": int(nprocs)} if nprocs else {}))
-
-
-def _launched_ranks() -> int:
-    """How many ranks an MPI launcher says that it has started; 0 without a launcher."""
-    names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"]
-    if "SLURM_STEP_ID" in os.environ:
-        names.append("SLURM_NTASKS")
-    told = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
-    return int(told[0]) if told else 0
-
-
-def _automatic_mode() -> str:
-    if _launched_ranks() > 1:
-        return "mpi"
-    return "multiprocessing" if _available_cpus() > 1 else "serial"
-
-
-# ---------------------------------------------------------------------------------------------
-# Client and server
-# ---------------------------------------------------------------------------------------------
-
-
-class ClientServerRunner:
-    """MPI-style calling: main runs one function, every other process another.
-
-    Parameters
-    ----------
-    client_runner : callable
-        Called on main as ``client_runner(parallelizer=p)``.
-    server_runner : callable, optional
-        Called on every other process as ``server_runner(parallelizer=p)``. Without one, these
-        `Parallelizer.serve`: the client uses `map`, `starmap` and `run` alone.
-    parallelizer : optional
-        Anything that `Parallelizer.lookup` takes.
-
-    Examples
-    --------
-    >>> def client(parallelizer):
-    ...     return parallelizer.map(abs, [-1, 2])
-    >>> ClientServerRunner(client, parallelizer="serial").run()
-    [1, 2]
-    """
-
-    def __init__(
-        self,
-        client_runner: Callable[..., Any],
-        server_runner: Callable[..., Any] | None = None,
-        parallelizer: Any = None,
-    ) -> None:
-        for runner in (client_runner, server_runner or client_runner):
-            if not callable(runner):
-                raise TypeError(f"client and server must be functions, not {_describe(runner)}")
-        self.client_runner = client_runner
-        self.server_runner = server_runner
-        self.parallelizer = parallelizer
-
-    def run(self) -> Any:
-        """What the client returns, on main; `InWorkerProcess` elsewhere (under MPI)."""
-        parallelizer = Parallelizer.lookup(self.parallelizer)
-        if self.server_runner is not None:
-            return parallelizer.run(_client_or_server, self.client_runner, self.server_runner)
-        with parallelizer:
-            if not parallelizer.on_main:
-                parallelizer.serve()
-                return Parallelizer.InWorkerProcess
-            with parallelizer._others_serving(), _UsersCode():
-                return self.client_runner(parallelizer=parallelizer)
-
-
-def _client_or_server(
-    client: Callable[..., Any], server: Callable[..., Any], *, parallelizer: Parallelizer
-) -> Any:
-    if parallelizer.on_main:
-        return client(parallelizer=parallelizer)
-    server(parallelizer=parallelizer)
-    return Parallelizer.InWorkerProcess
-
-
-# ---------------------------------------------------------------------------------------------
 # The self-test and the command line
 # ---------------------------------------------------------------------------------------------
+#
+# ``python -m parallelizer`` checks the module on this machine, on every backend that there is.
 
 
 def _content(value: Any) -> Any:
