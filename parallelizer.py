@@ -15,25 +15,80 @@ a `MultiprocessingParallelizer` or an `MPIParallelizer` and gives the same resul
 ``MultiprocessingParallelizer(nprocs=15).run(run_job)`` gives ``[67] * 10 + [66] * 5``, and so does
 ``MPIParallelizer().run(run_job)`` under ``mpiexec -n 15``.
 
-How it is built: one contract, one transport per backend, every verb written once::
+How it is built, by the names of its classes::
 
-            your function(parallelizer=p)
-                        |
-                   Parallelizer            verbs, registry, decorators, `run`
-                        |                  (written once, on the few calls below)
-                   Communicator            broadcast / scatter / gather / send / receive / barrier
-          ______________|_______________   of packed messages, root always rank 0
-         |              |               |
-   SerialCommunicator  BoardCommunicator  MPICommunicator
-                        |               |
-              a board in shared         mpi4py buffers
-              memory, a queue
-              for `map`
+                     your function(parallelizer=p)
+                                 |
+                            Parallelizer                  verbs, registry, decorators, `run`
+                                 |                        (a `_Reduction` or `_Task` for a call)
+                              Message                     a pickle, and buffers beside it
+                                 |
+                            Communicator                  rounds, groups, mail, the end of a run
+              ___________________|___________________
+             |                   |                   |
+    SerialCommunicator   BoardCommunicator    MPICommunicator
+                                 |                   |
+                      _Board, what all see    _CardsByAllgather, what all see
+                      _Rings, mail            _Letters, mail
+                      _Doorbell, to wake      _Bulk, what is large
+                      _ChunkQueue, for `map`         |
+                                 |                mpi4py
+                      _Workers, the processes,
+                      and _Guard, their end
 
-The file reads top to bottom: errors; splitting and combining; packing; shared arrays;
-communicators; the `Parallelizer`; the three backends; `ClientServerRunner`; the self-test and the
-command line. How a run ends, and what happens when a process fails, is drawn where the two
-communicators begin.
+The words of the field, as they are used here. *Main* is the process that the program runs on,
+rank 0; the others are *workers*. A *run* is one call of a function on all of them, which are its
+*members*. A *verb* (a collective of MPI) is what all members call together, and a *round* is one
+meeting of all, by which every verb begins. What each shows there is its *word*; what it brings
+beside it lies in its *slot* on the board, or on its *card* under MPI. *Mail* goes to one process
+alone: by a *ring* on the board, or as a *letter* under MPI. A *group* is the members of a
+``run(comm=...)`` within a run; the others *sit out* its rounds.
+
+What becomes of a ``gather`` of 8 bytes on three processes. `Parallelizer.gather` begins a call
+(`Communicator.enter`) and packs the array: its dtype and shape as a short pickle, its memory as
+it is. A worker lays both into its slot; then it shows its word, that of round 17, call 3, gather.
+Main shows the same, and looks at the words until all three are alike. Now main finds dtype and
+shape of all in their slots, makes an array for the result, and copies each part to its place in
+that. Under MPI what a worker lays goes on its card of 512 bytes, and one `Iallgather` carries the
+cards of all to all. Of 64 MiB, a slot holds the first 2 MiB, and a bit of the word says that
+there is more: all come to one further round for each 2 MiB, and main reads each stretch to its
+place while the worker writes the next. Under MPI the card holds the sizes, and the array follows
+by `Isend` and `Irecv` from where it lies to its place in the result.
+
+What happens when a rank fails. On processes, a worker tells main by mail, with its exception;
+main calls the run off by a word on the board, and a signal makes those who compute look at it.
+All others raise `RunEnded` wherever they are, which unwinds their function, and `run` raises the
+exception on main; who has not left within a second is killed. A worker that dies is noticed by
+its sentinel, which main waits for whenever it waits, and is replaced before the next run. Under
+MPI, where nobody can be interrupted, the rank comes to the next round and shows there that it
+leaves; all see it in that round, at their next verb, and `run` raises its exception on every
+rank. Where all would wait for each other, or call different verbs, the words show it, and all
+raise `ContractError`.
+
+What this file does to your process, and how to do without:
+
+=================  ===============================================================================
+imports            nothing but definitions: no process, thread, handler or hook
+SIGINT             while a run goes on, a Ctrl-C waits for the end of a step of the protocol; then
+                   your handler is called, and it is put back after the run. Only on the main
+                   thread: call `run` on another one, and no handler is touched
+SIGURG             on processes, while a run goes on: it tells a process that computes that the run
+                   is over. A handler of yours is called for all other such signals
+other signals      workers leave those by which somebody asks for something to main
+`atexit`           closes a pool that is still up, and under MPI ends the job; use ``with``
+forks              a child of yours that is forked in a run takes no part in it; streams are
+                   flushed before (`os.register_at_fork`, from the first parallelizer on)
+environment        while a pool is up, OMP_NUM_THREADS and the like, for what is loaded later, if
+                   none of them was set; set one, or give ``threads_per_process``
+threads of BLAS    limited in a run to this process's share of the CPUs, by threadpoolctl; as above
+random numbers     the global generators of Python and numpy begin anew on each worker, and are not
+                   touched on main; use `Parallelizer.rng`
+`sys.excepthook`   under MPI, if a launcher has started several ranks: an exception that ends the
+                   program ends the job (until Python 3.12 by `sys.excepthook`, from then on by
+                   `sys.monitoring`); end it yourself by ``MPI.COMM_WORLD.Abort``, which comes first
+=================  ===============================================================================
+
+The file has two parts: what you call, and how it works. Each section begins with what it does.
 
 MIT License
 
