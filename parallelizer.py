@@ -4453,7 +4453,7 @@ class _Pull(_Mail):
 
     def clear(self) -> None:
         comm, queue = self._comm, self._queue
-        late = functools.partial(queue.who_is_late, comm.run)
+        late = functools.partial(queue.who_is_late, comm.run_number)
         if late():
             comm.await_any(lambda: not late(), late, "a map")
         queue.clear()
@@ -4671,7 +4671,10 @@ class _Results:
         self._comm = dealer.comm
         self._ordered = ordered
         self._tag = tag
-        self._begun = self._comm.run, self._comm.is_running()  # under MPI perhaps between two runs
+        self._begun = (
+            self._comm.run_number,
+            self._comm.is_running(),
+        )  # under MPI perhaps between two runs
         self._done: dict[int, _Done] = {}  # results by the first item of their chunk
         self._came = self._bytes = 0  # results, by chunks, and what they take
 
@@ -4701,7 +4704,7 @@ class _Results:
 
     def _has_ended(self) -> bool:
         """Whether the run is over, or another one goes on, of which nothing is to be taken."""
-        return (self._comm.run, self._comm.is_running()) != self._begun
+        return (self._comm.run_number, self._comm.is_running()) != self._begun
 
     def _next(self) -> _Done | None:
         """The results to be yielded next; None after the last."""
@@ -5073,7 +5076,7 @@ def _heed_forks() -> None:
     """Have the interpreter tell of each fork in this process."""
 
     def flush() -> None:
-        if any(communicator._in_run for communicator in list(_COMMUNICATORS)):
+        if any(communicator.is_running() for communicator in list(_COMMUNICATORS)):
             _flush_streams()  # or the child would write, too, what waits in them
 
     def part() -> None:
@@ -5143,6 +5146,22 @@ def _left_with_outer_run(process: int) -> ContractError:
     )
 
 
+class _Run:
+    """What a process knows of one run, and forgets with it: the next one gets another of these."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.in_progress = False  # as it is not between two runs
+        self.final: BaseException | None = None  # by which this process has left it for good
+        self.over = False  # whether all have seen its end, before this process has returned
+        self.verdict: Failure | None = None  # by whom it has ended
+        self.failed_too: list[tuple[int, str]] = []  # ranks, and their errors in a line
+        self.sitting: Sequence[int] = ()  # the group of others that does something
+        # How deep a group was that all have left because of the failure of another member.
+        self.group_end: int | None = None
+        self.adrift = False  # whether this process has left a round before it was complete
+
+
 class Communicator(abc.ABC):
     """What the processes of a run do together, whatever moves it from one to another.
 
@@ -5170,6 +5189,8 @@ class Communicator(abc.ABC):
     # Whether what the reducers of multiprocessing make of a connection is of use to the others.
     passes_handles: ClassVar = False
 
+    _run_type: ClassVar[type[_Run]] = _Run
+
     # How much of arrays is folded at a time where each rank folds a segment; 0 where none does.
     portion_bytes: ClassVar = 0
 
@@ -5190,9 +5211,7 @@ class Communicator(abc.ABC):
         self._everyone = self.members  # who comes to the rounds of the current run
         # Where there is no mail there is no entry, because there may be very many tags.
         self._mail: dict[tuple[int, int, int], collections.deque[Parcel]] = {}
-        self.run = 0  # number of the current run, or of the latest
-        self._in_run = False
-        self._failed_run = -1  # the latest of which it is known that it has failed elsewhere
+        self._run = self._run_type(0)  # the current one, or the latest
         # The round in which another process leaves a group of that depth by an error.
         self._end_of_group = 0, 0
         self._idle = False  # between runs, where a wait may last for ever
@@ -5207,20 +5226,8 @@ class Communicator(abc.ABC):
         self._watch = _Watch(process)
         self.items: list[Any] = []  # of the chunk that is being computed
         self.gone = False  # whether this is a forked child, which takes no part
-        self._forget_run()
         _COMMUNICATORS.add(self)
         _heed_forks()
-
-    def _forget_run(self) -> None:
-        """Set all that dies with a run; the number of the round and the mail outlive it."""
-        self._final: BaseException | None = None  # by which this process has left it for good
-        self._over = False  # whether all have seen the end of this run, before it has returned
-        self._verdict: Failure | None = None  # by whom it has ended
-        self._failed_too: list[tuple[int, str]] = []  # ranks, and their errors in a line
-        self._sitting: Sequence[int] = ()  # the group of others that does something
-        # How deep a group was that all have left because of the failure of another member.
-        self._group_end: int | None = None
-        self._adrift = False  # whether this process has left a round before it was complete
 
     def cut_off(self) -> None:
         """In a forked child: neither speak for its parent nor take what is meant for that."""
@@ -5305,9 +5312,9 @@ class Communicator(abc.ABC):
 
     def _meet(self, code: int | None = None, *, large: bool = False) -> Sequence[int]:
         """Return when all processes of the run have come to this round; who brings more to it."""
-        if self._final is not None:
-            raise self._final
-        self._adrift = True  # until the round is complete
+        if self._run.final is not None:
+            raise self._run.final
+        self._run.adrift = True  # until the round is complete
         count = len(self._everyone)
         self._round = number = self._round + 1
         small = number << _BITS | (self._code if code is None else code) << 1
@@ -5317,7 +5324,7 @@ class Communicator(abc.ABC):
         else:
             wanted = self._wanted(small)
         alike = self._exchange(word, wanted)
-        self._adrift = False
+        self._run.adrift = False
         if alike and not large:
             return ()
         words = self._words()
@@ -5328,7 +5335,7 @@ class Communicator(abc.ABC):
 
     def _wanted(self, word: int) -> bytes:
         """The words of all, if they agree, some sit out, and nobody brings more than fits."""
-        if self._sitting:
+        if self._run.sitting:
             return b""  # what the others do is for them to agree on
         sitting = word >> _BITS << _BITS | _SIT << 1
         wanted = [word if process in self.members else sitting for process in self._everyone]
@@ -5339,7 +5346,7 @@ class Communicator(abc.ABC):
         try:
             self._wait_until(lambda: not self._missing(), self._missing, in_round=True)
         except Exception:
-            self._over = True  # nobody meets this process in the next round
+            self._run.over = True  # nobody meets this process in the next round
             raise
 
     def _missing(self) -> list[int]:
@@ -5387,7 +5394,7 @@ class Communicator(abc.ABC):
 
     def _give_up_run(self, error: ContractError) -> None:
         if self.call.depth > 0:  # else it is no run that is over
-            self._final, self._over = error, True
+            self._run.final, self._run.over = error, True
             self.spokesman = self._everyone[0]
 
     def _disagreement(self, one: tuple[int, int], other: tuple[int, int]) -> ContractError:
@@ -5417,7 +5424,7 @@ class Communicator(abc.ABC):
         depth, process = self._first_failed(words)
         if process is None:
             return
-        self._failed_too = [
+        self._run.failed_too = [
             (other, self._told_of(other)[1])
             for other, shown in zip(self._everyone, words, strict=True)
             if _is_failed_exit(shown) and other != process
@@ -5426,10 +5433,10 @@ class Communicator(abc.ABC):
             self._pass_on_failure()
         elif depth <= self.call.depth:
             # For all calls in the group.
-            self._final = self._ended_by(self._failure_of(process), depth)
-            self._group_end = depth
+            self._run.final = self._ended_by(self._failure_of(process), depth)
+            self._run.group_end = depth
             if not _is_failed_exit(word):
-                raise self._final
+                raise self._run.final
 
     def _first_failed(self, words: Sequence[int]) -> tuple[int, int | None]:
         """How deep the group is that is left by an error, and whose error is told; None of none."""
@@ -5460,7 +5467,7 @@ class Communicator(abc.ABC):
         """What each later call in a group of this depth, or in the run, raises."""
         if depth > 1:
             return failure.exception()
-        self._over, self._verdict = True, failure
+        self._run.over, self._run.verdict = True, failure
         return RunEnded(self)
 
     def _exit_code(self, deeper: int = 0) -> int:
@@ -5503,7 +5510,7 @@ class Communicator(abc.ABC):
         """Come to rounds until the group of these is left."""
         group = [self.members[rank] for rank in ranks]
         well = self._exit_code(deeper=1) << 1
-        self._sitting = group
+        self._run.sitting = group
         try:
             while True:
                 self._meet(_SIT)
@@ -5512,8 +5519,8 @@ class Communicator(abc.ABC):
                 if well | 1 in ends or all(end == well for end in ends):
                     break
         finally:
-            self._sitting = ()
-        if not self._in_run:  # what comes now may be mail of those who have run
+            self._run.sitting = ()
+        if not self._run.in_progress:  # what comes now may be mail of those who have run
             self._next_run(self._number_of_next_run())
 
     def _agree_on(self, group: Sequence[int]) -> None:
@@ -5551,18 +5558,18 @@ class Communicator(abc.ABC):
             error = why
         finally:
             self.interruptible = False
-        if self._final is None:
+        if self._run.final is None:
             try:
                 self._leave_group(error)
             except Exception as why:
                 error = error or why
             finally:
                 self.interruptible = False
-        if self._group_end is not None:
+        if self._run.group_end is not None:
             if error is None or _is_consequence(error):
-                error = self._final
-            if self._group_end == self.call.depth:
-                self._group_end = self._final = None
+                error = self._run.final
+            if self._run.group_end == self.call.depth:
+                self._run.group_end = self._run.final = None
         return result, error
 
     def _leave_group(self, error: BaseException | None) -> None:
@@ -5767,7 +5774,7 @@ class Communicator(abc.ABC):
                     yield self._copy(self._peek(process, parity=parity), process)
         finally:
             # Where it is given up, too, as the others go on.
-            if not self._adrift:
+            if not self._run.adrift:
                 for process in waiting:
                     if process in large:
                         for _ in self._large_in_turn(process, parity, rest):
@@ -5787,7 +5794,7 @@ class Communicator(abc.ABC):
         """Take it in: one of `_WORDS` when it is whole, a message as soon as it begins."""
         if parcel.verb == "control":
             self._on_control(pickle.loads(parcel.pickled))
-        elif parcel.run < self.run:
+        elif parcel.run < self._run.number:
             return
         elif parcel.verb == "failed":
             self._on_failure(source, parcel)
@@ -5797,9 +5804,8 @@ class Communicator(abc.ABC):
             key = source, parcel.tag, parcel.run
             self._mail.setdefault(key, collections.deque()).append(parcel)
 
-    def _on_failure(self, source: int, parcel: Parcel) -> None:
+    def _on_failure(self, source: int, parcel: Parcel) -> None:  # noqa: B027
         """Another process tells by which error it has left the run."""
-        self._failed_run = parcel.run
 
     def _on_control(self, content: Any) -> None:
         self._watch.hear(self._tell_control, *content)
@@ -5810,12 +5816,12 @@ class Communicator(abc.ABC):
 
     def _tell(self, process: int, verb: str, content: object = None) -> None:
         """Say one of `_WORDS`."""
-        self._post(process, Parcel(self.run, verb, Message(pickle.dumps(content), [])))
+        self._post(process, Parcel(self._run.number, verb, Message(pickle.dumps(content), [])))
 
     def send(self, message: Message, rank: int, tag: int) -> None:
         """Return when the message's buffers may be changed."""
         self.account.bytes_sent += message.nbytes
-        process, parcel = self.members[rank], Parcel(self.run, "send", message, tag)
+        process, parcel = self.members[rank], Parcel(self._run.number, "send", message, tag)
         if process == self.process:
             self._deliver(process, parcel.copy())
         else:
@@ -5825,7 +5831,7 @@ class Communicator(abc.ABC):
         """The oldest message from `rank` under `tag`; waits for it."""
         doing = f"receive({rank}, tag={tag})"
         own = self.members[rank] == self.process
-        if own and (self.process, tag, self.run) not in self._mail:
+        if own and (self.process, tag, self._run.number) not in self._mail:
             raise ContractError(f"rank {rank} waits in {doing} for what it has not sent itself")
         return self.receive_any([rank], tag, doing)[1]
 
@@ -5841,7 +5847,7 @@ class Communicator(abc.ABC):
         )
         rank = self.first_sender(ranks, tag)
         assert rank is not None
-        key = self.members[rank], tag, self.run
+        key = self.members[rank], tag, self._run.number
         parcel = self._mail[key].popleft()
         if not self._mail[key]:
             del self._mail[key]
@@ -5862,7 +5868,7 @@ class Communicator(abc.ABC):
     def first_sender(self, ranks: Sequence[int], tag: int) -> int | None:
         """The first of `ranks` whose message is here as a whole."""
         for rank in ranks:
-            queue = self._mail.get((self.members[rank], tag, self.run))
+            queue = self._mail.get((self.members[rank], tag, self._run.number))
             if queue and queue[0].done():
                 return rank
         return None
@@ -5899,14 +5905,13 @@ class Communicator(abc.ABC):
         return message
 
     def _between_runs(self) -> None:
-        self._in_run = False
-        self._forget_run()
+        self._run = self._run_type(self._run.number)
         self.call = Call(0, 0, "run")
         self._code = _CODES["run"]
 
     def _start_run(self) -> None:
         self._next_run(self._number_of_next_run())
-        self._in_run = True
+        self._run.in_progress = True
 
     def _number_of_next_run(self) -> int:
         """All count alike, as all come to all rounds, and to one in each run at least."""
@@ -5923,22 +5928,20 @@ class Communicator(abc.ABC):
 
     def _next_run(self, run: int) -> None:
         """Forget the runs before; what a quick sibling has already sent for this one stays."""
-        self.run = run
-        self._forget_run()
+        self._run = self._run_type(run)
         self._forget_mail_before(run)
 
     def _finish(self, *, failed: bool = False) -> None:  # which matters to a transport
         """The current run is over here, and nothing of what was moved in it stays."""
-        self._in_run = False
         self._entered_at = 0.0
-        self._forget_run()
-        self._forget_mail_before(self.run + 1)
+        self._run = self._run_type(self._run.number)
+        self._forget_mail_before(self._run.number + 1)
 
     def begin_run(self) -> None:
         """Before the function: begin to count anew."""
         self.spokesman = self.in_task = None
         self.account = _Account()
-        if not self._in_run:
+        if not self._run.in_progress:
             self._start_run()
         self._raise_failure()
 
@@ -5970,26 +5973,26 @@ class Communicator(abc.ABC):
 
     def _end_run(self, error: BaseException) -> BaseException:
         """End the run on every member because of `error`; what `run` is to raise here."""
-        if self.world_size == 1 or not self._in_run:
+        if self.world_size == 1 or not self._run.in_progress:
             return error
         is_own = not self._ends_own_run(error)
-        if is_own and not self._over:
+        if is_own and not self._run.over:
             with contextlib.suppress(ParallelizerError, RunEnded):  # this one's own is raised
                 self._show_end(error)
-        final, verdict = self._final, self._verdict
+        final, verdict = self._run.final, self._run.verdict
         if isinstance(final, ContractError) and not is_own:
             return final
         if verdict is None or self.ends_outer_run(error):
             return error
         self.spokesman = verdict.rank
         raised = error if is_own and verdict.rank == self.process else verdict.exception()
-        for process, summary in self._failed_too:
+        for process, summary in self._run.failed_too:
             _add_note(raised, f"rank {process} failed too: {summary}")
         return raised
 
     def _show_end(self, error: BaseException) -> None:
         """Come to the round in which all see that the run has failed."""
-        self._final = None
+        self._run.final = None
         told = self._for_others(error)
         failure = Failure.in_words(told, self.process, self.world_size)
         try:
@@ -5998,8 +6001,8 @@ class Communicator(abc.ABC):
             self._lay_failure(failure, error)
             self._warn_receivers()
             self._meet(self._exit_code(), large=True)
-            if not self._over:
-                self._over, self._verdict = True, failure
+            if not self._run.over:
+                self._run.over, self._run.verdict = True, failure
 
     def _ends_own_run(self, error: BaseException) -> bool:
         return isinstance(error, RunEnded) and error.communicator is self
@@ -6016,11 +6019,11 @@ class Communicator(abc.ABC):
 
     def _raise_failure(self) -> None:
         """Raise where the current run, or a group, is known to have failed."""
-        if self._in_run:
+        if self._run.in_progress:
             if self._is_called_off():
                 raise RunEnded(self)
             number, depth = self._end_of_group
-            if number == self._round + 1 and depth <= self.call.depth and self._final is None:
+            if number == self._round + 1 and depth <= self.call.depth and self._run.final is None:
                 self._come_to_end(depth)
 
     def _come_to_end(self, depth: int) -> None:
@@ -6028,7 +6031,7 @@ class Communicator(abc.ABC):
         self._meet(self.call.depth << 6 | _LEFT)
 
     def _is_called_off(self) -> bool:
-        return self._failed_run == self.run
+        return False
 
     @_context
     def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
@@ -6044,19 +6047,24 @@ class Communicator(abc.ABC):
 
     def is_in_step(self) -> bool:
         """Whether this process has not left a call for good."""
-        return self._final is None
+        return self._run.final is None
 
     def limiting(self) -> contextlib.AbstractContextManager[None]:
         """Within, this process has the number of threads on which all of them agree."""
         return contextlib.nullcontext() if self.limit is None else self.limit.counting()
 
+    @property
+    def run_number(self) -> int:
+        """Of the current run, or of the latest."""
+        return self._run.number
+
     def is_running(self) -> bool:
         """Whether a run goes on, as it does not between two of them."""
-        return self._in_run
+        return self._run.in_progress
 
     def is_executed_here(self) -> bool:
         """Whether this very thread executes one."""
-        return self._in_run and self.runner == threading.get_ident()
+        return self._run.in_progress and self.runner == threading.get_ident()
 
     # -- the user's function, and the calls it makes --------------------------------------------
 
@@ -6106,9 +6114,9 @@ class Communicator(abc.ABC):
         while self._postponed:
             self._postponed.pop()()
         self.interruptible = False
-        if self._final is not None:
+        if self._run.final is not None:
             self.interruptible = self.in_function
-            raise self._final
+            raise self._run.final
         self._raise_failure()
         self._entered_at = time.perf_counter()
         if verb not in ("send", "receive"):
@@ -6127,7 +6135,7 @@ class Communicator(abc.ABC):
         # What a signal raises, a KeyboardInterrupt or the end of an outer run, may have come
         # between two steps of the protocol.
         if error is not None and not (isinstance(error, Exception) or self._ends_own_run(error)):
-            self._final = error
+            self._run.final = error
         self.account.collectives += time.perf_counter() - self._entered_at
         self._entered_at = 0.0
         self.interruptible = self.in_function
@@ -6178,8 +6186,8 @@ class Communicator(abc.ABC):
                     self._watch.look_around(self._tell_control)
                 self._progress(min(look_around, timeout) - waited)
         except Exception as error:
-            if self._in_run:
-                self._final = error
+            if self._run.in_progress:
+                self._run.final = error
             raise
         finally:
             self._wake_up()
@@ -6706,7 +6714,9 @@ class _Inflow:
         self._process = process
         self._next, self._stop = laid.start, laid.start + laid.nbytes
         self._head_bytes = laid.head_bytes
-        self._parcel = _Incoming(comm.run, "", 0, laid.nbytes, laid.head_bytes, placed=placed)
+        self._parcel = _Incoming(
+            comm.run_number, "", 0, laid.nbytes, laid.head_bytes, placed=placed
+        )
 
     def read_head(self) -> bytes:
         """The pickle, where it lies in the first chunk."""
@@ -6848,7 +6858,7 @@ class _Rings:
         if len(inlet.start) == _RECORD.size:
             nbytes, head_bytes, code, tag = _RECORD.unpack(inlet.start)
             inlet.start, verb = b"", _VERBS[code]
-            inlet.parcel = _Incoming(self._comm.run, verb, tag, nbytes, head_bytes)
+            inlet.parcel = _Incoming(self._comm.run_number, verb, tag, nbytes, head_bytes)
             if verb not in _WORDS:
                 self._comm.deliver(process, inlet.parcel)
         return data[missing:]
@@ -7134,7 +7144,7 @@ class BoardCommunicator(Communicator):
     # -- rounds -------------------------------------------------------------------------------
 
     def _number_of_next_run(self) -> int:
-        return self.run + 1  # as not all come to the rounds of all runs
+        return self._run.number + 1  # as not all come to the rounds of all runs
 
     def _exchange(self, word: int, wanted: bytes) -> bool:
         board, parity, count = self._board, word >> _BITS & 1, len(self._everyone)
@@ -7168,7 +7178,7 @@ class BoardCommunicator(Communicator):
                     break
             else:
                 begun = math.inf  # it counts by itself how long it waits
-                is_idle = bool(self._sitting)
+                is_idle = bool(self._run.sitting)
                 self._wait_until(self._have_come, self._missing, idle=is_idle, tried=True)
         finally:
             self.account.waiting += max(time.perf_counter() - begun, 0)
@@ -7182,8 +7192,8 @@ class BoardCommunicator(Communicator):
         if self.process == 0:
             super()._return()
             return
-        if self._final is not None:
-            raise self._final
+        if self._run.final is not None:
+            raise self._run.final
         self._round += 1
         word = self._round << _BITS | self._exit_code() << 1
         self._board.show(self._round & 1, self._place, word)
@@ -7391,8 +7401,8 @@ class BoardCommunicator(Communicator):
             self._rings.take_in()  # what they have sent before
             if self.first_sender(ranks, tag) is None:
                 told = f"rank {self.members[ranks[0]]} returned while rank {self.process}"
-                self._final = ContractError(f"{told} waits in {self._doing(doing)}")
-                raise self._final
+                self._run.final = ContractError(f"{told} waits in {self._doing(doing)}")
+                raise self._run.final
         return False
 
     # -- waiting ------------------------------------------------------------------------------
@@ -7540,9 +7550,9 @@ class _WorkerEnd(BoardCommunicator):
             number = self._board.called(self.process)
             if number == _LET_GO:
                 return None
-            self._next_run(self.run + 1)
+            self._next_run(self._run.number + 1)
             self._round = self._base = number
-            self._in_run, self._unheard = True, False
+            self._run.in_progress, self._unheard = True, False
             try:
                 return self._take_command()
             except (RunEnded, ParallelizerError, MemoryError) as error:
@@ -7605,15 +7615,16 @@ class _MainEnd(BoardCommunicator):
             return  # buried by its other one
         process = self._workers.sentinels[handle]
         error = self._workers.bury(process)
-        if process in self._everyone and self._in_run:
+        if process in self._everyone and self._run.in_progress:
             # Also where it has returned: others may be sending to it.
             self._failures.setdefault(process, error)
-            self._failed_run = self.run
         self._called.discard(process)
 
     def _on_failure(self, source: int, parcel: Parcel) -> None:
-        super()._on_failure(source, parcel)
         self._failures[source] = pickle.loads(parcel.pickled)
+
+    def _is_called_off(self) -> bool:
+        return bool(self._failures)
 
     def start_others(self) -> None:
         self._workers.start_missing()
@@ -7697,7 +7708,7 @@ class _MainEnd(BoardCommunicator):
         _stop_listening(self)
         if self._workers.owned:
             try:
-                if self._in_run and self.runner is None:  # an imap that nobody has ended
+                if self._run.in_progress and self.runner is None:  # an imap that nobody has ended
                     self.fail_run(GeneratorExit())
                 self.command(None)
             finally:  # also after a Ctrl-C
@@ -8798,10 +8809,11 @@ def _cgroup_cpus() -> list[int]:
 # where values are packed. A small broadcast is that, too; to what all ranks bring, as to a gather,
 # an allgather of 0.5 KiB for each rank comes, some 0.5 ms. Of what is large, main handles 1,000
 # messages in gather and scatter, some 10 ms, and moves each byte once; alltoall and an allgather
-# have each rank do so, and a reduction of large arrays for each 4 MiB of them, twice. A run ends with a round, to which each brings its report. A failure is a
-# round, and two letters to each rank. Of `map`, main handles two letters per chunk, some 64 chunks
-# per rank. A rank holds two communicators, and one for each group that has broadcast or scattered
-# what is large; and 0.5 KiB per other rank for cards.
+# have each rank do so, and a reduction of large arrays for each 4 MiB of them, twice. A run ends
+# with a round, to which each brings its report. A failure is a round, and two letters to each
+# rank. Of `map`, main handles two letters per chunk, some 64 chunks per rank. A rank holds two
+# communicators, and one for each group that has broadcast or scattered what is large; and 0.5 KiB
+# per other rank for cards.
 _CARD_BYTES = 512
 _ROOM = _CARD_BYTES - 8  # beside the word
 _MOST_BY_ALLGATHER = 32  # ranks; to more of them, cards go where they are needed
@@ -9273,8 +9285,21 @@ class _Letters:
         return self.are_sent() and not (self._incomplete or self.are_coming())
 
 
+class _MPIRun(_Run):
+    """What else a rank forgets with a run."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.laid = False  # whether this rank has put something on its next card
+        self.leaves_after = math.inf  # seconds of waiting for others to come to the end of it
+        self.own_failure: Failure | None = None  # that this rank's latest card tells of
+
+
 class MPICommunicator(Communicator):
     """The transport of MPI, by mpi4py's buffer verbs."""
+
+    _run_type = _MPIRun
+    _run: _MPIRun
 
     known: ClassVar[weakref.WeakValueDictionary[str, MPICommunicator]] = (
         weakref.WeakValueDictionary()
@@ -9304,12 +9329,6 @@ class MPICommunicator(Communicator):
         self._asked_to_come = self._asks = 0
         self._failures: dict[tuple[int, int], Failure] = {}  # by rank and round, as they come
         self.dying: set[int] = set()  # by the precedence of what they have to tell
-
-    def _forget_run(self) -> None:
-        super()._forget_run()
-        self._laid = False  # whether this rank has put something on its next card
-        self._leaves_after = math.inf  # seconds of waiting for others to come to the end of a run
-        self._own_failure: Failure | None = None  # that this rank's latest card tells of
 
     def cut_off(self) -> None:
         super().cut_off()
@@ -9360,8 +9379,8 @@ class MPICommunicator(Communicator):
         except BaseException:
             self._round -= 1  # to which this rank has not come
             raise
-        cards.start(word, laid=self._laid)
-        self._laid = False
+        cards.start(word, laid=self._run.laid)
+        self._run.laid = False
         for _ in range(20):
             if cards.test():
                 cards.active = False
@@ -9400,7 +9419,7 @@ class MPICommunicator(Communicator):
                 waited = time.perf_counter() - begun
             cards.active = False
         except BaseException as error:  # of a signal's handler, or of MPI itself
-            if not isinstance(error, ParallelizerError) and self._leaves_after == math.inf:
+            if not isinstance(error, ParallelizerError) and self._run.leaves_after == math.inf:
                 self._abort(error)
             raise
         finally:
@@ -9413,9 +9432,9 @@ class MPICommunicator(Communicator):
         Who fails again meanwhile does not leave again, or the others would lose count.
         """
         if self._cards.active:
-            leaves, self._leaves_after = self._leaves_after, math.inf
+            leaves, self._run.leaves_after = self._run.leaves_after, math.inf
             self._await_cards()
-            self._leaves_after = leaves
+            self._run.leaves_after = leaves
 
     def _describe_round(self, number: int) -> _Wait:
         others = tuple(process for process in self._everyone if process != self.process)
@@ -9431,14 +9450,14 @@ class MPICommunicator(Communicator):
             if isinstance(other, MPICommunicator) and other.is_of_this_thread():
                 other.handle_letters()
         if self.lost:
-            self._over = True
+            self._run.over = True
             raise ContractError(self.lost)
-        if waited >= self._leaves_after:
+        if waited >= self._run.leaves_after:
             raise _OthersCompute
         if any(outer.is_called_off() for outer in self._outer) and self._asks != self._round:
             self._asks = self._round
             self.tell_all("come", self._round)
-        may_last = self._idle or self._sitting or self._leaves_after < math.inf
+        may_last = self._idle or self._run.sitting or self._run.leaves_after < math.inf
         if not may_last and waited >= (self.timeout or math.inf):
             self._give_up_waiting()
 
@@ -9451,7 +9470,7 @@ class MPICommunicator(Communicator):
         """Take in what has come; and come to a round, if another rank is lost there."""
         self._handle_all()
         if self._asked_to_come == self._round + 1 and not self._cards.active:
-            self._over = True  # if there is a run, as the one around it has failed
+            self._run.over = True  # if there is a run, as the one around it has failed
             self._round += 1
             self._cards.start(self._round << _BITS | _LEFT << 1, laid=False)
 
@@ -9468,7 +9487,7 @@ class MPICommunicator(Communicator):
             f"up its wait in {self._doing('')} after {self.timeout} s, and MPI has no way out of a "
             f"collective call; raise timeout=, or let the error end the program"
         )
-        self._over = True
+        self._run.over = True
         self.tell_all("lost", self.lost)
         self._raise_timeout([f"{p} on {self._hosts[p]}" for p in missing], "")
 
@@ -9476,11 +9495,11 @@ class MPICommunicator(Communicator):
         super()._heed_failure(word, words)
         left = [p for p, one in zip(self._everyone, words, strict=True) if _verb_of(one) == _LEFT]
         if left and not any(map(_is_failed_exit, words)):
-            self._over = True
-            self._final = _left_with_outer_run(left[0])
+            self._run.over = True
+            self._run.final = _left_with_outer_run(left[0])
             for outer in self._outer:
                 outer.heed()
-            raise self._final
+            raise self._run.final
 
     def _failure_of(self, process: int) -> Failure:
         told = (process, self._round)
@@ -9493,11 +9512,11 @@ class MPICommunicator(Communicator):
 
     def _pass_on_failure(self) -> None:
         """By letters, because this rank may be about to leave the others alone."""
-        if self._own_failure is None:
+        if self._run.own_failure is None:
             return
         for process in self._everyone:
             if process != self.process:
-                self._tell(process, "failed", (self._round, self._own_failure))
+                self._tell(process, "failed", (self._round, self._run.own_failure))
         # What is too long for a letter moves only while both sides call MPI.
         self.listen(_GRACE, self._letters.are_sent)
 
@@ -9512,14 +9531,14 @@ class MPICommunicator(Communicator):
         return consequence, str(memory[start : start + length], errors="replace")
 
     def _lay_failure(self, failure: Failure, error: BaseException) -> None:
-        self._own_failure = failure
+        self._run.own_failure = failure
         summary = failure.summary.encode()[: _ROOM - _FAILED.size]
         self._write_card(_FAILED.pack(failure.consequence, len(summary)) + summary)
 
     def _write_card(self, content: bytes) -> None:
         self._settle()  # as MPI may still read what lies there
         self._cards.own[8 : 8 + len(content)] = content
-        self._laid = True
+        self._run.laid = True
 
     # -- what is brought to a round -------------------------------------------------------------
 
@@ -9744,7 +9763,7 @@ class MPICommunicator(Communicator):
 
     def _raise_failure(self) -> None:
         super()._raise_failure()
-        if self._in_run:
+        if self._run.in_progress:
             for outer in self._outer:
                 outer.heed()
 
@@ -9789,7 +9808,7 @@ class MPICommunicator(Communicator):
         return super().next_command()
 
     def _show_end(self, error: BaseException) -> None:
-        self._leaves_after = _GRACE
+        self._run.leaves_after = _GRACE
         try:
             super()._show_end(error)
         except BaseException:  # this rank leaves, perhaps before the others come
@@ -9798,25 +9817,25 @@ class MPICommunicator(Communicator):
 
     def _come_to_end(self, depth: int) -> None:
         # Later than who has failed, whose error is to come. A group is left together.
-        self._leaves_after = 2 * _GRACE if depth == 1 else math.inf
+        self._run.leaves_after = 2 * _GRACE if depth == 1 else math.inf
         try:
             super()._come_to_end(depth)
         except _OthersCompute:
             told = (one for (_, number), one in self._failures.items() if number == self._round)
-            self._over, self._verdict = True, next(told, None)
-            self._final = RunEnded(self)
-            raise self._final from None
+            self._run.over, self._run.verdict = True, next(told, None)
+            self._run.final = RunEnded(self)
+            raise self._run.final from None
         finally:
-            self._leaves_after = math.inf
+            self._run.leaves_after = math.inf
 
     def is_called_off(self) -> bool:
         ends = self._is_called_off() or self._end_of_group[0] == self._round + 1
-        return self._in_run and (self._over or ends)
+        return self._run.in_progress and (self._run.over or ends)
 
     def heed(self) -> None:
         """Raise where this run is known to have failed, while another one waits within it."""
         self._handle_all()
-        if self._in_run and self._over:
+        if self._run.in_progress and self._run.over:
             raise RunEnded(self)
         self._raise_failure()
 
