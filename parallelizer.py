@@ -3270,16 +3270,12 @@ class _Segments:
 def _fold_alike(
     fold: np.ufunc, arrays: Sequence[np.ndarray[Any, Any]], out: np.ndarray[Any, Any] | None = None
 ) -> np.ndarray[Any, Any]:
-    """Fold arrays of one shape and dtype one after the other."""
-    result: np.ndarray[Any, Any] = fold(arrays[0], arrays[1], out=out)
-    for array in arrays[2:]:
-        # In place, numpy takes what has one item for the result of a reduction, and folds it in
-        # another way, to other bits of a complex number.
-        if array.size > 1:
-            fold(result, array, out=result)
-        else:
-            result[...] = fold(result, array)
-    return result
+    """Fold arrays of one shape and dtype one after the other.
+
+    Never in place, where numpy folds some complex numbers in another way, to other bits.
+    """
+    *earlier, last = arrays
+    return fold(functools.reduce(fold, earlier), last, out=out)  # type: ignore[no-any-return]
 
 
 def _extreme(
@@ -9667,8 +9663,11 @@ class MPICommunicator(Communicator):
         others = [(rank, p) for rank, p in enumerate(self.members) if p != self.process]
         error: Exception | None = None
         with self._unbreakable():
-            memory = self._bulk.scratch(segments.width * own.itemsize).view(own.dtype)
-            rows = memory.reshape(self.size, segments.length)
+            # Apart, as numpy 1 takes neighbours in memory for arrays that overlap, and multiplies
+            # complex numbers in another way then, to other digits.
+            row = segments.length + 64
+            memory = self._bulk.scratch(self.size * row * own.itemsize).view(own.dtype)
+            rows = memory.reshape(self.size, row)
             for number in range(segments.portions):
                 places = [segments.segment(number, rank) for rank in range(self.size)]
                 place = places[self.rank]

@@ -1457,8 +1457,16 @@ def numbers_of_all_kinds(letter: str, size: int, rank: int) -> Array:
 
 
 def bits(array: Array) -> Array:
-    """The bytes of an array, without those between long doubles that nobody sets."""
-    whole = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    """The bytes of an array, without those between long doubles that nobody sets.
+
+    All NaN count as the same: which of two gives a sum its sign depends in numpy 1 on where in
+    memory they lie.
+    """
+    parts = np.array(array).reshape(-1)
+    if parts.dtype.kind in "fc":
+        parts = parts.view(parts.real.dtype)
+        parts[np.isnan(parts)] = np.nan
+    whole = parts.view(np.uint8)
     is_padded = array.dtype.char in "gG" and np.finfo("g").nmant == 63
     return whole.reshape(-1, 16)[:, :10] if is_padded else whole
 
