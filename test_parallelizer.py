@@ -9709,9 +9709,10 @@ def test_soak() -> None:
 
 # Where the name of the module could matter: what is found by name, pickled and unpickled.
 OF_A_COPY = (
-    "(on_serial or on_spawn or on_forkserver) and (role or lookup or register or restricted or "
-    "hold or sentinel or bound_methods or any_object or exception_comes or map_is or stream "
-    "or shared)"
+    "((on_spawn or on_forkserver) and (role or lookup or register or restricted or hold_a "
+    "or sentinel or bound_methods or any_object or exception_comes or streams_outside "
+    "or numbers_and_lists or views_of_shared)) "
+    "or (on_serial and (lookup or register or restricted or hold_a))"
 )
 
 
