@@ -5044,6 +5044,47 @@ class Parcel:
         return Parcel(self.run, self.verb, self.message.copy(), self.tag)
 
 
+class _Mailbox:
+    """What others have sent and nobody has received: by sender, tag and run, oldest first."""
+
+    def __init__(self) -> None:
+        # Where there is no mail there is no entry, because there may be very many tags.
+        self._queues: dict[tuple[int, int, int], collections.deque[Parcel]] = {}
+
+    def __len__(self) -> int:
+        return len(self._queues)
+
+    def put(self, sender: int, parcel: Parcel) -> None:
+        key = sender, parcel.tag, parcel.run
+        self._queues.setdefault(key, collections.deque()).append(parcel)
+
+    def is_empty(self, sender: int, tag: int, run: int) -> bool:
+        return (sender, tag, run) not in self._queues
+
+    def has_whole(self, sender: int, tag: int, run: int) -> bool:
+        """Whether the oldest is here to its last byte."""
+        queue = self._queues.get((sender, tag, run))
+        return queue is not None and queue[0].done()
+
+    def take(self, sender: int, tag: int, run: int) -> Parcel:
+        """The oldest."""
+        queue = self._queues[sender, tag, run]
+        parcel = queue.popleft()
+        if not queue:
+            del self._queues[sender, tag, run]
+        return parcel
+
+    def forget_before(self, run: int) -> None:
+        self._forget([key for key in self._queues if key[2] < run])
+
+    def forget_tag(self, tag: int) -> None:
+        self._forget([key for key in self._queues if key[1] == tag])
+
+    def _forget(self, keys: list[tuple[int, int, int]]) -> None:
+        for key in keys:
+            del self._queues[key]
+
+
 class _Laid(NamedTuple):
     """Where a message lies in what a process brings to a round, all in bytes."""
 
@@ -5205,8 +5246,7 @@ class Communicator(abc.ABC):
         self.in_function = False
         self._round = 0  # the number of the latest round, for the life of the processes
         self._everyone = self.members  # who comes to the rounds of the current run
-        # Where there is no mail there is no entry, because there may be very many tags.
-        self._mail: dict[tuple[int, int, int], collections.deque[Parcel]] = {}
+        self._mail = _Mailbox()
         self._run = self._run_type(0)  # the current one, or the latest
         # The round in which another process leaves a group of that depth by an error.
         self._end_of_group = 0, 0
@@ -5315,6 +5355,8 @@ class Communicator(abc.ABC):
         self._round = number = self._round + 1
         small = number << _BITS | (self._code if code is None else code) << 1
         word = small | large
+        # Mostly all show one and the same word. So it is compared as bytes, of all at once, and no
+        # loop over ranks runs where nothing is wrong.
         if self.size == count:  # all are to show the same
             wanted = small.to_bytes(8, sys.byteorder) * count
         else:
@@ -5323,6 +5365,9 @@ class Communicator(abc.ABC):
         self._run.adrift = False
         if alike and not large:
             return ()
+        # Somebody shows another word, or has more than fits. The bit for that may differ among
+        # words that agree, and a word with a code of its own may be the exit of some, who are to
+        # be told apart from strays.
         words = self._words()
         if code is not None or any((other ^ word) > 1 for other in words):
             self._judge(words)
@@ -5333,6 +5378,8 @@ class Communicator(abc.ABC):
         """The words of all, if they agree, some sit out, and nobody brings more than fits."""
         if self._run.sitting:
             return b""  # what the others do is for them to agree on
+        # Who sits out says so by a word of its own, in every round of the group, so that members
+        # find all words there, and no process is waited for that has nothing to say.
         sitting = word >> _BITS << _BITS | _SIT << 1
         wanted = [word if process in self.members else sitting for process in self._everyone]
         return struct.pack(f"={len(wanted)}Q", *wanted)
@@ -5342,6 +5389,8 @@ class Communicator(abc.ABC):
         try:
             self._wait_until(lambda: not self._missing(), self._missing, in_round=True)
         except Exception:
+            # The wait has ended by a timeout, a deadlock or a signal, while others may wait on for
+            # this process: there is no round in which all of them could be told.
             self._run.over = True  # nobody meets this process in the next round
             raise
 
@@ -5363,6 +5412,8 @@ class Communicator(abc.ABC):
         It depends on nothing but the words, so that all who see the same say the same. An error
         by which a member leaves its group goes together with whatever others call in that.
         """
+        # Words of another round are not there yet. Who sits out, or waits for the end of a group
+        # that has failed, agrees with whatever is called.
         shown = zip(self._everyone, words, strict=True)
         acting = [
             (process, word)
@@ -5373,6 +5424,9 @@ class Communicator(abc.ABC):
         ]
         failed = [one for one in acting if _is_failed_exit(one[1])]
         if failed:
+            # An error leaves its group, and all groups within that: whoever acts at that depth or
+            # deeper is to be told of it, in whatever call. Only who acts further out, where that
+            # group is one call of all, has strayed.
             first = min(failed, key=lambda one: _depth_of(one[1]))
             strays = (one for one in acting if _depth_of(one[1]) < _depth_of(first[1]))
         else:
@@ -5389,6 +5443,8 @@ class Communicator(abc.ABC):
             del error  # or what its traceback holds would live on with it
 
     def _give_up_run(self, error: ContractError) -> None:
+        # All members of the run find the same two words, and give up alike. Who comes later finds
+        # them, too, as nothing more is shown in this run.
         if self.call.depth > 0:  # else it is no run that is over
             self._run.final, self._run.over = error, True
             self.spokesman = self._everyone[0]
@@ -5412,6 +5468,8 @@ class Communicator(abc.ABC):
         depth, verb = _depth_of(word), _VERBS[_verb_of(word)]
         if depth != self.call.depth or verb in ("return", "exit", _VERBS[_MORE]):
             return Call(depth, 0, verb)
+        # The word has the last four bits of the number. Processes that are in one round cannot be
+        # further apart than a few calls, so that the nearest number with those bits is meant.
         ahead = (word >> 12) - self.call.number & 15
         return Call(depth, self.call.number + (ahead if ahead < 8 else ahead - 16), verb)
 
@@ -5436,6 +5494,8 @@ class Communicator(abc.ABC):
 
     def _first_failed(self, words: Sequence[int]) -> tuple[int, int | None]:
         """How deep the group is that is left by an error, and whose error is told; None of none."""
+        # Several may fail in one round. All choose the same one, by what the words and the cards
+        # say and nothing else: the outermost group, since its end takes the others along.
         # At each depth there is one group at a time, because all others sit it out.
         shown = zip(self._everyone, words, strict=True)
         failed = [(_depth_of(word), p) for p, word in shown if _is_failed_exit(word)]
@@ -5461,6 +5521,9 @@ class Communicator(abc.ABC):
 
     def _ended_by(self, failure: Failure, depth: int) -> BaseException:
         """What each later call in a group of this depth, or in the run, raises."""
+        # In a group, the exception itself is raised, which the caller of run(comm=...) may handle,
+        # on all members; at depth 1 it is the run that is over, and nobody but `run` may stop
+        # that.
         if depth > 1:
             return failure.exception()
         self._run.over, self._run.verdict = True, failure
@@ -5505,6 +5568,8 @@ class Communicator(abc.ABC):
     def sit_out(self, ranks: Sequence[int]) -> None:
         """Come to rounds until the group of these is left."""
         group = [self.members[rank] for rank in ranks]
+        # The end of the group is the round in which all members leave it well, or one by an error,
+        # who takes all others along.
         well = self._exit_code(deeper=1) << 1
         self._run.sitting = group
         try:
@@ -5547,6 +5612,8 @@ class Communicator(abc.ABC):
         error: BaseException | None = None
         result = None
         try:
+            # A signal may end the work, and nothing but that: not the call that leaves the group,
+            # or the others would wait in it for ever.
             self.interruptible = self.in_function
             self._heed_signals()
             result = work()
@@ -5561,6 +5628,8 @@ class Communicator(abc.ABC):
                 error = error or why
             finally:
                 self.interruptible = False
+        # Another member's error has ended this group, or one around it. In the first case it is
+        # over now, and later calls are well; in the second it goes on to end what is around.
         if self._run.group_end is not None:
             if error is None or _is_consequence(error):
                 error = self._run.final
@@ -5572,6 +5641,8 @@ class Communicator(abc.ABC):
         """Leave the group with all others, if need be by the error of one."""
         with self.enter("return"):
             if error is not None:
+                # The bit that otherwise says "more than fits" marks the error here, because an
+                # exit brings nothing else.
                 self._lay_failure(Failure.of(error, self.process, self.world_size), error)
                 self._warn_receivers()
             self._meet(self._exit_code(), large=error is not None)
@@ -5790,6 +5861,8 @@ class Communicator(abc.ABC):
         """Take it in: one of `_WORDS` when it is whole, a message as soon as it begins."""
         if parcel.verb == "control":
             self._on_control(pickle.loads(parcel.pickled))
+        # What was sent in an earlier run is for nobody. What was sent in a later one, by a sibling
+        # that is quicker to begin, waits here until this process begins that run.
         elif parcel.run < self._run.number:
             return
         elif parcel.verb == "failed":
@@ -5797,8 +5870,7 @@ class Communicator(abc.ABC):
         elif parcel.verb == "leaves":
             self._end_of_group = pickle.loads(parcel.pickled)
         else:
-            key = source, parcel.tag, parcel.run
-            self._mail.setdefault(key, collections.deque()).append(parcel)
+            self._mail.put(source, parcel)
 
     def _on_failure(self, source: int, parcel: Parcel) -> None:  # noqa: B027
         """Another process tells by which error it has left the run."""
@@ -5827,7 +5899,7 @@ class Communicator(abc.ABC):
         """The oldest message from `rank` under `tag`; waits for it."""
         doing = f"receive({rank}, tag={tag})"
         own = self.members[rank] == self.process
-        if own and (self.process, tag, self._run.number) not in self._mail:
+        if own and self._mail.is_empty(self.process, tag, self._run.number):
             raise ContractError(f"rank {rank} waits in {doing} for what it has not sent itself")
         return self.receive_any([rank], tag, doing)[1]
 
@@ -5843,12 +5915,10 @@ class Communicator(abc.ABC):
         )
         rank = self.first_sender(ranks, tag)
         assert rank is not None
-        key = self.members[rank], tag, self._run.number
-        parcel = self._mail[key].popleft()
-        if not self._mail[key]:
-            del self._mail[key]
+        process = self.members[rank]
+        parcel = self._mail.take(process, tag, self._run.number)
         if parcel.failure is not None:
-            raise self.out_of_memory(key[0], parcel.failure) from parcel.failure
+            raise self.out_of_memory(process, parcel.failure) from parcel.failure
         assert parcel.message is not None
         return rank, parcel.message
 
@@ -5864,15 +5934,9 @@ class Communicator(abc.ABC):
     def first_sender(self, ranks: Sequence[int], tag: int) -> int | None:
         """The first of `ranks` whose message is here as a whole."""
         for rank in ranks:
-            queue = self._mail.get((self.members[rank], tag, self._run.number))
-            if queue and queue[0].done():
+            if self._mail.has_whole(self.members[rank], tag, self._run.number):
                 return rank
         return None
-
-    def _forget_mail_before(self, run: int) -> None:
-        """Let go of what has come for earlier runs and has not been taken in."""
-        for key in [key for key in self._mail if key[2] < run]:
-            del self._mail[key]
 
     # -- the life of a run --------------------------------------------------------------------
 
@@ -5925,13 +5989,13 @@ class Communicator(abc.ABC):
     def _next_run(self, run: int) -> None:
         """Forget the runs before; what a quick sibling has already sent for this one stays."""
         self._run = self._run_type(run)
-        self._forget_mail_before(run)
+        self._mail.forget_before(run)
 
     def _finish(self, *, failed: bool = False) -> None:  # which matters to a transport
         """The current run is over here, and nothing of what was moved in it stays."""
         self._entered_at = 0.0
         self._run = self._run_type(self._run.number)
-        self._forget_mail_before(self._run.number + 1)
+        self._mail.forget_before(self._run.number + 1)
 
     def begin_run(self) -> None:
         """Before the function: begin to count anew."""
@@ -5969,6 +6033,8 @@ class Communicator(abc.ABC):
 
     def _end_run(self, error: BaseException) -> BaseException:
         """End the run on every member because of `error`; what `run` is to raise here."""
+        # Whose error is told is decided once, by all alike, in the round that ends the run; this
+        # process then raises its own if that was chosen, or else the other's.
         if self.world_size == 1 or not self._run.in_progress:
             return error
         is_own = not self._ends_own_run(error)
@@ -6076,6 +6142,7 @@ class Communicator(abc.ABC):
 
     def mark_function(self, *, executing: bool) -> None:
         """Say that the user's function begins or ends on this process."""
+        # Only the main thread is sent signals; on another one, a run ends at its next verb.
         # Not restored to what they were: a signal may come between the two assignments.
         self.interruptible = self.in_function = executing and _on_main_thread()
         if executing:
@@ -6243,8 +6310,7 @@ class Communicator(abc.ABC):
 
     def forget_mail(self, tag: int) -> None:
         """Let go of what has come by a tag and is of no interest any more."""
-        for key in [key for key in self._mail if key[1] == tag]:
-            del self._mail[key]
+        self._mail.forget_tag(tag)
 
     def _doing(self, doing: str) -> str:
         if doing or self.call.verb == "return":
@@ -7144,6 +7210,8 @@ class BoardCommunicator(Communicator):
 
     def _exchange(self, word: int, wanted: bytes) -> bool:
         board, parity, count = self._board, word >> _BITS & 1, len(self._everyone)
+        # Who comes last finds all words there at once, and wakes those who have fallen asleep over
+        # their waiting. So there is one who wakes, and a sleeper is woken once per round.
         board.show(parity, self._place, word)
         alike = board.look(parity, count) == wanted
         if not alike:
@@ -7165,6 +7233,8 @@ class BoardCommunicator(Communicator):
         board, parity, count = self._board, self._round & 1, len(self._everyone)
         begun = time.perf_counter()
         try:
+            # A look costs a quarter of a microsecond, and to fall asleep and be woken some fifty.
+            # To find out what is wrong, if something is, takes longer, so it is done now and then.
             for turn in range(board.looks):
                 if board.look(parity, count) == wanted:
                     break
@@ -7190,6 +7260,8 @@ class BoardCommunicator(Communicator):
             return
         if self._run.final is not None:
             raise self._run.final
+        # A worker shows that it has returned, and that is all: it need not know what the others
+        # do, and is free for the next run. If it has gone astray, main will see that.
         self._round += 1
         word = self._round << _BITS | self._exit_code() << 1
         self._board.show(self._round & 1, self._place, word)
@@ -7204,6 +7276,9 @@ class BoardCommunicator(Communicator):
             start, head, *buffers = pieces
             self._board.fill(self.process, self._round + 1 & 1, start + head, buffers)
             return None
+        # What does not fit, or is for several receivers, is laid slot by slot. The table of sizes
+        # lies in the first one, so that all know from the first round on how many more there will
+        # be.
         chunks = _chunks(map(_as_bytes, pieces), _SLOT_BYTES)
         self._fill_slot(next(chunks))
         return chunks if nbytes > _SLOT_BYTES else None
@@ -7241,6 +7316,8 @@ class BoardCommunicator(Communicator):
         parity = self._round & 1
         most = max((self._find(source, 0, parity).total for source in sources), default=1)
         longest = -(-most // _SLOT_BYTES)
+        # The next chunk goes into the slot of the other parity while others still read this one:
+        # its readers have shown their word of this round, and so are through with what lay there.
         for number in range(longest):
             if chunks is not None and (chunk := next(chunks, None)) is not None:
                 self._fill_slot(chunk)  # the next one, while others read this one
@@ -7360,6 +7437,8 @@ class BoardCommunicator(Communicator):
 
     def _end_turns(self, parity: int) -> None:
         """Go on in a round of this parity, so that a slot that lies unread is not written to."""
+        # The next thing to be laid would go into slots of this parity, and main may not have looked
+        # yet at all that lies there. It comes to this round when it is through.
         if self._round & 1 != parity:
             self._meet(self.call.depth << 6 | _MORE)
 
@@ -7394,6 +7473,8 @@ class BoardCommunicator(Communicator):
 
     def _is_vain(self, ranks: Sequence[int], tag: int, doing: str) -> bool:
         if all(self.has_returned(self.members[rank]) for rank in ranks):
+            # Nothing more can come of them, but what they sent before they returned may not have
+            # been taken in.
             self._rings.take_in()  # what they have sent before
             if self.first_sender(ranks, tag) is None:
                 told = f"rank {self.members[ranks[0]]} returned while rank {self.process}"
@@ -7547,6 +7628,8 @@ class _WorkerEnd(BoardCommunicator):
             if number == _LET_GO:
                 return None
             self._next_run(self._run.number + 1)
+            # Rounds are counted from the one in which main has called, whatever this process has
+            # missed: it may be new, or have left the run before long ago.
             self._round = self._base = number
             self._run.in_progress, self._unheard = True, False
             try:
@@ -7569,6 +7652,8 @@ class _WorkerEnd(BoardCommunicator):
 
     def _end_run(self, error: BaseException) -> BaseException:
         if not (self._ends_own_run(error) or self._is_called_off()):
+            # Main alone decides how the run ends, so it is enough that main hears of this. It may
+            # have called the run off already, for another error: then nobody asks for this one.
             self._unheard = True
             self._tell_main(self._for_others(error))
             # Main may compute, and take in nothing.
@@ -8926,6 +9011,9 @@ class _CardsByAllreduce(_CardsByAllgather):
     def start(self, word: int, *, laid: bool) -> None:
         self.own[:8] = word.to_bytes(8, sys.byteorder)
         self._offered[4:] = np.frombuffer(self.own, np.uint64)[1:] if laid else 0
+        # Two maxima tell whether one rank alone has laid something: counted from the front and
+        # from the back, its places add up to one more than the size. Likewise a word and its
+        # complement have maxima that add up to all ones, if all words are the same.
         places = (self._rank + 1, self._size - self._rank) if laid else (0, 0)
         self._offered[:4] = (word, word ^ 2**64 - 1, *places)
         self._request = self._reduce()
@@ -9218,6 +9306,9 @@ class _Letters:
         sizes = [len(part) for part in parts]
         riding = _riding(sizes)
         self._bulk_tag = tag = self._bulk_tag % _BULK_TAGS + 1
+        # What is short rides in the letter, and costs one message. What is long follows under a
+        # tag that no other letter between these two uses at the time, so that it may be received
+        # out of turn, straight into its place.
         head = _LETTER.pack(parcel.run, _CODES[parcel.verb], parcel.tag, tag, len(sizes))
         letter = b"".join([head, struct.pack(f"<{len(sizes)}Q", *sizes), *parts[:riding]])
         # Of a synchronous one it is known when it has been taken in, so that they do not pile up.
@@ -9377,6 +9468,8 @@ class MPICommunicator(Communicator):
             raise
         cards.start(word, laid=self._run.laid)
         self._run.laid = False
+        # Mostly all come within a few microseconds, for which it is not worth while to look at a
+        # clock.
         for _ in range(20):
             if cards.test():
                 cards.active = False
@@ -9399,6 +9492,8 @@ class MPICommunicator(Communicator):
                     return
                 if hasattr(os, "sched_yield"):
                     os.sched_yield()
+            # From here on this rank answers to those who search for a deadlock, and takes in
+            # letters, as those of a rank that has failed while others wait.
             self._watch.begin(self._describe_round)
             # A nap delays all who wait for this rank in turn, along the steps of a collective.
             share = 64 * max(math.log2(self.world_size), 1)
@@ -9428,6 +9523,9 @@ class MPICommunicator(Communicator):
         Who fails again meanwhile does not leave again, or the others would lose count.
         """
         if self._cards.active:
+            # MPI has no way to take back a card. So the round that this rank has left goes on
+            # under way, and is completed before the next word is shown, or the ranks would count
+            # differently.
             leaves, self._run.leaves_after = self._run.leaves_after, math.inf
             self._await_cards()
             self._run.leaves_after = leaves
@@ -9465,6 +9563,9 @@ class MPICommunicator(Communicator):
     def handle_letters(self) -> None:
         """Take in what has come; and come to a round, if another rank is lost there."""
         self._handle_all()
+        # Another rank has left a run within this one's run, because that has failed, and now waits
+        # in a round to which the others would never come. It asks them to, and they do so from
+        # wherever they wait.
         if self._asked_to_come == self._round + 1 and not self._cards.active:
             self._run.over = True  # if there is a run, as the one around it has failed
             self._round += 1
@@ -9472,6 +9573,8 @@ class MPICommunicator(Communicator):
 
     def _give_up_waiting(self) -> None:
         """Tell who is missing, if anybody is; those who have come answer at once."""
+        # Nobody sees who is missing: a collective tells nothing before it is complete. So all are
+        # asked by letter, and those who are in the same round say so.
         self._here = {self.process}
         self.tell_all("here", self.process, self._round, True)
         self.listen(4 * _SETTLING, lambda: len(self._here) == self.world_size)
@@ -9498,6 +9601,9 @@ class MPICommunicator(Communicator):
             raise self._run.final
 
     def _failure_of(self, process: int) -> Failure:
+        # The card tells who has failed, and in a line why; the exception itself may be long, and
+        # comes by letter, since a second collective could not be left by a rank that goes on to
+        # fail.
         told = (process, self._round)
         if not self.listen(3 * _GRACE, lambda: told in self._failures):
             lost = "(its traceback has not come)"  # as that process computes again, perhaps
@@ -9544,6 +9650,8 @@ class MPICommunicator(Communicator):
     def _lay(self, *messages: Message) -> Sequence[Message] | None:
         pieces, nbytes = self._described(messages)
         if nbytes > _ROOM:
+            # If not all fits, the head alone rides if it can: with it, receivers can make room
+            # where the array belongs before it comes.
             head_fits = len(messages) == 1 and _LAID.size + len(pieces[1]) <= _ROOM
             pieces = pieces[:2] if head_fits else [pieces[0][: _LAID.size]]
         self._write_card(b"".join(pieces))
@@ -9598,6 +9706,8 @@ class MPICommunicator(Communicator):
                 if rest is not None:
                     self._bulk.wait(self._bulk.send([(self.members[0], message)], _ROOM - 8))
                 return []
+            # Sends are begun before anything is received, and waited for after it, so that all may
+            # send to all at once.
             pending = []
             if rest is not None:  # an allgather, as main brings nothing to a gather
                 pending = self._bulk.send([(other, message) for other in others], _ROOM - 8)
