@@ -38,11 +38,12 @@ How it is built, by the names of its classes::
 
 The words of the field, as they are used here. *Main* is the process that the program runs on,
 rank 0; the others are *workers*. A *run* is one call of a function on all of them, which are its
-*members*. A *verb* (a collective of MPI) is what all members call together, and a *round* is one
-meeting of all, by which every verb begins. What each shows there is its *word*; what it brings
-beside it lies in its *slot* on the board, or on its *card* under MPI. *Mail* goes to one process
-alone: by a *ring* on the board, or as a *letter* under MPI. A *group* is the members of a
-``run(comm=...)`` within a run; the others *sit out* its rounds.
+*members*. A *verb* is what the function calls on its parallelizer. All members call a collective
+verb together, and begin it by a *round*, one meeting of all; `send` and `receive` are called by
+one, and begin none. What each shows in a round is its *word*; what it brings beside it lies in
+its *slot* on the board, or on its *card* under MPI. *Mail* goes to one process alone: by a *ring*
+on the board, or as a *letter* under MPI. A *group* is the members of a ``run(comm=...)`` within a
+run; the others *sit out* its rounds.
 
 What becomes of a ``gather`` of 8 bytes on three processes. `Parallelizer.gather` begins a call
 (`Communicator.enter`) and packs the array: its dtype and shape as a short pickle, its memory as
@@ -50,42 +51,48 @@ it is. A worker lays both into its slot; then it shows its word, that of round 1
 Main shows the same, and looks at the words until all three are alike. Now main finds dtype and
 shape of all in their slots, makes an array for the result, and copies each part to its place in
 that. Under MPI what a worker lays goes on its card of 512 bytes, and one `Iallgather` carries the
-cards of all to all. Of 64 MiB, a slot holds the first 2 MiB, and a bit of the word says that
-there is more: all come to one further round for each 2 MiB, and main reads each stretch to its
-place while the worker writes the next. Under MPI the card holds the sizes, and the array follows
-by `Isend` and `Irecv` from where it lies to its place in the result.
+cards of all to all. Of an array of 64 MiB, the slot holds the first 2 MiB, and the last bit of
+the word announces that more follows: all come to one further round for each 2 MiB, and main reads
+each stretch to its place while the worker writes the next. Under MPI the card holds the sizes,
+and the array follows by `Isend` and `Irecv` from where it lies to its place in the result.
 
 What happens when a rank fails. On processes, a worker tells main by mail, with its exception;
 main calls the run off by a word on the board, and a signal makes those who compute look at it.
 All others raise `RunEnded` wherever they are, which unwinds their function, and `run` raises the
-exception on main; who has not left within a second is killed. A worker that dies is noticed by
-its sentinel, which main waits for whenever it waits, and is replaced before the next run. Under
-MPI, where nobody can be interrupted, the rank comes to the next round and shows there that it
-leaves; all see it in that round, at their next verb, and `run` raises its exception on every
-rank. Where all would wait for each other, or call different verbs, the words show it, and all
-raise `ContractError`.
+exception on main; who has not left within a second is killed. That a worker has died, main
+notices by a handle that becomes ready then (`_MainEnd._on_handle`), whenever it waits; on Linux a
+signal interrupts what it computes. The dead are replaced before the next run. Under MPI, where
+nobody can be interrupted, the rank comes to the next round and shows there that it leaves; all
+see it in that round, at their next verb, and `run` raises its exception on every rank. That
+processes have called different verbs shows in their words, and all raise `ContractError`; those
+who wait for each other in a circle find that out by asking around (`_Watch`).
 
 What this file does to your process, and how to do without:
 
 =================  ===============================================================================
 imports            nothing but definitions: no process, thread, handler or hook
-SIGINT             while a run goes on, a Ctrl-C waits for the end of a step of the protocol; then
-                   your handler is called, and it is put back after the run. Only on the main
-                   thread: call `run` on another one, and no handler is touched
-SIGURG             on processes, while a run goes on: it tells a process that computes that the run
-                   is over. A handler of yours is called for all other such signals
-other signals      workers leave those by which somebody asks for something to main
+SIGINT             while a pool is opened or closed and while a run goes on, a Ctrl-C waits for
+                   the end of a step of the protocol; then your handler is called, and it is put
+                   back in the end. Under MPI, one that waits for a second in a round ends the job.
+                   Only on the main thread: call `run` on another one, and no handler is touched
+SIGURG             on processes, while a pool is up: it tells a process that computes that the run
+                   is over. Your handler is called as well, also for those
+other signals      SIGTERM, SIGHUP and other requests (`_requests`) end no worker: main acts on them
 `atexit`           closes a pool that is still up, and under MPI ends the job; use ``with``
 forks              a child of yours that is forked in a run takes no part in it; streams are
                    flushed before (`os.register_at_fork`, from the first parallelizer on)
 environment        while a pool is up, OMP_NUM_THREADS and the like, for what is loaded later, if
-                   none of them was set; set one, or give ``threads_per_process``
+                   none of them was set; set one, or give ``threads_per_process``. While workers
+                   start under an MPI launcher, MPI4PY_RC_INITIALIZE. Read are these, PARALLELIZER,
+                   what launchers and Slurm set (`_launched_ranks`, `_slurm_cpus`), and PATH
 threads of BLAS    limited in a run to this process's share of the CPUs, by threadpoolctl; as above
 random numbers     the global generators of Python and numpy begin anew on each worker, and are not
                    touched on main; use `Parallelizer.rng`
+stdout             under MPI, line buffered from the first parallelizer on
 `sys.excepthook`   under MPI, if a launcher has started several ranks: an exception that ends the
                    program ends the job (until Python 3.12 by `sys.excepthook`, from then on by
-                   `sys.monitoring`); end it yourself by ``MPI.COMM_WORLD.Abort``, which comes first
+                   `sys.monitoring`, and `sys.exit` is wrapped); end it yourself by
+                   ``MPI.COMM_WORLD.Abort``, which comes first
 =================  ===============================================================================
 
 The file has two parts: what you call, and how it works. Each section begins with what it does.
@@ -260,9 +267,11 @@ class RunEnded(BaseException):
 # ---------------------------------------------------------------------------------------------
 #
 # `Parallelizer` is what your function is given. A verb checks what it is passed, packs it, and
-# calls the communicator; none of them knows the backend. To add one: a word in `_VERBS`, a method
-# here that enters a call by `_calling`, and where it moves bytes in a new way, a method of
-# `Communicator`.
+# calls the communicator; none of them knows the backend. To add one: a name in `_VERBS`, which is
+# the word that is shown; a method here that enters a call by `_calling`, a line in README, and a
+# check in `_contract` of the self-test. If it moves bytes in a new way, it takes a method of
+# `Communicator`, and of each transport if the bytes may not fit beside the word (`_large_...`).
+# What one process calls alone must be named in `Communicator.enter`, since it is not counted.
 
 
 class _Context(contextlib.AbstractContextManager[_T, None]):
@@ -2202,9 +2211,10 @@ def _layout_of(pickles: tuple[bytes, ...]) -> tuple[list[int], Any, list[slice]]
 # ---------------------------------------------------------------------------------------------
 #
 # `_pack` makes a `Message` of an object, `_unpack` an object of that. Arrays anywhere in it stay
-# where they are: their memory is the message's buffers. What is sent arrives compact, and since
-# the last digits of a sum depend on how its operands lie in memory, what stays is laid out alike
-# (`_as_sent`).
+# where they are: their memory is the message's buffers. Functions and classes go by reference, or
+# by value (cloudpickle) where that fails; in a notebook it is tried the other way round. What is
+# sent arrives compact, and since the last digits of a sum depend on how its operands lie in
+# memory, what stays is laid out alike (`_as_sent`).
 
 
 # Heads the pickle of a bare array's `_ArraySpec`, or of what imports nothing when it is unpickled;
@@ -3244,8 +3254,9 @@ def _share_in_run(array: Any = None, *, parallelizer: Parallelizer) -> Any:
 # Reductions: values of all processes are folded in rank order
 # ---------------------------------------------------------------------------------------------
 #
-# One `_Reduction` is one call of `reduce` or `allreduce`. All show a word for how they would fold;
-# if those agree, all fold by themselves, or each a segment of the arrays; else main does.
+# One `_Reduction` is one call of `reduce` or `allreduce`. All tell how they would fold, and what,
+# if it is small. If they agree, each folds all by itself, or a segment of the arrays; else main
+# folds.
 
 
 class _Segments:
@@ -4096,9 +4107,10 @@ def _guided(data: Any, comm: Communicator, task: _Task) -> Iterator[tuple[int, A
 
 
 # The chunks of a map lie where each process takes its next one, or else main sends them. Main
-# computes, too: in an imap, whose results it is to yield, only if the workers are supplied and no
-# result has come. Dealt are at most so many chunks per process ahead of what has been yielded: at
-# least, before it is known how large the results are or how long they take, and of small results.
+# computes, too; in an imap, whose results it is to yield, it does so only while the workers have
+# enough to do and no result has come. Of an imap, so many chunks per process may be dealt ahead of
+# what has been yielded: at least, at first (before it is known how large results are, and how long
+# they take), and at most, where they are small.
 _AHEAD = 2  # that main sends to each worker
 _LEAST_AHEAD, _FIRST_AHEAD, _MOST_AHEAD = 4, 16, 100
 
@@ -4612,7 +4624,10 @@ class _Dealer:
             yield start + len(items), error
 
     def recall(self) -> None:
-        """Take back what nobody has begun with, unless who finds nothing more has left."""
+        """Take back what nobody has begun with.
+
+        Not once the end of the map has been told, when those who found nothing more have left.
+        """
         if self.told:
             return
         for start in iter(self.hand.take_own, None):
@@ -4777,7 +4792,8 @@ class _Done(NamedTuple):
 # ---------------------------------------------------------------------------------------------
 #
 # The vocabulary of the protocol: words and the calls they stand for, mail (`Parcel`), what is
-# counted (`RankStats`), and the search for deadlocks (`_Watch`).
+# counted (`RankStats`), and the search for deadlocks (`_Watch`). What is done with it is written
+# in `Communicator`, in the next section: `_disagree` finds that two words do not go together.
 
 
 # Every verb is one meeting. A run is a sequence of numbered *rounds*, to each of which all its
@@ -4786,9 +4802,10 @@ class _Done(NamedTuple):
 # and that needs no further talk. A transport shows words to all, and moves what does not fit beside
 # them; what the words mean is written once, in `Communicator`.
 #
-# A process leaves a round *complete*, or *for good*: whatever else takes it out (another call, a
-# partner that has returned, a wait that takes too long) is raised again by each later call of the
-# run, and nothing more is shown in it. So a late process finds what the others have shown.
+# A process leaves a round when it is complete, or else it leaves the run for good: what takes it
+# out before (another call, a partner that has returned, a wait that takes too long) is raised again
+# by each later call of the run, and nothing more is shown in it. So a late process finds what the
+# others have shown.
 #
 # Inside run(comm=ranks), a group, the rounds go on among all processes of the run; who is not in
 # the group *sits* in each, until its members show that they leave it, well or by an error. So what
@@ -4809,9 +4826,9 @@ _GRACE = 1.0
 # several at once, the lowest rank's is told.
 _SETTLING = 0.05
 
-_WORDS = ("control", "failed", "leaves")  # short mail, heard as soon as it is whole
+_SHORT_MAIL = ("control", "failed", "leaves")  # short mail, heard as soon as it is whole
 _VERBS = (
-    *_WORDS, "return", "left", "run", "exit", "more of an earlier call", "run(comm=...)",
+    *_SHORT_MAIL, "return", "left", "run", "exit", "more of an earlier call", "run(comm=...)",
     "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "imap",
     "share", "send", "alltoall", "end of map",
 )  # fmt: skip
@@ -5098,7 +5115,9 @@ class _Laid(NamedTuple):
 # The communicator: what all transports have in common
 # ---------------------------------------------------------------------------------------------
 #
-# `Communicator` has the protocol, and calls the few methods of a transport at its head.
+# `Communicator` has the protocol, and calls the few methods of a transport that stand at its head.
+# What dies with a run lies in a `_Run`. A message to a process that has returned is lost, without
+# an error.
 
 
 # A child that is forked in a run has all that its parent has: the ways to the other processes, and
@@ -5282,7 +5301,7 @@ class Communicator(abc.ABC):
     def _exchange(self, word: int, wanted: bytes) -> bool:
         """Show a word; return when all have shown theirs, and whether they are the `wanted` ones.
 
-        It may raise before, if the words that have come by then do not go together (`_judge`).
+        It may raise before, if the words that have come do not go together (`_check_words`).
         """
 
     @abc.abstractmethod
@@ -5336,7 +5355,7 @@ class Communicator(abc.ABC):
         """Deliver all that has come, without waiting."""
         self._progress(0)
 
-    def _is_soon(self, ready: Callable[[], object]) -> bool:
+    def _spin_until(self, ready: Callable[[], object]) -> bool:
         """A first try, before a wait, where to wait costs much."""
         return False
 
@@ -5368,11 +5387,15 @@ class Communicator(abc.ABC):
         # Somebody shows another word, or has more than fits. The bit for that may differ among
         # words that agree, and a word with a code of its own may be the exit of some, who are to
         # be told apart from strays.
-        words = self._words()
-        if code is not None or any((other ^ word) > 1 for other in words):
-            self._judge(words)
-            self._heed_failure(word, words)
-        return [p for p, other in zip(self._everyone, words, strict=True) if other & 1]
+        shown = self._shown()
+        if code is not None or any((other ^ word) > 1 for other in shown.values()):
+            self._check_words(shown)
+            self._heed_failure(word, shown)
+        return [process for process, other in shown.items() if other & 1]
+
+    def _shown(self) -> dict[int, int]:
+        """The words of this round, or of an earlier one still, by process."""
+        return dict(zip(self._everyone, self._words(), strict=True))
 
     def _wanted(self, word: int) -> bytes:
         """The words of all, if they agree, some sit out, and nobody brings more than fits."""
@@ -5396,17 +5419,16 @@ class Communicator(abc.ABC):
 
     def _missing(self) -> list[int]:
         """Who has not come to this round."""
-        shown = zip(self._everyone, self._words(), strict=True)
-        return [process for process, word in shown if word >> _BITS != self._round]
+        return [process for process, word in self._shown().items() if word >> _BITS != self._round]
 
-    def _judge(self, words: Sequence[int]) -> bool:
+    def _check_words(self, shown: Mapping[int, int]) -> bool:
         """Whether all have come; an error where the words of those who have do not go together."""
-        one, other = self._disagree(words)
+        one, other = self._disagree(shown)
         if other is not None:
             self._give_up_round(self._disagreement(one, other))
-        return all(word >> _BITS == self._round for word in words)
+        return all(word >> _BITS == self._round for word in shown.values())
 
-    def _disagree(self, words: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int] | None]:
+    def _disagree(self, shown: Mapping[int, int]) -> tuple[tuple[int, int], tuple[int, int] | None]:
         """A process, with its word, and another one whose word does not go together with that.
 
         It depends on nothing but the words, so that all who see the same say the same. An error
@@ -5414,10 +5436,9 @@ class Communicator(abc.ABC):
         """
         # Words of another round are not there yet. Who sits out, or waits for the end of a group
         # that has failed, agrees with whatever is called.
-        shown = zip(self._everyone, words, strict=True)
         acting = [
             (process, word)
-            for process, word in shown
+            for process, word in shown.items()
             if word >> _BITS == self._round
             and word & _REST != _SIT << 1
             and _verb_of(word) != _LEFT
@@ -5473,15 +5494,15 @@ class Communicator(abc.ABC):
         ahead = (word >> 12) - self.call.number & 15
         return Call(depth, self.call.number + (ahead if ahead < 8 else ahead - 16), verb)
 
-    def _heed_failure(self, word: int, words: Sequence[int]) -> None:
+    def _heed_failure(self, word: int, shown: Mapping[int, int]) -> None:
         """Leave the groups that another member has left by an error in this round."""
-        depth, process = self._first_failed(words)
+        depth, process = self._first_failed(shown)
         if process is None:
             return
         self._run.failed_too = [
             (other, self._told_of(other)[1])
-            for other, shown in zip(self._everyone, words, strict=True)
-            if _is_failed_exit(shown) and other != process
+            for other, its_word in shown.items()
+            if _is_failed_exit(its_word) and other != process
         ]
         if process == self.process:
             self._pass_on_failure()
@@ -5492,13 +5513,12 @@ class Communicator(abc.ABC):
             if not _is_failed_exit(word):
                 raise self._run.final
 
-    def _first_failed(self, words: Sequence[int]) -> tuple[int, int | None]:
+    def _first_failed(self, shown: Mapping[int, int]) -> tuple[int, int | None]:
         """How deep the group is that is left by an error, and whose error is told; None of none."""
         # Several may fail in one round. All choose the same one, by what the words and the cards
         # say and nothing else: the outermost group, since its end takes the others along.
         # At each depth there is one group at a time, because all others sit it out.
-        shown = zip(self._everyone, words, strict=True)
-        failed = [(_depth_of(word), p) for p, word in shown if _is_failed_exit(word)]
+        failed = [(_depth_of(word), p) for p, word in shown.items() if _is_failed_exit(word)]
         least = min(failed, key=lambda one: (one[0], self._precedence(one[1])), default=None)
         return (0, None) if least is None else least
 
@@ -5575,8 +5595,8 @@ class Communicator(abc.ABC):
         try:
             while True:
                 self._meet(_SIT)
-                shown = zip(self._everyone, self._words(), strict=True)
-                ends = [word & _REST for process, word in shown if process in group]
+                shown = self._shown()
+                ends = [shown[process] & _REST for process in group]
                 if well | 1 in ends or all(end == well for end in ends):
                     break
         finally:
@@ -5858,7 +5878,7 @@ class Communicator(abc.ABC):
     # -- mail ---------------------------------------------------------------------------------
 
     def _deliver(self, source: int, parcel: Parcel) -> None:
-        """Take it in: one of `_WORDS` when it is whole, a message as soon as it begins."""
+        """Take it in: one of `_SHORT_MAIL` when it is whole, a message as soon as it begins."""
         if parcel.verb == "control":
             self._on_control(pickle.loads(parcel.pickled))
         # What was sent in an earlier run is for nobody. What was sent in a later one, by a sibling
@@ -5883,7 +5903,7 @@ class Communicator(abc.ABC):
         self._tell(process, "control", content)
 
     def _tell(self, process: int, verb: str, content: object = None) -> None:
-        """Say one of `_WORDS`."""
+        """Say one of `_SHORT_MAIL`."""
         self._post(process, Parcel(self._run.number, verb, Message(pickle.dumps(content), [])))
 
     def send(self, message: Message, rank: int, tag: int) -> None:
@@ -5908,7 +5928,9 @@ class Communicator(abc.ABC):
     ) -> tuple[int, Message]:
         """A message from one of `ranks`, as soon as there is one, and that rank."""
         self._wait_until(
-            lambda: self.first_sender(ranks, tag) is not None or self._is_vain(ranks, tag, doing),
+            lambda: (
+                self.first_sender(ranks, tag) is not None or self._raise_if_vain(ranks, tag, doing)
+            ),
             lambda: [self.members[rank] for rank in ranks],
             doing,
             idle=idle,
@@ -5922,7 +5944,7 @@ class Communicator(abc.ABC):
         assert parcel.message is not None
         return rank, parcel.message
 
-    def _is_vain(self, ranks: Sequence[int], tag: int, doing: str) -> bool:
+    def _raise_if_vain(self, ranks: Sequence[int], tag: int, doing: str) -> bool:
         """False; an error where it is known that none of these will send anything any more."""
         return False
 
@@ -6219,10 +6241,10 @@ class Communicator(abc.ABC):
     ) -> None:
         """Handle what arrives until `ready`; `awaited` are the processes that can make it so.
 
-        An `idle` wait may last for ever. Before one that has been `tried`, there is no short one.
-        One that is `in_round` ends by what others show in that, who may find a deadlock, too.
+        An `idle` wait may last for ever. `tried` says that the caller has spun already. One that
+        is `in_round` ends by what others show in that round, who may find a deadlock, too.
         """
-        if not tried and (ready() or self._is_soon(ready)):
+        if not tried and (ready() or self._spin_until(ready)):
             return
         begun = time.perf_counter()
         look_around = math.inf if self._idle or in_round else _PATIENCE
@@ -6358,7 +6380,8 @@ class SerialCommunicator(Communicator):
 #
 # What processes of one machine write to each other. `_Board` is the memory; `_Rings` are a
 # process's ways to the others, `_Incoming` and `_Inflow` what comes by them and by slots; a
-# `_Doorbell` wakes.
+# `_Doorbell` wakes. A slot that was laid for round 7 may be laid again for round 9, when round 8
+# is complete.
 
 
 # To a collective each process comes by a word on the *board*, which lies in shared memory, beside
@@ -6911,7 +6934,7 @@ class _Rings:
                 data = parcel.feed(data)
                 if parcel.done():
                     inlet.parcel = None
-                    if parcel.verb in _WORDS:
+                    if parcel.verb in _SHORT_MAIL:
                         self._comm.deliver(process, parcel)
 
     def _begin_to_hear(self, process: int, inlet: _Inlet, data: _Bytes) -> _Bytes:
@@ -6921,7 +6944,7 @@ class _Rings:
             nbytes, head_bytes, code, tag = _RECORD.unpack(inlet.start)
             inlet.start, verb = b"", _VERBS[code]
             inlet.parcel = _Incoming(self._comm.run_number, verb, tag, nbytes, head_bytes)
-            if verb not in _WORDS:
+            if verb not in _SHORT_MAIL:
                 self._comm.deliver(process, inlet.parcel)
         return data[missing:]
 
@@ -7152,7 +7175,8 @@ class _ChunkQueue:
 # ---------------------------------------------------------------------------------------------
 #
 # `BoardCommunicator` is the transport; its two ends differ in how a failed run ends. `_WorkerEnd`
-# tells main, `_MainEnd` calls the run off, and kills who does not heed that.
+# tells main, `_MainEnd` calls the run off, and kills who does not heed that. It is also `_MainEnd`
+# that notices the death of a worker (`_on_handle`).
 
 
 class BoardCommunicator(Communicator):
@@ -7226,7 +7250,7 @@ class BoardCommunicator(Communicator):
 
     def _have_come(self) -> bool:
         """Whether all have come to this round; an error where they do not go together."""
-        return self._judge(self._words())
+        return self._check_words(self._shown())
 
     def _await_words(self, wanted: bytes) -> None:
         """Return when all have come; spin at first, and then sleep."""
@@ -7471,7 +7495,7 @@ class BoardCommunicator(Communicator):
             f"sending in {self._doing('')}",
         )
 
-    def _is_vain(self, ranks: Sequence[int], tag: int, doing: str) -> bool:
+    def _raise_if_vain(self, ranks: Sequence[int], tag: int, doing: str) -> bool:
         if all(self.has_returned(self.members[rank]) for rank in ranks):
             # Nothing more can come of them, but what they sent before they returned may not have
             # been taken in.
@@ -7484,7 +7508,7 @@ class BoardCommunicator(Communicator):
 
     # -- waiting ------------------------------------------------------------------------------
 
-    def _is_soon(self, ready: Callable[[], object]) -> bool:
+    def _spin_until(self, ready: Callable[[], object]) -> bool:
         for _ in range(self._board.looks // 4):
             self._rings.move()
             if ready():
@@ -7620,7 +7644,7 @@ class _WorkerEnd(BoardCommunicator):
         if self._unheard and not self.listen(
             _SETTLING, lambda: self._is_called_off() or self._is_called()
         ):
-            _interrupt(self._main_pid)
+            _send_urgent(self._main_pid)
         while True:
             with self._idling():
                 self._wait_until(self._is_called, lambda: [0], "return")
@@ -7658,7 +7682,7 @@ class _WorkerEnd(BoardCommunicator):
             self._tell_main(self._for_others(error))
             # Main may compute, and take in nothing.
             if not self.listen(_SETTLING, lambda: self._rings.has_sent(0)):
-                _interrupt(self._main_pid)
+                _send_urgent(self._main_pid)
                 self.listen(math.inf, lambda: self._rings.has_sent(0))
         return error
 
@@ -7780,7 +7804,7 @@ class _MainEnd(BoardCommunicator):
         for _ in range(10):
             for process in self._inside():
                 self.wake_others([process])
-                _interrupt(self._workers.processes[process].pid)
+                _send_urgent(self._workers.processes[process].pid)
             if self.listen(_GRACE / 10, lambda: not self._inside()):
                 return True
         return False
@@ -7799,16 +7823,21 @@ class _MainEnd(BoardCommunicator):
 # ---------------------------------------------------------------------------------------------
 # Signals
 # ---------------------------------------------------------------------------------------------
+#
+# A handler may come between any two instructions. So it sets a flag and wakes who waits, and does
+# no more: it touches no ring and no lock, calls no verb, and raises nothing unless the
+# communicator is `interruptible`, which it is in the user's function alone.
 
 
-# Two signals concern a run. Ctrl-C (SIGINT) ends it, or does what else its handler says. By SIGURG
-# main makes a worker that computes, or a worker makes main, look whether the run has been called
-# off. Neither is heeded amid a step of the protocol, but at the end of the verb, or at the next
-# turn of a wait.
+# Two signals concern a run. A Ctrl-C (SIGINT) calls the user's handler, which mostly ends the run.
+# By SIGURG main makes a worker that computes, or a worker makes main, look whether the run has been
+# called off. Neither is heeded amid a step of the protocol, but at the end of the verb, or at the
+# next turn of a wait.
 class _CtrlC:
     """When a Ctrl-C is heeded: while the user's function executes, or when it is waited for.
 
-    The handler that was there before is called then; at once, if another one waits already.
+    The handler that was there before is called then. A second Ctrl-C, while the first is still
+    waiting, calls it at once.
     """
 
     def __init__(self) -> None:
@@ -7884,7 +7913,7 @@ _CTRL_C = _CtrlC()
 _URGENT: int | None = getattr(signal, "SIGURG", None)
 
 
-def _interrupt(pid: int | None) -> None:
+def _send_urgent(pid: int | None) -> None:
     """Make a process that is computing look for news of its run."""
     if _URGENT is not None and pid is not None:
         with contextlib.suppress(ProcessLookupError):
@@ -7898,7 +7927,7 @@ _LISTENING: list[Communicator] = []
 _HANDLERS_BEFORE: list[tuple[int, Any]] = []
 
 
-def _on_interrupt(signum: int, frame: types.FrameType | None) -> None:
+def _on_urgent(signum: int, frame: types.FrameType | None) -> None:
     for communicator in _LISTENING:
         communicator.news = True
     # None are left meanwhile, because one of them may call the one before it, which is this one.
@@ -7920,11 +7949,11 @@ def _on_main_thread() -> bool:
 
 
 def _listen(communicator: Communicator) -> None:
-    """Let `_interrupt` end the user's function on this process when its run has failed."""
+    """Let `_send_urgent` end the user's function on this process when its run has failed."""
     if _URGENT is None or not _on_main_thread():
         return
-    if signal.getsignal(_URGENT) is not _on_interrupt:
-        before = signal.signal(_URGENT, _on_interrupt) or signal.SIG_DFL
+    if signal.getsignal(_URGENT) is not _on_urgent:
+        before = signal.signal(_URGENT, _on_urgent) or signal.SIG_DFL
         _HANDLERS_BEFORE.append((len(_LISTENING), before))
     _LISTENING.append(communicator)
 
@@ -7935,7 +7964,7 @@ def _stop_listening(communicator: Communicator) -> None:
         if _URGENT is None or not _on_main_thread() or not _HANDLERS_BEFORE:
             return
         count, before = _HANDLERS_BEFORE[-1]
-        if len(_LISTENING) <= count and signal.getsignal(_URGENT) is _on_interrupt:
+        if len(_LISTENING) <= count and signal.getsignal(_URGENT) is _on_urgent:
             signal.signal(_URGENT, before)
             _HANDLERS_BEFORE.pop()
 
@@ -8016,9 +8045,8 @@ def _heed_termination() -> None:
 # The pool: workers are started, watched and ended
 # ---------------------------------------------------------------------------------------------
 #
-# `_Workers` starts them, tells which have died, and starts those anew; `_Guard` is a process that
-# ends them, and what they have started, when main is gone; `_worker_main` is what each of them
-# runs.
+# `_Workers` starts them, buries the dead, and starts those anew; `_Guard` is a process that ends
+# them, and what they have started, when main is gone; `_worker_main` is what each of them runs.
 
 
 class _WorkerSetup(NamedTuple):
@@ -8591,6 +8619,8 @@ def _die_with_main(life: Any) -> Any:
 # ---------------------------------------------------------------------------------------------
 # Threads of BLAS, and the CPUs that there are for them
 # ---------------------------------------------------------------------------------------------
+#
+# Who may use how many threads, by `_ThreadLimit`; and how many CPUs this process may use at all.
 
 
 # BLAS gives other last digits with another number of threads, so that is the same on all processes
@@ -8877,8 +8907,8 @@ def _cgroup_cpus() -> list[int]:
 # in the same round, and who waits for mail meanwhile is told by a letter. The end of a run, and
 # that of the program, are rounds as well. Where a wait is given up all the same, as `timeout`
 # asks for, the communicator cannot be used any more. And what cannot be told is not left unsaid:
-# an error of MPI, want of memory for what has been announced, or a second Ctrl-C amid a round end
-# the job with their traceback.
+# an error of MPI, want of memory for what has been announced, a second Ctrl-C amid a round, or one
+# that has waited there for a second, end the job with their traceback.
 #
 # A process that computes is told nothing, as MPI has no signals across hosts: it learns of a
 # failure at its next verb. Whoever has failed waits _GRACE for that, and then raises alone, with
@@ -9280,7 +9310,7 @@ class _Letters:
         self.taken[source] += 1
         letter = _Letter(content, functools.partial(self._receive_parts, source))
         self._spins = 0
-        if letter.verb in _WORDS and not letter.done():
+        if letter.verb in _SHORT_MAIL and not letter.done():
             self._incomplete.append((source, letter))
             return self.take()
         return source, letter
@@ -9410,8 +9440,8 @@ class MPICommunicator(Communicator):
         self.closed = False
         self.lost = ""  # why it cannot be used any more
         self._exits = self._all_have_left = False  # at the end of the program
-        # In whose runs this thread executes the current one, and the round to which another rank,
-        # which such a run has left there, asks this one to come; and to which this one asks others.
+        # Of the runs around the current one, on this thread. When one of those fails, a rank waits in
+        # a round of this one, to which nobody else would come: it asks the others to.
         self._outer: list[MPICommunicator] = []
         self._asked_to_come = self._asks = 0
         self._failures: dict[tuple[int, int], Failure] = {}  # by rank and round, as they come
@@ -9590,10 +9620,10 @@ class MPICommunicator(Communicator):
         self.tell_all("lost", self.lost)
         self._raise_timeout([f"{p} on {self._hosts[p]}" for p in missing], "")
 
-    def _heed_failure(self, word: int, words: Sequence[int]) -> None:
-        super()._heed_failure(word, words)
-        left = [p for p, one in zip(self._everyone, words, strict=True) if _verb_of(one) == _LEFT]
-        if left and not any(map(_is_failed_exit, words)):
+    def _heed_failure(self, word: int, shown: Mapping[int, int]) -> None:
+        super()._heed_failure(word, shown)
+        left = [process for process, one in shown.items() if _verb_of(one) == _LEFT]
+        if left and not any(map(_is_failed_exit, shown.values())):
             self._run.over = True
             self._run.final = _left_with_outer_run(left[0])
             for outer in self._outer:
@@ -9836,7 +9866,7 @@ class MPICommunicator(Communicator):
     def _is_receiving(self) -> bool:
         return self._letters.are_coming()
 
-    def _is_soon(self, ready: Callable[[], object]) -> bool:
+    def _spin_until(self, ready: Callable[[], object]) -> bool:
         self._letters.try_often()
         for _ in range(100):
             self._take_letter()
