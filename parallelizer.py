@@ -4002,7 +4002,7 @@ def _called_to(task: _Task, comm: Communicator) -> _Task:
         _tqdm()
     task.tag = comm.next_tag()
     if not task.vectorized:
-        _hand(comm, task.tag).clear()
+        _chunk_channel(comm, task.tag).clear()
     return task
 
 
@@ -4015,7 +4015,7 @@ def _map_items(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
             done = _dealt_to_all(dealer, len(data), reached)
             reached(len(data))
     else:
-        hand = _hand(comm, tag)
+        hand = _chunk_channel(comm, tag)
         for start, items in hand.chunks():
             done.append((start, task.compute(items, start, comm)))
             hand.tell_done()
@@ -4078,7 +4078,7 @@ def _bar(total: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
 # Mapping: chunks, who computes them, and where results go
 # ---------------------------------------------------------------------------------------------
 #
-# A `_Dealer` on main gives chunks away by a `_Mail` (or a `_Pull`, where chunks lie in a queue),
+# A `_Dealer` on main gives chunks away by a `_ChunksByMail` (or a `_ChunksByQueue`, where chunks lie in a queue),
 # takes their results in, and computes between; `_Results` keeps them in order. On processes,
 # chunks lie in a `_ChunkQueue`, from which all help themselves.
 
@@ -4291,7 +4291,7 @@ def _dealt_as_stream(
         results = _Results(dealer, ordered, tag).all(source.total)
         next(results)
         return results
-    for start, items in _hand(comm, tag).chunks():
+    for start, items in _chunk_channel(comm, tag).chunks():
         message = _packed_results(task, items, start, comm)
         with comm.enter("send"):
             comm.send(message, 0, tag)
@@ -4359,7 +4359,7 @@ class _Stream:
             self._turn.acquire()
 
 
-class _Mail:
+class _ChunksByMail:
     """Main sends the chunks: each worker has one that it computes, and one that waits."""
 
     ahead = _MOST_AHEAD  # chunks for each worker that may wait, where they lie in one place
@@ -4443,7 +4443,7 @@ class _Mail:
             self._comm.send(message, rank, self._tag)
 
 
-class _Pull(_Mail):
+class _ChunksByQueue(_ChunksByMail):
     """Where all share memory: the chunks lie there, and each process takes its next one."""
 
     _comm: BoardCommunicator
@@ -4548,10 +4548,10 @@ class _Pull(_Mail):
         """Main need not know."""
 
 
-def _hand(comm: Communicator, tag: int) -> _Mail:
+def _chunk_channel(comm: Communicator, tag: int) -> _ChunksByMail:
     if isinstance(comm, BoardCommunicator) and comm.size > 1 and comm.queue is not None:
-        return _Pull(comm, tag)
-    return _Mail(comm, tag)
+        return _ChunksByQueue(comm, tag)
+    return _ChunksByMail(comm, tag)
 
 
 class _Dealer:
@@ -4561,7 +4561,7 @@ class _Dealer:
         self.task = task
         self.chunks = chunks
         self.comm = comm
-        self.hand = _hand(comm, tag)
+        self.hand = _chunk_channel(comm, tag)
         self._items: dict[int, Any] = {}  # of chunks that are not known to be computed elsewhere
         self._waiting: tuple[int, Message] | None = None  # until there is room for it
         self._recalled: collections.deque[tuple[int, Any]] = collections.deque()
@@ -4669,7 +4669,7 @@ def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object])
             reached(start + len(items))
         elif dealer.told:
             return done
-        elif isinstance(dealer.hand, _Pull):
+        elif isinstance(dealer.hand, _ChunksByQueue):
             dealer.hand.await_room()
 
 
@@ -7703,7 +7703,7 @@ class _MainEnd(BoardCommunicator):
         self.limit = workers.limit
         self._workers = workers
         self._command: Sequence[Message] | None = None  # of the coming run
-        _listen(self)
+        _heed_urgent(self)
 
     def _next_run(self, run: int) -> None:
         super()._next_run(run)
@@ -7810,7 +7810,7 @@ class _MainEnd(BoardCommunicator):
         return False
 
     def close(self) -> None:
-        _stop_listening(self)
+        _forget_urgent(self)
         if self._workers.owned:
             try:
                 if self._run.in_progress and self.runner is None:  # an imap that nobody has ended
@@ -7948,7 +7948,7 @@ def _on_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _listen(communicator: Communicator) -> None:
+def _heed_urgent(communicator: Communicator) -> None:
     """Let `_send_urgent` end the user's function on this process when its run has failed."""
     if _URGENT is None or not _on_main_thread():
         return
@@ -7958,7 +7958,7 @@ def _listen(communicator: Communicator) -> None:
     _LISTENING.append(communicator)
 
 
-def _stop_listening(communicator: Communicator) -> None:
+def _forget_urgent(communicator: Communicator) -> None:
     if communicator in _LISTENING:
         _LISTENING.remove(communicator)
         if _URGENT is None or not _on_main_thread() or not _HANDLERS_BEFORE:
@@ -8589,7 +8589,7 @@ def _worker_main(setup: _WorkerSetup) -> None:
     setup.limit.adopt()
     _LOADS.append(_loads_on_worker)
     _set_random_states({})
-    _listen(communicator)
+    _heed_urgent(communicator)
     # What it has started and left running ends with it, at the very end, so that before, programs
     # are ended as they want to be.
     from multiprocessing.util import Finalize
@@ -9440,8 +9440,8 @@ class MPICommunicator(Communicator):
         self.closed = False
         self.lost = ""  # why it cannot be used any more
         self._exits = self._all_have_left = False  # at the end of the program
-        # Of the runs around the current one, on this thread. When one of those fails, a rank waits in
-        # a round of this one, to which nobody else would come: it asks the others to.
+        # Of the runs around the current one, on this thread. When one of those fails, a rank waits
+        # in a round of this one, to which nobody else would come: it asks the others to.
         self._outer: list[MPICommunicator] = []
         self._asked_to_come = self._asks = 0
         self._failures: dict[tuple[int, int], Failure] = {}  # by rank and round, as they come
