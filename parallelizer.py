@@ -4078,9 +4078,9 @@ def _bar(total: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
 # Mapping: chunks, who computes them, and where results go
 # ---------------------------------------------------------------------------------------------
 #
-# A `_Dealer` on main gives chunks away by a `_ChunksByMail` (or a `_ChunksByQueue`, where chunks lie in a queue),
-# takes their results in, and computes between; `_Results` keeps them in order. On processes,
-# chunks lie in a `_ChunkQueue`, from which all help themselves.
+# A `_Dealer` on main gives chunks away, takes their results in, and computes between; `_Results`
+# keeps them in order. Chunks go by messages (`_ChunksByMail`), or lie in a `_ChunkQueue`, from
+# which all help themselves (`_ChunksByTicket`).
 
 
 _MOST_CHUNKS = 8192
@@ -4443,7 +4443,7 @@ class _ChunksByMail:
             self._comm.send(message, rank, self._tag)
 
 
-class _ChunksByQueue(_ChunksByMail):
+class _ChunksByTicket(_ChunksByMail):
     """Where all share memory: the chunks lie there, and each process takes its next one."""
 
     _comm: BoardCommunicator
@@ -4550,7 +4550,7 @@ class _ChunksByQueue(_ChunksByMail):
 
 def _chunk_channel(comm: Communicator, tag: int) -> _ChunksByMail:
     if isinstance(comm, BoardCommunicator) and comm.size > 1 and comm.queue is not None:
-        return _ChunksByQueue(comm, tag)
+        return _ChunksByTicket(comm, tag)
     return _ChunksByMail(comm, tag)
 
 
@@ -4669,7 +4669,7 @@ def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object])
             reached(start + len(items))
         elif dealer.told:
             return done
-        elif isinstance(dealer.hand, _ChunksByQueue):
+        elif isinstance(dealer.hand, _ChunksByTicket):
             dealer.hand.await_room()
 
 
