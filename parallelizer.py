@@ -684,12 +684,17 @@ class Parallelizer:
             del self._registry[name]
         self._registry.update(dict.fromkeys(names, self))
         work = functools.partial(_run_packed, Message(pickled, message.buffers), threads)
+        if self._initializer is not None:
+            work = functools.partial(self._initializer.call_first, work)
         # Main has been told of a failure and raises it; a worker goes on to serve.
         with contextlib.suppress(BaseException):
             if communicator.process in ranks:
                 self._execute(communicator, ranks, work)
             else:
                 communicator.sit_out(ranks)
+
+    _initializer: _Initializer | None = None  # of a worker, if it has any
+    main_computes = True  # whether main computes items of a map, too, or only deals them
 
     def _names(self) -> list[str]:
         return [name for name, held in self._registry.items() if held is self]
@@ -1058,6 +1063,7 @@ class Parallelizer:
         callback: Callable[[_R], object] | None = None,
         seed: Any = None,
         progress: bool = False,
+        on_error: Literal["raise", "return"] = "raise",
     ) -> Any:
         """``[func(x, *extra_args, **extra_kwargs) for x in data]``, on all processes.
 
@@ -1089,6 +1095,9 @@ class Parallelizer:
             the same whatever the backend and the number of processes.
         progress : bool
             Show a bar on main (needs tqdm).
+        on_error : {"raise", "return"}
+            With "return", an item whose call raises an exception costs no more than itself: its
+            result is that exception, caused by a `RemoteTraceback`, and all others are computed.
 
         Returns
         -------
@@ -1110,7 +1119,7 @@ class Parallelizer:
         """
         return self._map(func, data, functools.partial(
             _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress,
-            vectorized=vectorized, concatenate=concatenate, callback=callback,
+            vectorized=vectorized, concatenate=concatenate, callback=callback, on_error=on_error,
         ))  # fmt: skip
 
     def starmap(
@@ -1126,6 +1135,7 @@ class Parallelizer:
         callback: Callable[[_R], object] | None = None,
         seed: Any = None,
         progress: bool = False,
+        on_error: Literal["raise", "return"] = "raise",
     ) -> Any:
         """As `map`, but each item of `data` holds the first arguments: ``func(*x, ...)``.
 
@@ -1136,7 +1146,8 @@ class Parallelizer:
         """
         return self._map(func, data, functools.partial(
             _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress,
-            vectorized=vectorized, concatenate=concatenate, callback=callback, starred=True,
+            vectorized=vectorized, concatenate=concatenate, callback=callback, on_error=on_error,
+            starred=True,
         ))  # fmt: skip
 
     def imap(
@@ -1149,6 +1160,7 @@ class Parallelizer:
         *,
         seed: Any = None,
         progress: bool = False,
+        on_error: Literal["raise", "return"] = "raise",
     ) -> Iterator[_R]:
         """As `map`, but yields each result in turn as soon as it is there.
 
@@ -1172,7 +1184,7 @@ class Parallelizer:
         (0, 1, 4)
         """
         make = functools.partial(
-            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress
+            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress, on_error=on_error
         )
         return self._imap(func, data, make, ordered=True)
 
@@ -1186,6 +1198,7 @@ class Parallelizer:
         *,
         seed: Any = None,
         progress: bool = False,
+        on_error: Literal["raise", "return"] = "raise",
     ) -> Iterator[_R]:
         """As `imap`, in the order in which the results come.
 
@@ -1195,7 +1208,7 @@ class Parallelizer:
         [1, 2]
         """
         make = functools.partial(
-            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress
+            _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress, on_error=on_error
         )
         return self._imap(func, data, make, ordered=False)
 
@@ -1217,7 +1230,8 @@ class Parallelizer:
         if not self._main_is_alone():
             return _map_in_run(_function_laid_out(func), make_task, data, parallelizer=self)
         task = make_task()
-        if task.is_stream:
+        task.main_computes = self.main_computes or self.nprocs == 1
+        if task.is_stream():
             # Not inside a run, where a callback that calls a verb would wait for ever.
             data = _Source(data)
             task.choose_chunksize(data.hint, self.nprocs or 1)
@@ -1505,6 +1519,17 @@ class MultiprocessingParallelizer(Parallelizer):
         By default their share of the CPUs, unless the environment sets OMP_NUM_THREADS or the
         like. This takes threadpoolctl; without it a warning says that nothing is limited. While
         the processes are up, main's environment has the number, for what is loaded later.
+    initializer : callable, optional
+        Called as ``initializer(*initargs)`` on each worker when it is born, also on one that
+        replaces another. If it raises, the next run ends by that, and the one after calls it again.
+    initargs : tuple
+        Sent once to each worker.
+    initialize_main : bool
+        Whether main calls it, too, when it opens.
+    main_computes : bool
+        False, if in `map` and its kin main is to deal the items and take in results, and compute
+        none itself: for functions that need a process of their own, or may crash. One alone
+        computes in any case.
     timeout : float, optional
         See `Parallelizer`.
 
@@ -1523,9 +1548,19 @@ class MultiprocessingParallelizer(Parallelizer):
         *,
         start_method: str | None = None,
         threads_per_process: int | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: Iterable[Any] = (),
+        initialize_main: bool = False,
+        main_computes: bool = True,
         timeout: float | None = None,
     ) -> None:
         super().__init__(timeout=timeout)
+        if initializer is not None and not callable(initializer):
+            raise TypeError(f"initializer must be callable, not {_describe(initializer)}")
+        # Not among the options, which go along whenever an object that holds this one is sent.
+        self.initializer, self.initargs = initializer, tuple(initargs)
+        self._initialize_main = initialize_main
+        self.main_computes = main_computes
         if threads_per_process is not None and threads_per_process < 1:
             raise ValueError(f"threads_per_process must be at least 1, not {threads_per_process}")
         self.threads_per_process = threads_per_process
@@ -1546,11 +1581,14 @@ class MultiprocessingParallelizer(Parallelizer):
     def _options(self) -> dict[str, Any]:
         return {
             "nprocs": self._nprocs, "start_method": self._start_method,
-            "threads_per_process": self.threads_per_process, **super()._options()
+            "threads_per_process": self.threads_per_process, "main_computes": self.main_computes,
+            **super()._options()
         }  # fmt: skip
 
     def _start(self) -> None:
         nprocs = self._nprocs or _available_cpus()
+        if self._initialize_main and self.initializer is not None:
+            self.initializer(*self.initargs)
         workers = _Workers(self, nprocs, self._start_method)
         self._comm = communicator = _MainEnd(workers, self.timeout)
         # Whichever comes first: the end of 'with', of this object, or of the interpreter; the
@@ -1870,6 +1908,9 @@ class ClientServerRunner:
         `Parallelizer.serve`: the client uses `map`, `starmap` and `run` alone.
     parallelizer : optional
         Anything that `Parallelizer.lookup` takes.
+    main_computes : bool
+        False, if main is to compute no items of the client's maps, as in
+        `MultiprocessingParallelizer`.
 
     Examples
     --------
@@ -1884,6 +1925,8 @@ class ClientServerRunner:
         client_runner: Callable[..., Any],
         server_runner: Callable[..., Any] | None = None,
         parallelizer: Any = None,
+        *,
+        main_computes: bool = True,
     ) -> None:
         for runner in (client_runner, server_runner or client_runner):
             if not callable(runner):
@@ -1891,18 +1934,24 @@ class ClientServerRunner:
         self.client_runner = client_runner
         self.server_runner = server_runner
         self.parallelizer = parallelizer
+        self.main_computes = main_computes
 
     def run(self) -> Any:
         """What the client returns, on main; `InWorkerProcess` elsewhere (under MPI)."""
         parallelizer = Parallelizer.lookup(self.parallelizer)
-        if self.server_runner is not None:
-            return parallelizer.run(_client_or_server, self.client_runner, self.server_runner)
-        with parallelizer:
-            if not parallelizer.on_main:
-                parallelizer.serve()
-                return Parallelizer.InWorkerProcess
-            with parallelizer._others_serving(), _UsersCode():
-                return self.client_runner(parallelizer=parallelizer)
+        before = parallelizer.main_computes
+        parallelizer.main_computes = before and self.main_computes
+        try:
+            if self.server_runner is not None:
+                return parallelizer.run(_client_or_server, self.client_runner, self.server_runner)
+            with parallelizer:
+                if not parallelizer.on_main:
+                    parallelizer.serve()
+                    return Parallelizer.InWorkerProcess
+                with parallelizer._others_serving(), _UsersCode():
+                    return self.client_runner(parallelizer=parallelizer)
+        finally:
+            parallelizer.main_computes = before
 
 
 def _client_or_server(
@@ -3767,6 +3816,7 @@ class _Task:
     func: Callable[..., Any]  # each process's own, and not among what main says
     pace: float | None = None  # seconds that an item has taken here of late
     tag = 0  # of the messages that belong to it
+    main_computes = True
 
     def __init__(
         self,
@@ -3780,6 +3830,7 @@ class _Task:
         concatenate: bool | None = None,
         callback: Callable[[Any], object] | None = None,
         starred: bool = False,
+        on_error: str = "raise",
     ) -> None:
         extra_args, chunksize = _checked_extra_args(extra_args, chunksize)
         if not (chunksize is None or hasattr(chunksize, "__index__")):
@@ -3792,6 +3843,12 @@ class _Task:
         if vectorized and seed is not None:
             raise ValueError(
                 "seed= gives each item its own generator, so it needs vectorized=False"
+            )
+        if on_error not in ("raise", "return"):
+            raise ValueError(f'on_error must be "raise" or "return", not {on_error!r}')
+        if vectorized and on_error == "return":
+            raise ValueError(
+                'on_error="return" is for the results of items, so it needs vectorized=False'
             )
         if concatenate is not None and not vectorized:
             raise ValueError(
@@ -3806,13 +3863,18 @@ class _Task:
         self.vectorized = vectorized
         self.concatenate = concatenate
         self.callback = callback
-        self.is_stream = callback is not None and not vectorized
+        self._has_callback = callback is not None
         self.starred = starred
+        self.returns_errors = on_error == "return"
         self.arithmetic = _Arithmetic(_arithmetic_of_caller())
 
     def __getstate__(self) -> dict[str, Any]:
-        """What the others need: not `func`, and of `callback` no more than `is_stream`."""
+        """What the others need: not `func`, and of `callback` no more than whether there is one."""
         return {**vars(self), "callback": None, "pace": None}
+
+    def is_stream(self) -> bool:
+        """Whether main takes in the results of items as they come."""
+        return not self.vectorized and (self._has_callback or not self.main_computes)
 
     def is_paced(self, length: int, nprocs: int) -> bool:
         """Whether the size of the chunks depends on how long an item takes."""
@@ -3855,7 +3917,7 @@ class _Task:
             comm.items = list(items)
             with self.arithmetic, _UsersCode():
                 begun = time.perf_counter()
-                self._call_items(comm.items, start, results, keep=keep)
+                self._call_items(comm, start, results, keep=keep)
                 self.pace = (time.perf_counter() - begun) / (len(results) or 1)
             error = unfit
         except Exception as why:
@@ -3874,19 +3936,32 @@ class _Task:
             results = _laid_out(results)
         return results, error
 
-    def _call_items(self, items: Any, start: int, results: list[Any], *, keep: bool) -> None:
+    def _call_items(
+        self, comm: Communicator, start: int, results: list[Any], *, keep: bool
+    ) -> None:
         plain = not (self.starred or self.extra_args or self.extra_kwargs)
+        call = self.func if plain else self.call
+        if self.returns_errors:
+            call = functools.partial(self._call_to_the_end, comm, call)
+        # Not by the builtin map, which a StopIteration would end without a word.
         if self.seed is not None:
-            for index, item in enumerate(items, start):
-                results.append(self.call(item, rng=_spawned_rng(self.seed, index)))
+            for index, item in enumerate(comm.items, start):
+                results.append(call(item, rng=_spawned_rng(self.seed, index)))
+        elif keep:
+            for item in comm.items:
+                results.append(call(item))  # noqa: PERF401 - those before an error stay
         else:
-            call = self.func if plain else self.call
-            # Not by the builtin map, which a StopIteration would end without a word.
-            if not keep:
-                results += [call(item) for item in items]
-                return
-            for item in items:
-                results.append(call(item))
+            results += [call(item) for item in comm.items]
+
+    @staticmethod
+    def _call_to_the_end(
+        comm: Communicator, call: Callable[..., Any], item: Any, **more: Any
+    ) -> Any:
+        """The result, or the exception as it would come from another process."""
+        try:
+            return call(item, **more)
+        except Exception as why:
+            return Failure.of(why, comm.process, comm.world_size).exception()
 
 
 def _checked_extra_args(third: Any, chunksize: Any) -> tuple[tuple[Any, ...], Any]:
@@ -3930,7 +4005,8 @@ def _map_in_run(
         nonlocal items
         assert make_task is not None
         task = make_task()
-        if task.is_stream:
+        task.main_computes = parallelizer.main_computes or comm.size == 1
+        if task.is_stream():
             items = _Source(data)
             task.choose_chunksize(items.hint, comm.size)
         else:
@@ -3942,7 +4018,7 @@ def _map_in_run(
     task.func = func
     if task.vectorized:
         return _map_blocks(task, items, parallelizer)
-    if task.is_stream:
+    if task.is_stream():
         results = _call_back(task, _dealt_as_stream(task, items, True, comm))
         return results if comm.rank == 0 else Parallelizer.InWorkerProcess
     return _map_items(task, items, parallelizer)
@@ -3970,15 +4046,18 @@ def _call_back(task: _Task, stream: Any) -> list[Any]:
     results = []
     with contextlib.closing(stream):  # a traceback may hold it
         for result in stream:
-            assert task.callback is not None
-            with _UsersCode():
-                task.callback(result)
+            if task.callback is not None:
+                with _UsersCode():
+                    task.callback(result)
             results.append(result)
     return results
 
 
 def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
-    block = parallelizer.scatter(data)
+    if task.main_computes:
+        block = parallelizer.scatter(data)
+    else:
+        (block,) = parallelizer.scatter(_blocks_for_workers(data, parallelizer))
     # Of no items at all, main's call says what an empty result looks like.
     wanted = len(block) > 0 or (parallelizer.on_main and len(data) == 0)
     with task.arithmetic, _UsersCode():
@@ -3994,6 +4073,14 @@ def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
         with _UsersCode():
             task.callback(combined)  # of blocks there is one result
     return combined
+
+
+def _blocks_for_workers(data: Any, parallelizer: Parallelizer) -> list[Any] | None:
+    """On main: a block for each process, of which its own is empty."""
+    if not parallelizer.on_main:
+        return None
+    none, *blocks = _split(data, 1)[0][:0], *_split(data, parallelizer.nprocs - 1)
+    return [none, *blocks]
 
 
 def _called_to(task: _Task, comm: Communicator) -> _Task:
@@ -4271,6 +4358,7 @@ def _imap_in_run(
         nonlocal source
         assert make_task is not None
         task = make_task()
+        task.main_computes = parallelizer.main_computes or comm.size == 1
         source = data if isinstance(data, _Source) else _Source(data)
         return _called_to(task, comm)
 
@@ -4730,7 +4818,8 @@ class _Results:
             if start in self._done:
                 del self._dealer.dealt[start]
                 return self._done.pop(start)
-            if dealer.hand.has_spare() and (own := dealer.take_own()) is not None:
+            may_compute = dealer.task.main_computes and dealer.hand.has_spare()
+            if may_compute and (own := dealer.take_own()) is not None:
                 start, items = own
                 self._dealer.dealt[start] = None
                 self._done[start] = _Done(
@@ -8062,6 +8151,36 @@ class _WorkerSetup(NamedTuple):
     timeout: float | None
     limit: _ThreadLimit
     method: str
+    initializer: _Initializer | None
+
+
+class _Initializer:
+    """Calls a function once on a worker, when that is born; if it fails, again in later runs."""
+
+    def __init__(self, func: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+        self._pickled: bytes | None = _dumps((func, arguments))
+        self._error: Exception | None = None  # by which it has failed, until a run has raised it
+
+    def attempt(self) -> None:
+        """At birth, when there is no run that an error could end."""
+        try:
+            self._call()
+        except Exception as error:
+            self._error = error
+
+    def call_first(self, work: Callable[..., _R], **given: Any) -> _R:
+        """What `work` gives; or raise what keeps this worker from being initialized."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        self._call()
+        return work(**given)
+
+    def _call(self) -> None:
+        if self._pickled is not None:
+            func, arguments = _loads(self._pickled)
+            func(*arguments)
+            self._pickled = None
 
 
 # Pools of this process, so that a forked child can let go of what keeps their workers alive.
@@ -8139,7 +8258,9 @@ class _Workers:
         may_harm = self._method == "fork" and not _is_single_threaded()
         self.lack_main = self._method != "fork" and not _children_import_main()
         main = _without_main() if self.lack_main else contextlib.nullcontext()
-        pickled = _dumps(parallelizer)
+        pickled, initializer = _dumps(parallelizer), None
+        if parallelizer.initializer is not None:
+            initializer = _Initializer(parallelizer.initializer, parallelizer.initargs)
         with _shielded_start(self._method), _apart_from_the_mpi_job(), main:
             if self._method == "forkserver":
                 with _ThreadLimit.set_aside():
@@ -8148,7 +8269,7 @@ class _Workers:
                 self.board.renew(process)
                 self._start(_WorkerSetup(
                     pickled, process, self.board, self._doorbells[process], self.queue,
-                    guard.life, os.getpid(), self._timeout, self.limit, self._method,
+                    guard.life, os.getpid(), self._timeout, self.limit, self._method, initializer,
                 ))  # fmt: skip
                 if may_harm and not _is_single_threaded():
                     _warn_of_no_fork(
@@ -8595,6 +8716,9 @@ def _worker_main(setup: _WorkerSetup) -> None:
     from multiprocessing.util import Finalize
 
     Finalize(None, _end_what_was_started, exitpriority=-1000)
+    if setup.initializer is not None:
+        parallelizer._initializer = setup.initializer
+        setup.initializer.attempt()
     parallelizer.serve()
     # Before Python 3.13, multiprocessing waits for the processes of executors before it ends them.
     getattr(threading, "_shutdown")()  # noqa: B009 - for type checkers

@@ -2994,6 +2994,84 @@ def test_map_shows_its_progress(p: Par) -> None:
     expect_to_work(p)
 
 
+class PickyError(Exception):
+    """Is made of other arguments than its `args`, and holds more than them."""
+
+    def __init__(self, item: int, *, why: str) -> None:
+        super().__init__(f"item {item}: {why}")
+        self.item = item
+
+
+def third_fails(item: int, scale: int = 1, *, rng: Any = None) -> Any:
+    """Raise for each third item; one of the exceptions cannot be pickled."""
+    if item == 9:
+        raise type("LocalError", (Exception,), {})("of a class that only one process knows")
+    if item % 3 == 0:
+        raise PickyError(item, why="a third")
+    return (item * scale, rng.random()) if rng is not None else item * scale
+
+
+def maps_with_errors(verb: str, options: dict[str, Any], *, parallelizer: Par) -> Any:
+    items = [(n,) for n in range(20)] if verb == "starmap" else range(20)
+    results = getattr(parallelizer, verb)(third_fails, items, on_error="return", **options)
+    return list(results) if verb.startswith("imap") else results
+
+
+def told_of_results(results: list[Any]) -> list[Any]:
+    """Of exceptions, what they say and hold, and what caused them."""
+    return [
+        (type(one).__name__, str(one).partition("\n")[0][:40], vars(one), type(one.__cause__))
+        if isinstance(one, Exception)
+        else one
+        for one in results
+    ]
+
+
+@pytest.mark.parametrize("where", ["run", "drive"])
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("map", {}),
+        ("map", {"chunksize": 1, "seed": 3}),
+        ("map", {"extra_args": (5,), "callback": str}),
+        ("starmap", {"chunksize": 7}),
+        ("imap", {"chunksize": 3}),
+        ("imap_unordered", {"seed": 3}),
+    ],
+)
+def test_an_error_may_cost_its_item_alone(
+    p: Par, verb: str, options: dict[str, Any], where: str
+) -> None:
+    alone = SerialNonParallelizer()
+    wanted = told_of_results(maps_with_errors(verb, options, parallelizer=alone))
+    assert [type(one) is tuple and one[0] for one in wanted].count("PickyError") == 6
+    if where == "run":
+        results = p.run(maps_with_errors, verb, options)
+    else:
+        results = maps_with_errors(verb, options, parallelizer=p)
+    if p.on_main:
+        found = told_of_results(results)
+        assert sorted(map(repr, found)) == sorted(map(repr, wanted))
+        assert verb == "imap_unordered" or found == wanted
+        assert "third_fails" in str(
+            results[0].__cause__ if verb != "imap_unordered" else "third_fails"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"on_error": "ignore"}, "must be"), ({"on_error": "return", "vectorized": True}, "items")],
+)
+def test_what_to_do_on_an_error_is_checked(p: Par, options: dict[str, Any], message: str) -> None:
+    expect_failure(p, ValueError, maps_wrongly, options, message)
+
+
+def maps_wrongly(options: dict[str, Any], message: str, *, parallelizer: Par) -> None:
+    with pytest.raises(ValueError, match=message):
+        parallelizer.map(third_fails, range(5), **options)
+    raise ValueError(message)
+
+
 # ---------------------------------------------------------------------------------------------
 # Other people's programs, which ask for a pool: the libraries themselves, against their own
 # serial runs
@@ -3063,6 +3141,163 @@ def lends_itself(program: Callable[[Any], Any], *, parallelizer: Par) -> Any:
 @pytest.mark.parametrize("program", [by_emcee, by_dynesty, by_scipy, by_a_user_of_pools])
 def test_ecosystem(p: Par, program: Callable[[Any], Any]) -> None:
     expect(p, drive(p, lends_itself, program), program(None) if p.on_main else None)
+
+
+def who_computes(item: Any, extra: int = 0) -> Any:
+    return item, extra, os.getpid()
+
+
+def maps_without_main(*, parallelizer: Par) -> Any:
+    """Results, and who computed them, by each way to map."""
+    p, data = parallelizer, list(range(40))
+    found = [
+        p.map(who_computes, data, (1,)),
+        p.map(who_computes, data, chunksize=1, callback=str),
+        p.starmap(who_computes, zip(data, data, strict=True)),
+        list(p.imap(who_computes, iter(data))),
+        list(p.imap_unordered(who_computes, data, 3)),
+        p.map(who_computes_a_block, np.arange(41), vectorized=True, concatenate=False),
+    ]
+    return found if p.on_main else None
+
+
+def who_computes_a_block(block: Any) -> Any:
+    return block.tolist(), os.getpid()
+
+
+def check_without_main(found: Any, nprocs: int) -> None:
+    main, (with_extra, called_back, starred, *streams, blocks) = os.getpid(), found
+    assert with_extra == [(n, 1, pid) for n, (_, _, pid) in enumerate(with_extra)]
+    assert called_back == [(n, 0, pid) for n, (_, _, pid) in enumerate(called_back)]
+    assert starred == [(n, n, pid) for n, (_, _, pid) in enumerate(starred)]
+    for stream in streams:
+        assert sorted(n for n, _, _ in stream) == list(range(40))
+    assert [n for block, _ in blocks for n in block] == list(range(41))
+    workers = {pid for some in (with_extra, called_back, starred, *streams) for *_, pid in some}
+    workers |= {pid for _, pid in blocks}
+    if nprocs == 1:
+        assert workers == {main}
+    else:
+        assert main not in workers
+        assert len(blocks) == nprocs - 1
+
+
+@pytest.mark.parametrize("where", ["run", "drive", "client"])
+@pytest.mark.parametrize(("method", "nprocs"), [*((m, 3) for m in MULTIPROCESSING), ("fork", 1)])
+def test_main_may_compute_nothing(method: str, nprocs: int, where: str) -> None:
+    alone = where != "client"
+    par = MultiprocessingParallelizer(nprocs, start_method=method, main_computes=not alone)
+    with par:
+        if where == "run":
+            found = par.run(maps_without_main)
+        elif where == "drive":
+            found = maps_without_main(parallelizer=par)
+        else:
+            client = ClientServerRunner(maps_without_main, parallelizer=par, main_computes=False)
+            found = client.run()
+        check_without_main(found, nprocs)
+        assert par.main_computes == (where == "client")
+        if where == "client":
+            assert os.getpid() in {pid for *_, pid in par.map(who_computes, range(300))}
+
+
+def test_a_client_may_compute_nothing(p: Par) -> None:
+    found = ClientServerRunner(maps_without_main, parallelizer=p, main_computes=False).run()
+    if p.on_main:
+        check_without_main(found, p.nprocs)
+
+
+def crashes(item: int) -> None:  # noqa: ARG001
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_crash_costs_main_nothing_where_it_computes_nothing() -> None:
+    with MultiprocessingParallelizer(2, main_computes=False) as par:
+        with pytest.raises(WorkerDied, match="SIGSEGV"):
+            par.map(crashes, range(3))
+        assert par.map(abs, [-1, -2]) == [1, 2]
+
+
+# What the initializers of the tests below have left on this process.
+INITIALIZED: list[Any] = []
+
+
+def note_initialization(*what: Any) -> None:
+    INITIALIZED.append([os.getpid(), *what])
+
+
+def fails_to_initialize(attempts: str) -> None:
+    """Fail on each worker until the file says that it has been tried often enough."""
+    with Path(attempts).open("a") as file:
+        file.write(".")
+    if len(Path(attempts).read_text()) <= 2:
+        raise PickyError(3, why="too early")
+    note_initialization("late")
+
+
+def what_was_initialized(*, parallelizer: Par) -> Any:
+    own = [noted[1:] for noted in INITIALIZED if noted[0] == os.getpid()]  # not of a fork's parent
+    return parallelizer.gather([os.getpid(), own])
+
+
+@pytest.mark.parametrize("on_main", [False, True])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_workers_are_initialized(method: str, on_main: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "INITIALIZED", [])
+    par = MultiprocessingParallelizer(
+        3, start_method=method, initializer=note_initialization, initargs=[np.arange(3), "x"],
+        initialize_main=on_main,
+    )  # fmt: skip
+    with par:
+        workers: list[Any] = []
+        for _ in range(2):
+            (_, main), *workers = par.run(what_was_initialized)
+            assert len(main) == on_main
+            for _, noted in workers:
+                assert len(noted) == 1
+                check(noted[0], [np.arange(3), "x"])
+        os.kill(workers[1][0], signal.SIGKILL)
+        with pytest.raises(WorkerDied):
+            par.run(deaths_are_noticed)
+        (_, _), before, after = par.run(what_was_initialized)
+        assert before[0] == workers[0][0]
+        assert after[0] != workers[1][0]
+        assert len(after[1]) == 1
+
+
+def deaths_are_noticed(*, parallelizer: Par) -> None:
+    for _ in range(1000):
+        parallelizer.wait()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_an_initializer_that_fails_is_called_again(method: str, tmp_path: Path) -> None:
+    attempts = tmp_path / "attempts"
+    with MultiprocessingParallelizer(
+        2, start_method=method, initializer=fails_to_initialize, initargs=(str(attempts),)
+    ) as par:
+        for _ in range(2):  # at birth, which is told in the first run, and in the second
+            with pytest.raises(PickyError, match="too early") as caught:
+                par.run(what_was_initialized)
+            assert "fails_to_initialize" in str(caught.value.__cause__)
+        assert par.run(what_was_initialized)[1][1] == [["late"]]
+    assert attempts.read_text() == "..."
+
+
+def test_an_initializer_is_checked() -> None:
+    with pytest.raises(TypeError, match="must be callable"):
+        MultiprocessingParallelizer(2, initializer="setup")  # type: ignore[arg-type]
+
+
+def fails_on_main() -> None:
+    raise KeyError("main")
+
+
+def test_an_initializer_that_fails_on_main() -> None:
+    par = MultiprocessingParallelizer(2, initializer=fails_on_main, initialize_main=True)
+    with pytest.raises(KeyError, match="main"), par:
+        raise AssertionError("it must not open")
 
 
 # ---------------------------------------------------------------------------------------------
