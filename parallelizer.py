@@ -1064,6 +1064,8 @@ class Parallelizer:
         seed: Any = None,
         progress: bool = False,
         on_error: Literal["raise", "return"] = "raise",
+        retries: int = 0,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> Any:
         """``[func(x, *extra_args, **extra_kwargs) for x in data]``, on all processes.
 
@@ -1098,6 +1100,16 @@ class Parallelizer:
         on_error : {"raise", "return"}
             With "return", an item whose call raises an exception costs no more than itself: its
             result is that exception, caused by a `RemoteTraceback`, and all others are computed.
+        retries : int
+            So many deaths of workers cost no more than the items that were being computed, which
+            others compute again, the dead being replaced. One more raises `WorkerDied`, whose
+            message names the item that the worker was at. Where main drives, outside `run`; under
+            MPI, the death of a rank ends the job.
+        checkpoint : path, optional
+            A file to which results are appended as they come. The next call with the same function
+            (by its name), number of items and `seed` takes those from there, whatever has ended
+            this one, and computes the rest. Where main drives. It holds pickles, which can execute
+            anything when they are loaded: do not open one that you do not trust.
 
         Returns
         -------
@@ -1120,6 +1132,7 @@ class Parallelizer:
         return self._map(func, data, functools.partial(
             _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress,
             vectorized=vectorized, concatenate=concatenate, callback=callback, on_error=on_error,
+            retries=retries, checkpoint=checkpoint,
         ))  # fmt: skip
 
     def starmap(
@@ -1136,6 +1149,8 @@ class Parallelizer:
         seed: Any = None,
         progress: bool = False,
         on_error: Literal["raise", "return"] = "raise",
+        retries: int = 0,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> Any:
         """As `map`, but each item of `data` holds the first arguments: ``func(*x, ...)``.
 
@@ -1147,7 +1162,7 @@ class Parallelizer:
         return self._map(func, data, functools.partial(
             _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress,
             vectorized=vectorized, concatenate=concatenate, callback=callback, on_error=on_error,
-            starred=True,
+            retries=retries, checkpoint=checkpoint, starred=True,
         ))  # fmt: skip
 
     def imap(
@@ -1227,9 +1242,13 @@ class Parallelizer:
         if self._in_task():  # this process's own affair
             quiet = functools.partial(make_task, progress=False)
             return SerialNonParallelizer()._map(func, data, quiet)
-        if not self._main_is_alone():
+        if not self._main_is_alone() and self.nprocs != 1:
             return _map_in_run(_function_laid_out(func), make_task, data, parallelizer=self)
         task = make_task()
+        if task.is_lasting():
+            return _LastingMap(self, func, data, task).results()
+        if not self._main_is_alone():
+            return _map_in_run(_function_laid_out(func), lambda: task, data, parallelizer=self)
         task.main_computes = self.main_computes or self.nprocs == 1
         if task.is_stream():
             # Not inside a run, where a callback that calls a verb would wait for ever.
@@ -3831,6 +3850,8 @@ class _Task:
         callback: Callable[[Any], object] | None = None,
         starred: bool = False,
         on_error: str = "raise",
+        retries: int = 0,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         extra_args, chunksize = _checked_extra_args(extra_args, chunksize)
         if not (chunksize is None or hasattr(chunksize, "__index__")):
@@ -3843,6 +3864,13 @@ class _Task:
         if vectorized and seed is not None:
             raise ValueError(
                 "seed= gives each item its own generator, so it needs vectorized=False"
+            )
+        if not hasattr(retries, "__index__") or retries < 0:
+            raise ValueError(f"retries must be a number of deaths from 0, not {retries!r}")
+        if vectorized and (retries or checkpoint is not None):
+            raise ValueError(
+                "retries= and checkpoint= are for the results of items, so they need "
+                "vectorized=False"
             )
         if on_error not in ("raise", "return"):
             raise ValueError(f'on_error must be "raise" or "return", not {on_error!r}')
@@ -3866,6 +3894,8 @@ class _Task:
         self._has_callback = callback is not None
         self.starred = starred
         self.returns_errors = on_error == "return"
+        self.retries, self.checkpoint = int(retries), checkpoint
+        self.is_numbered = False  # whether items, and results, come in pairs with their numbers
         self.arithmetic = _Arithmetic(_arithmetic_of_caller())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -3875,6 +3905,10 @@ class _Task:
     def is_stream(self) -> bool:
         """Whether main takes in the results of items as they come."""
         return not self.vectorized and (self._has_callback or not self.main_computes)
+
+    def is_lasting(self) -> bool:
+        """Whether what has been computed is kept where something ends the map."""
+        return self.retries > 0 or self.checkpoint is not None
 
     def is_paced(self, length: int, nprocs: int) -> bool:
         """Whether the size of the chunks depends on how long an item takes."""
@@ -3943,6 +3977,13 @@ class _Task:
         call = self.func if plain else self.call
         if self.returns_errors:
             call = functools.partial(self._call_to_the_end, comm, call)
+        if self.is_numbered:
+            for number, item in comm.items:
+                comm.note_item(number)
+                more = {} if self.seed is None else {"rng": _spawned_rng(self.seed, number)}
+                results.append((number, call(item, **more)))
+            comm.note_item(None)
+            return
         # Not by the builtin map, which a StopIteration would end without a word.
         if self.seed is not None:
             for index, item in enumerate(comm.items, start):
@@ -4006,6 +4047,11 @@ def _map_in_run(
         assert make_task is not None
         task = make_task()
         task.main_computes = parallelizer.main_computes or comm.size == 1
+        if task.is_lasting():
+            raise ContractError(
+                "retries= and checkpoint= need main to drive the others: call map outside run, "
+                "under MPI in the client of a ClientServerRunner"
+            )
         if task.is_stream():
             items = _Source(data)
             task.choose_chunksize(items.hint, comm.size)
@@ -4022,6 +4068,152 @@ def _map_in_run(
         results = _call_back(task, _dealt_as_stream(task, items, True, comm))
         return results if comm.rank == 0 else Parallelizer.InWorkerProcess
     return _map_items(task, items, parallelizer)
+
+
+class _LastingMap:
+    """A map that main drives, and that outlives deaths of workers, or of the program.
+
+    Results come by the numbers of their items, in any order, and are kept; what is missing when
+    something has ended that is computed again.
+    """
+
+    def __init__(
+        self, parallelizer: Parallelizer, func: Callable[..., Any], data: Any, task: _Task
+    ) -> None:
+        self._parallelizer, self._func, self._task = parallelizer, func, task
+        self._items = data if _can_be_cut(data) else list(data)
+        self._done: dict[int, Any] = {}
+        self._called_back = 0  # results, in order
+        self._deaths = 0
+        self._checkpoint: _Checkpoint | None = None
+        task.is_numbered = True
+
+    def results(self) -> list[Any]:
+        task, total = self._task, len(self._items)
+        if task.checkpoint is not None:
+            name, seed = _name_of(self._func), repr(task.seed)
+            of_what = {"function": name, "items": total, "seed": seed}
+            self._checkpoint = _Checkpoint(task.checkpoint, of_what)
+            self._done.update(self._checkpoint.results)
+        with self._checkpoint or contextlib.nullcontext():
+            self._call_back()
+            while len(self._done) < total:
+                self._compute_until_death()
+        return [self._done[number] for number in range(total)]
+
+    def _compute_until_death(self) -> None:
+        try:
+            self._compute_rest()
+        except WorkerDied as died:
+            self._deaths += 1
+            if self._deaths > self._task.retries:
+                _add_note(died, f"{len(self._done)} of {len(self._items)} results had come")
+                raise
+            _logger().warning("%s; what it held is computed again", died)
+
+    def _compute_rest(self) -> None:
+        rest = [number for number in range(len(self._items)) if number not in self._done]
+        numbered = [(number, self._items[number]) for number in rest]
+        task = copy.copy(self._task)
+        task.choose_chunksize(len(rest), self._parallelizer.nprocs or 1)
+        stream = self._parallelizer._imap(self._func, numbered, lambda: task, ordered=False)
+        with contextlib.closing(stream):  # type: ignore[type-var]
+            for number, result in stream:
+                if self._checkpoint is not None:
+                    self._checkpoint.append(number, result)
+                self._done[number] = result
+                self._call_back()
+
+    def _call_back(self) -> None:
+        """Tell of results in the order of their items, as far as they have come."""
+        while self._called_back in self._done:
+            if self._task.callback is not None:
+                with _UsersCode():
+                    self._task.callback(self._done[self._called_back])
+            self._called_back += 1
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    """By which the function of a checkpoint is known."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    named = func if hasattr(func, "__qualname__") else type(func)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+class _Checkpoint:
+    """A file of results. After a head, each record is a size, a checksum, and a pickle.
+
+    It is appended to, and flushed, as results come, so that the death of the program costs no more
+    than the record that is being written: of that, the next one to open it takes no notice.
+    """
+
+    _RECORD = struct.Struct("<QI")
+    _FORMAT = "parallelizer checkpoint 1"
+
+    def __init__(self, path: str | os.PathLike[str], of_what: Mapping[str, Any]) -> None:
+        from pathlib import Path
+
+        self._path = path
+        self.results: dict[int, Any] = {}
+        head = {"format": self._FORMAT, **of_what}
+        self._file: Any = Path(path).open("a+b")  # noqa: SIM115 - see __exit__
+        try:
+            self._file.seek(0)
+            records = self._whole_records()
+            if (found := next(records, None)) is None:
+                self._write(head)
+            else:
+                self._compare(found, head)
+                self.results.update(records)
+        except BaseException:
+            with self:
+                raise
+
+    def _whole_records(self) -> Iterator[Any]:
+        """Read them; what follows the last one is cut off."""
+        import zlib
+
+        length = os.fstat(self._file.fileno()).st_size
+        while (end := self._file.tell()) < length:
+            start = self._file.read(self._RECORD.size)
+            is_whole = len(start) == self._RECORD.size
+            size, checksum = self._RECORD.unpack(start) if is_whole else (0, 0)
+            pickled = self._file.read(min(size, length))
+            if not pickled or len(pickled) < size or zlib.crc32(pickled) != checksum:
+                if end == 0:
+                    raise ValueError(f"{self._path} is no checkpoint of a map; choose another path")
+                _logger().warning("the last record of %s is torn, and is dropped", self._path)
+                self._file.truncate(end)
+                return
+            yield _loads(pickled)
+
+    def _compare(self, found: Any, head: Mapping[str, Any]) -> None:
+        if not isinstance(found, dict) or found != head:
+            have = found if isinstance(found, dict) else {"format": "another one"}
+            differ = [name for name in head if have.get(name) != head[name]]
+            told = "; ".join(f"{n}: {have.get(n)!r} there, {head[n]!r} here" for n in differ)
+            raise ValueError(
+                f"{self._path} is the checkpoint of another map ({told}); go on with that one, "
+                f"remove the file, or choose another path"
+            )
+
+    def append(self, number: int, result: Any) -> None:
+        self._write((number, result))
+
+    def _write(self, content: Any) -> None:
+        import zlib
+
+        pickled = _dumps(content)
+        self._file.write(self._RECORD.pack(len(pickled), zlib.crc32(pickled)) + pickled)
+        self._file.flush()
+
+    def __enter__(self) -> _Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # of a full disk, which has been raised before
+            self._file.close()
 
 
 def _blockwise(data: Any) -> Any:
@@ -4788,9 +4980,22 @@ class _Results:
                     yield from done.results
                     if done.error is not None:
                         raise done.error
+            except RunEnded:
+                if self._dealer.task.is_numbered:  # whose results are kept
+                    yield from self._that_have_come()
+                raise
             finally:
                 self._dealer.chunks.close()
                 self._comm.do_between_calls(self._dismiss)
+
+    def _that_have_come(self) -> Iterator[Any]:
+        """Results that lie here, although the run has ended."""
+        for done in self._done.values():
+            yield from done.results
+        comm, workers = self._comm, range(1, self._comm.size)
+        while comm.first_sender(workers, self._tag) is not None:
+            rank, message = comm.receive_any(workers, self._tag, "imap")
+            yield from _unpack(message, f"what rank {rank} sends to imap")[1]
 
     def _dismiss(self) -> None:
         # Not after a failure, which the workers hear of anyway, or an interrupted call.
@@ -6408,6 +6613,9 @@ class Communicator(abc.ABC):
             f"{_summary(why)}"
         )
 
+    def note_item(self, number: int | None) -> None:  # noqa: B027 - where others may look at it
+        """Which item of a map is computed here, for who tells of the death of this process."""
+
     def next_tag(self) -> int:
         """On main: for the messages of a map, and of no other one, also in nested runs."""
         self._tag -= 1
@@ -6527,7 +6735,7 @@ class _Board:
         self.crowded = nprocs > _available_cpus() and hasattr(os, "sched_yield")
         self.looks = 20 if self.crowded else 2000
         self._words_at = -(-nprocs // 64) * 64
-        self._counts_at = self._words_at + 8 * (5 * nprocs + 2)
+        self._counts_at = self._words_at + 8 * (6 * nprocs + 2)
         end = self._counts_at + 16 * nprocs**2
         self._slots_at = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
         self._rings_at = self._slots_at + 2 * nprocs * _SLOT_BYTES
@@ -6547,6 +6755,7 @@ class _Board:
         self._words, self._called, self._left = numbers[: 2 * n], numbers[2 * n :], numbers[3 * n :]
         self.called_off = numbers[4 * n : 4 * n + 1]  # the run that is
         self._run = numbers[4 * n + 1 : 5 * n + 2]  # how many take part, and who
+        self.computing = numbers[5 * n + 2 : 6 * n + 2]  # items of a map, counted from 1; or 0
         counts = memoryview(self.memory)[self._counts_at : self._slots_at].cast("Q")
         self._written, self._read = counts[: n * n], counts[n * n : 2 * n * n]
         self._held = threading.Lock()
@@ -6644,7 +6853,7 @@ class _Board:
 
     def renew(self, process: int) -> None:
         """On main: a new process is to take the place of this one."""
-        self._called[process] = self.memory[process] = 0
+        self._called[process] = self.computing[process] = self.memory[process] = 0
 
     # -- who is asleep ------------------------------------------------------------------------
 
@@ -6729,7 +6938,7 @@ class _Board:
 
     _VIEWS = (
         *("_view", "_words", "_called", "_left", "called_off", "_run", "_written", "_read"),
-        *("memory", "_held"),
+        *("computing", "memory", "_held"),
     )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -7671,6 +7880,9 @@ class BoardCommunicator(Communicator):
             self._at_queue = False
         return tickets[0]
 
+    def note_item(self, number: int | None) -> None:
+        self._board.computing[self.process] = 0 if number is None else number + 1
+
     def wake_main(self) -> None:
         """Have main look for what it waits for beside messages."""
         self._board.fence()
@@ -8321,6 +8533,8 @@ class _Workers:
             if by_pid is None:  # the worker may live, and must read nothing more
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
+        if (item := self.board.computing[number]) > 0:
+            cause += f". It was computing item {item - 1} of a map"
         died = WorkerDied(f"rank {number} (pid {process.pid}) died: {cause}")
         with contextlib.suppress(ValueError):  # where somebody else has waited for it
             process.close()
