@@ -437,6 +437,32 @@ class Parallelizer:
             finally:  # whatever a stream may raise
                 self._stop()
 
+    def close(self) -> None:
+        """Let the processes go, however often this has been entered.
+
+        As `terminate` and `join`, it is for programs that were written for `multiprocessing.Pool`;
+        others use ``with``.
+        """
+        if self._runs_here():
+            raise ContractError("a parallelizer cannot be closed inside its own run")
+        while self._entered > 0:
+            self.__exit__()
+
+    def terminate(self) -> None:
+        """As `close`, which ends a stream that goes on, too, and kills who is stuck."""
+        self.close()
+
+    def join(self) -> None:
+        """Return at once, as `close` has waited for the processes.
+
+        Raises
+        ------
+        ValueError
+            As of a Pool, if it has not been closed.
+        """
+        if self._entered > 0:
+            raise ValueError("this parallelizer is still open: call close() before join()")
+
     def _start(self) -> None:
         """Bring the processes up."""
 
@@ -1620,6 +1646,18 @@ class MultiprocessingParallelizer(Parallelizer):
         if self._close is not None:
             self._close()
             atexit.unregister(self._close)
+
+    def restart(self) -> None:
+        """Replace all workers by new ones, where those that are up have grown too large, say.
+
+        Between two runs. What they hold in global variables is gone; `initializer` is called anew.
+        """
+        if self._runs_here():
+            raise ContractError("the workers cannot be replaced inside a run")
+        if self._entered > 0:
+            with _CTRL_C.governed_by(None), self._reserved("restart"):
+                self._stop()
+                self._start()
 
     def _forget(self) -> None:
         """In a forked child: be as if never opened."""

@@ -3392,6 +3392,50 @@ def test_a_checkpoint_on_a_full_disk(tmp_path: Path) -> None:
         assert par.map(adds_noise, range(200), seed=1, checkpoint=path) == wanted
 
 
+def test_closed_as_a_pool_is(fresh: Par) -> None:
+    fresh.__enter__()
+    fresh.__enter__()
+    if not isinstance(fresh, MPIParallelizer):  # there, map is called inside a run, or by a client
+        assert fresh.map(abs, [-1]) == [1]
+    with pytest.raises(ValueError, match="still open"):
+        fresh.join()
+    with pytest.raises(ContractError, match="inside its own run"):
+        fresh.run(closes_itself)
+    fresh.terminate()
+    fresh.join()
+    fresh.close()
+    with fresh:
+        expect(fresh, fresh.run(ranks), list(range(fresh.nprocs)))
+
+
+def closes_itself(*, parallelizer: Par) -> None:
+    parallelizer.close()
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_workers_are_replaced_where_that_is_asked_for(method: str) -> None:
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        before = par.run(pids)
+        stream = par.imap(abs, itertools.count())
+        next(stream)
+        with pytest.raises(ContractError, match="while an imap goes on"):
+            par.restart()
+        stream.close()  # type: ignore[attr-defined]
+        par.restart()
+        after = par.run(pids)
+        assert after[0] == before[0]
+        assert not set(after[1:]) & set(before[1:])
+        with pytest.raises(ContractError, match="inside a run"):
+            par.run(restarts)
+    par.restart()  # which does nothing to one that is closed
+    assert par.run(ranks) == [0, 1, 2]
+
+
+def restarts(*, parallelizer: Par) -> None:
+    if parallelizer.on_main:
+        parallelizer.restart()
+
+
 # What the initializers of the tests below have left on this process.
 INITIALIZED: list[Any] = []
 
