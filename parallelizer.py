@@ -633,7 +633,10 @@ class Parallelizer:
             # All can read whom it is meant for, and by which names main is registered.
             threads = communicator.limit and communicator.limit.changed_numbers()
             heads = [
-                pickle.dumps((list(ranks), self._names(), threads, one.pickled)) for one in packed
+                pickle.dumps(
+                    (list(ranks), self._names(), threads, tuple(_SHARED.living), one.pickled)
+                )
+                for one in packed
             ]
             messages = zip(heads, packed, strict=True)
             communicator.command([Message(head, one.buffers) for head, one in messages])
@@ -694,6 +697,7 @@ class Parallelizer:
                 "drive the others; call it, or ClientServerRunner without a server, outside run"
             )
         runner, communicator.runner = communicator.runner, threading.get_ident()
+        obeyed, _SHARED.obeys = _SHARED.obeys, _SHARED.obeys or self._spans_hosts
         try:
             while (message := communicator.next_command()) is not None:
                 try:
@@ -702,10 +706,13 @@ class Parallelizer:
                     communicator.fail_run(error)
                 del message  # the arguments are in it, and the next command may be long in coming
         finally:
-            communicator.runner = runner
+            communicator.runner, _SHARED.obeys = runner, obeyed
+            if not obeyed:
+                _SHARED.forget_all_but(())
 
     def _obey(self, communicator: Communicator, message: Message) -> None:
-        ranks, names, threads, pickled = pickle.loads(message.pickled)
+        ranks, names, threads, shared, pickled = pickle.loads(message.pickled)
+        _SHARED.forget_all_but(shared)
         for name in self._names():
             del self._registry[name]
         self._registry.update(dict.fromkeys(names, self))
@@ -1001,37 +1008,43 @@ class Parallelizer:
             if comm.size > 1:
                 comm.barrier()
 
-    def share(self, array: Any) -> np.ndarray[Any, Any]:
-        """One read-only copy of main's `array` per machine, for all processes there.
+    def share(self, obj: Any, *, writable: bool = False) -> Any:
+        """One copy of main's `obj` per machine, for all processes there, which is sent once.
 
-        Inside `run` every process calls it, and only main's `array` counts; outside, main alone.
+        Inside `run` every process calls it, and only main's `obj` counts; outside, main alone.
 
         Parameters
         ----------
-        array : numpy.ndarray or numpy.memmap, list, number
-            Of numbers or text, without objects in it.
+        obj : array, list, number, dict, or any object that can be pickled and weakly referenced
+            Arrays and memmaps, numbers, and lists of these become an array; all else stays what it
+            is, but for its arrays, which are read-only views of the shared memory.
+        writable : bool
+            Of an array: all processes of the machine may write to the same memory. What one has
+            written, others see after `wait`.
 
         Returns
         -------
-        A read-only numpy.ndarray. It can be passed to `run` and `map`, closed over and put into
-        objects at no cost, as it and its views travel as handles; what is computed from it, and
-        its copies, are ordinary arrays. It is released when the last reference to it goes, on
-        main and on whom it was sent to: what a forked worker has inherited without being sent
-        it, as a global variable, must not be used any more then. Serial: a read-only view of
-        `array`.
+        The array, read-only where it is not `writable`; or the object, of which there is one for
+        each process. Pass it to `run` and `map`, close over it, put it into objects, map its
+        methods: it, and views of arrays, travel as handles. What is computed from it, and copies
+        of arrays, are ordinary. It is released when the last reference to it goes, on main and on
+        those it was sent to: what a forked worker has inherited without being sent it, as a global
+        variable, must not be used any more then. A dict or a list comes back as an instance of a
+        subclass. On one process, an array is a view of `obj`.
 
         Raises
         ------
         TypeError
-            On every process that calls it, for anything else: an array of objects; a masked
-            array, a matrix, a quantity, a table, which are more than the numbers in them.
+            On every process that calls it, for what cannot be weakly referenced (a tuple, text,
+            None), or belongs to one process; with `writable`, for what is no array.
+        ParallelizerError
+            With `writable`, where the processes are on several machines.
         """
         if self._main_is_alone():
             if self._spans_hosts:
-                return self.run(_share_in_run, main_kwargs={"array": array})
-            return _share(array)
-        shared: np.ndarray[Any, Any] = _share_in_run(array, parallelizer=self)
-        return shared
+                return self.run(_share_in_run, main_kwargs={"value": obj, "writable": writable})
+            return _share(obj, writable=writable)
+        return _share_in_run(obj, writable, parallelizer=self)
 
     def print(
         self, *args: Any, where: Literal["both", "main", "worker"] = "both", **kwargs: Any
@@ -2401,9 +2414,9 @@ def _is_laid_out(array: np.ndarray[Any, Any]) -> bool:
     return (flags.forc and flags.aligned) or array.nbytes == 0
 
 
-def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
+def _reduce_array(array: np.ndarray[Any, Any], small_bytes: int) -> Any:
     """As bytes apart, also where numpy would pickle them (strided arrays, datetime64)."""
-    small = array.nbytes <= _SMALL_BYTES and array.dtype.isnative  # as numpy makes all others
+    small = array.nbytes <= small_bytes and array.dtype.isnative  # as numpy makes all others
     if small or not _is_raw(array):
         return array.__reduce__()
     spec, data = _raw(array)
@@ -2553,6 +2566,7 @@ class _Pickler(pickle.Pickler):
     """
 
     by_value: ClassVar = False  # whether functions and classes travel, too, and not their names
+    small_bytes = _SMALL_BYTES
 
     def __init__(
         self, stream: Any, comm: Communicator | None = None, *, with_causes: bool = True
@@ -2567,6 +2581,8 @@ class _Pickler(pickle.Pickler):
         super().__init__(stream, 5, buffer_callback=self.buffers.append)
 
     def reducer_override(self, obj: Any) -> Any:
+        if _SHARED.by_id and (shared := _SHARED.find(obj)) is not None:
+            return _open_shared, (shared.token, shared.content)
         if isinstance(obj, np.ndarray):
             mapped = _reduce_mapped(obj)
             if mapped is not None:  # which stays where it lies
@@ -2575,7 +2591,7 @@ class _Pickler(pickle.Pickler):
                 return self._keep(obj)
             self.relaid = self.relaid or not _is_laid_out(obj)
             if type(obj) is np.ndarray:
-                return _reduce_array(obj)
+                return _reduce_array(obj, self.small_bytes)
             # The pickles of numpy's subclasses arrive in the receiver's order of bytes.
             self.relaid = self.relaid or not obj.dtype.isnative
         elif issubclass(type(obj), BaseException):
@@ -2704,11 +2720,15 @@ def _main_is_lost_to_others() -> bool:
     return not from_a_file and (process is None or process.parent_process() is None)
 
 
-def _pack(obj: Any, what: str, comm: Communicator | None = None) -> Message:
+def _pack(
+    obj: Any, what: str, comm: Communicator | None = None, *, to_share: bool = False
+) -> Message:
     """Pack `obj` for one receiver, to whom `comm` sends it, or to stay on this process.
 
-    `what` names it in the `PackingError`.
+    `what` names it in the `PackingError`. If it is `to_share`, all its arrays stay apart.
     """
+    if to_share:
+        return _pickled_message(obj, what, comm, 0)
     if type(obj) in _ATOMS or _is_of_atoms(obj):
         return Message(b"P" + pickle.dumps(obj, 5), ())
     if type(obj) is np.ndarray and _is_raw(obj) and not _lies_in(obj, _PLACES):
@@ -2717,6 +2737,11 @@ def _pack(obj: Any, what: str, comm: Communicator | None = None) -> Message:
         simple = spec.dtype.isbuiltin == 1 and spec.dtype.metadata is None
         packed = _packed_spec(spec) if simple else _packed_spec.__wrapped__(spec)
         return Message(packed, [data], not _is_laid_out(obj))
+    return _pickled_message(obj, what, comm, _SMALL_BYTES)
+
+
+def _pickled_message(obj: Any, what: str, comm: Communicator | None, small_bytes: int) -> Message:
+    """Pack what is more than an array of numbers."""
     failure: Exception | None = None
     tried: list[_Pickler] = []
     lost = _main_is_lost_to_others()
@@ -2726,6 +2751,7 @@ def _pack(obj: Any, what: str, comm: Communicator | None = None) -> Message:
         try:
             kind = _by_value_pickler() if by_value else _Pickler
             tried.append(kind(io.BytesIO(), with_causes=with_causes))
+            tried[-1].small_bytes = small_bytes
             message = tried[-1].message(obj)
             if comm is None or not message.kept:
                 return message
@@ -2968,7 +2994,11 @@ class _Handle(NamedTuple):
     inode: int  # of the file, as its path may come to mean another one
     nbytes: int
     offset: int = 0  # in the file
-    mode: str = ""  # of a `numpy.memmap`, "r" or "r+"; empty for what is shared
+    mode: str = ""  # of a `numpy.memmap`, "r" or "r+"; of what is shared empty, or "+" to write
+
+    @property
+    def is_shared(self) -> bool:
+        return self.mode in ("", "+")
 
 
 # The maps of this process that can be found by others: each is made once, and has one handle.
@@ -3077,7 +3107,7 @@ def _is_mapped_from(path: str, inode: int, address: int) -> bool:
 
 def _is_in_place(handle: _Handle) -> bool:
     """Whether a memmap's file has neither been deleted since nor been replaced by another."""
-    if not handle.mode:
+    if handle.is_shared:
         return True
     try:
         found = os.stat(handle.path)  # noqa: PTH116 - pathlib is slow to import
@@ -3131,7 +3161,7 @@ def _attach(handle: _Handle) -> mmap.mmap:
             stack.callback(os.close, file)
             found = os.fstat(file)
             # Other machines number the devices of a file system that they share in their own way.
-            device = found.st_dev if here or not handle.mode else handle.device
+            device = found.st_dev if here or handle.is_shared else handle.device
             if (device, found.st_ino) != (handle.device, handle.inode):
                 raise FileNotFoundError(f"{handle.path} is another file here")
             if not _has_locks(handle):
@@ -3144,7 +3174,7 @@ def _attach(handle: _Handle) -> mmap.mmap:
 
 
 def _describe_loss(handle: _Handle, why: Exception) -> str:
-    if handle.mode:
+    if not handle.is_shared:
         return (
             f"a numpy.memmap travels as the name of its file, but that cannot be opened on "
             f"{_hostname()} as the file that it was on {handle.host}: {why}. Leave the file where "
@@ -3159,7 +3189,7 @@ def _describe_loss(handle: _Handle, why: Exception) -> str:
 
 
 def _map(handle: _Handle, file: int) -> mmap.mmap:
-    access = mmap.ACCESS_WRITE if handle.mode == "r+" else mmap.ACCESS_READ
+    access = mmap.ACCESS_READ if handle.mode in ("", "r") else mmap.ACCESS_WRITE
     mapped = mmap.mmap(file, max(handle.nbytes, 1), access=access, offset=handle.offset)
     return _remember(mapped, handle)
 
@@ -3169,8 +3199,8 @@ def _remember(mapped: mmap.mmap, handle: _Handle) -> mmap.mmap:
     return mapped
 
 
-def _shared_copy(content: _Bytes) -> mmap.mmap:
-    """A copy in a file in memory without a name of its own, mapped to be read.
+def _shared_copy(parts: Sequence[_Bytes], *, writable: bool = False) -> mmap.mmap:
+    """A copy in a file in memory without a name of its own, mapped to be read, or written to.
 
     The process that made it keeps the file open; the others on its machine reach that by
     /proc (Linux), or by the name of a temporary file elsewhere. Nothing is left behind when the
@@ -3183,20 +3213,24 @@ def _shared_copy(content: _Bytes) -> mmap.mmap:
         import tempfile
 
         file, path = tempfile.mkstemp(prefix="parallelizer-share-")
+    nbytes = sum(part.nbytes for part in parts)
     try:
         with open(file, "wb", closefd=False) as stream:
-            stream.write(content.data if content.nbytes else b"-")
+            stream.writelines(part.data for part in parts)
+            if nbytes == 0:
+                stream.write(b"-")
     except OSError as why:
         os.close(file)
         if not path.startswith("/proc/"):
             os.unlink(path)  # noqa: PTH108 - pathlib is slow to import
         raise OSError(
             why.errno,
-            f"{why.strerror}: share cannot keep {content.nbytes} bytes in shared memory, which "
+            f"{why.strerror}: share cannot keep {nbytes} bytes in shared memory, which "
             f"counts as a file: raise the limit of its size (ulimit -f) or free memory",
         ) from why
     made = os.fstat(file)
-    handle = _Handle(_hostname(), path, made.st_dev, made.st_ino, content.nbytes)
+    mode = "+" if writable else ""
+    handle = _Handle(_hostname(), path, made.st_dev, made.st_ino, nbytes, mode=mode)
     if _has_locks(handle):
         return _Hold.map(handle, file)
     mapped = _map(handle, file)
@@ -3211,7 +3245,7 @@ def _release_file(file: int, path: str) -> None:
 
 def _has_locks(handle: _Handle) -> bool:
     """Whether this is of a file in memory (Linux), whose users are told by their locks."""
-    return not handle.mode and handle.path.startswith("/proc/")
+    return handle.is_shared and handle.path.startswith("/proc/")
 
 
 class _Hold:
@@ -3295,63 +3329,205 @@ def _forget_shared() -> None:
     """In a forked worker: let go of what main has shared, which comes anew where it is sent."""
     for hold in list(_Hold.living):
         hold.release()
-    for handle in [handle for handle in _MAPS if not handle.mode]:
+    for handle in [handle for handle in _MAPS if handle.is_shared]:
         del _MAPS[handle]
+    _SHARED.__init__()  # type: ignore[misc]
 
 
-# What `share` takes: whose numbers and text say everything. Of a masked array, a matrix, a quantity
-# or a table the rest, which decides what the numbers mean, would be lost.
-_SHARABLE_TYPES = frozenset([np.ndarray, np.memmap, list, *_PLAIN_TYPES]) - {type(None), range}
+class _Shared(NamedTuple):
+    """An object that is shared, as this process has it."""
+
+    obj: weakref.ref[Any]
+    token: bytes  # by which all processes know it
+    content: np.ndarray[Any, Any]  # in shared memory: the object, packed
 
 
-def _sharable(array: Any) -> np.ndarray[Any, Any]:
-    whole = not isinstance(array, (str, bytes)) and _is_sharable(array)
-    data = np.asarray(array) if whole else None
-    if data is None or not _is_raw(data):
-        raise TypeError(
-            f"share needs an array of plain numbers or text, a list or a number, not "
-            f"{_describe(array)}. Of what is more than that, share the arrays in it one by one, "
-            f"as numpy.asarray gives them, and put it together again where it is used"
-        )
-    return data
+class _SharedObjects:
+    """What this process has of the objects that are shared: each once."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[int, _Shared] = {}  # as an object need not be hashable
+        # Of arrays, the memory. Main tells others, with each run, which of these there still are.
+        self.living: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()
+        self._kept: dict[bytes, Any] = {}  # on a process that obeys main: while main has them
+        self.obeys = False
+
+    def find(self, obj: Any) -> _Shared | None:
+        found = self.by_id.get(id(obj))
+        return found if found is not None and found.obj() is obj else None
+
+    def enter(self, token: bytes, obj: Any, content: np.ndarray[Any, Any]) -> None:
+        """An object has been opened here."""
+        number, by_id = id(obj), self.by_id
+        forget = weakref.ref(obj, lambda _: by_id.pop(number, None))
+        by_id[number] = _Shared(forget, token, content)
+        self.keep(token, obj)
+
+    def keep(self, token: bytes, obj: Any) -> None:
+        self.living[token] = obj
+        if self.obeys:
+            self._kept[token] = obj
+
+    def forget_all_but(self, tokens: Iterable[bytes]) -> None:
+        """Main has no others any more."""
+        for token in self._kept.keys() - set(tokens):
+            del self._kept[token]
 
 
-def _is_sharable(value: Any) -> bool:
+_SHARED = _SharedObjects()
+
+
+def _open_shared(token: bytes, content: np.ndarray[Any, Any]) -> Any:
+    """The object of that token in this process, from what lies in shared memory."""
+    obj = _SHARED.living.get(token)
+    if obj is None:
+        count, *sizes = struct.unpack_from(f"<Q{content[:8].view(np.uint64)[0]}Q", content)
+        starts = list(itertools.accumulate(map(_aligned, sizes), initial=_aligned(8 + 8 * count)))
+        pickled, *buffers = [
+            content[start : start + size] for start, size in zip(starts, sizes, strict=False)
+        ]
+        obj = _unpack(Message(pickled.tobytes(), buffers), "what is shared")
+        _SHARED.enter(token, obj, content)
+    return obj
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+class _SharedDict(dict[Any, Any]):
+    """A dict that is shared: one that can be weakly referenced."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _SharedList(list[Any]):
+    """A list that is shared: one that can be weakly referenced."""
+
+    __slots__ = ("__weakref__",)
+
+
+# Of what the numbers and the text say everything, so that it is shared as an array.
+_ARRAY_TYPES = frozenset([np.ndarray, np.memmap, list, *_PLAIN_TYPES]) - {type(None), range}
+
+
+def _is_array_to_share(value: Any) -> bool:
+    if isinstance(value, (str, bytes)) or not _consists_of_numbers(value):
+        return False
+    try:
+        return _is_raw(np.asarray(value))
+    except ValueError:  # lists of several lengths
+        return False
+
+
+def _consists_of_numbers(value: Any) -> bool:
     if type(value) is list:
-        return all(map(_is_sharable, value))
-    return type(value) in _SHARABLE_TYPES
+        return all(map(_consists_of_numbers, value))
+    return type(value) in _ARRAY_TYPES
 
 
-def _share(array: Any, *, lent: bool = False) -> np.ndarray[Any, Any]:
-    data = _sharable(array)
-    spec, content = _raw(data)
+def _to_share(value: Any, *, writable: bool) -> Any:
+    """What is shared in place of `value`; or an error."""
+    if _is_array_to_share(value):
+        return np.asarray(value)
+    if writable:
+        raise TypeError(
+            f"share(..., writable=True) needs an array of plain numbers or text, not "
+            f"{_describe(value)}"
+        )
+    if type(value) in (dict, list):
+        value = _SharedDict(value) if type(value) is dict else _SharedList(value)
+    try:
+        weakref.ref(value)
+    except TypeError:
+        raise TypeError(
+            f"share needs an array, a list, a dict, or an object that can be weakly referenced, "
+            f"so that it is known when nobody needs it any more, but got {_describe(value)}: put "
+            f"it into a dict, or an attribute of an object"
+        ) from None
+    return value
+
+
+def _share(value: Any, *, lent: bool = False, writable: bool = False, token: bytes = b"") -> Any:
+    value = _to_share(value, writable=writable)
+    token = token or os.urandom(16)
+    if not (type(value) in (np.ndarray, np.memmap) and _is_raw(value)):
+        return _share_object(value, token)
+    spec, content = _raw(value)
     flat: np.ndarray[Any, Any]
-    if lent:  # laid out as a copy would be
-        flat = np.asarray(_Lent(content if data.flags.aligned else content.copy())).view(spec.dtype)
+    if lent and not writable:  # laid out as a copy would be
+        flat = np.asarray(_Lent(content if value.flags.aligned else content.copy())).view(
+            spec.dtype
+        )
     else:
-        flat = np.ndarray((math.prod(spec.shape),), spec.dtype, _shared_copy(content))
+        mapped = _shared_copy([content], writable=writable)
+        _SHARED.keep(token, mapped)
+        flat = np.ndarray((math.prod(spec.shape),), spec.dtype, mapped)
     return flat.reshape(spec.shape, order=spec.order)
 
 
-def _share_in_run(array: Any = None, *, parallelizer: Parallelizer) -> Any:
-    """On each machine the lowest rank makes the copy, and the others attach to it."""
-    hosts: Any = None
+def _share_object(obj: Any, token: bytes) -> Any:
+    packed = _pack(obj, "what is shared", to_share=True)
+    if packed.kept:
+        raise TypeError(
+            f"{_describe(obj)} cannot be shared, because it holds what belongs to one process, as "
+            f"a lock, a connection or a file does"
+        )
+    sizes = [len(packed.pickled), *(buffer.nbytes for buffer in packed.buffers)]
+    head = struct.pack(f"<{1 + len(sizes)}Q", len(sizes), *sizes)
+    parts: list[_Bytes] = []
+    for part in [_as_bytes(head), _as_bytes(packed.pickled), *packed.buffers]:
+        parts += [part, np.zeros(_aligned(part.nbytes) - part.nbytes, np.uint8)]
+    mapped = _shared_copy(parts)
+    return _open_shared(token, np.ndarray((len(mapped),), np.uint8, mapped))
 
-    def prepare() -> list[str]:
-        _sharable(array)  # or it is refused on every rank
-        found: list[str] = hosts
-        return found
+
+def _memory_of_shared(value: Any) -> mmap.mmap:
+    shared = _SHARED.find(value)
+    mapped: mmap.mmap = _owner_of_memory(value if shared is None else shared.content)
+    return mapped
+
+
+def _machine() -> str:
+    """Where processes can map each other's memory: a host, as it runs, or a container on it."""
+    told = [_hostname()]
+    with contextlib.suppress(OSError):
+        told += [_read_proc("sys/kernel/random/boot_id").decode(), os.readlink("/proc/self/ns/pid")]  # noqa: PTH115 - pathlib is slow to import
+    return " ".join(told)
+
+
+def _share_in_run(value: Any = None, writable: bool = False, *, parallelizer: Parallelizer) -> Any:
+    """On each machine the lowest rank makes the copy, and the others attach to it."""
+    machines: Any = None
+
+    def prepare() -> tuple[list[str], bool, bytes]:
+        _to_share(value, writable=writable)  # or it is refused on every rank
+        if writable and len(set(machines)) > 1:
+            raise ParallelizerError(
+                "share(..., writable=True) is memory that all processes write to, which those on "
+                "other machines cannot: gather what they have instead"
+            )
+        return machines, writable, os.urandom(16)
 
     with parallelizer._calling("share") as comm:
         if comm.size == 1:
-            return _share(array, lent=True)
-        hosts = parallelizer._gather(comm, _hostname(), False)
-        hosts = _from_main(comm, prepare)
-    leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
-    copy = comm.in_group(leaders, lambda: _share(parallelizer.broadcast(array)))
-    handle = _dumps(copy) if comm.rank in leaders else b""
-    handles = parallelizer.allgather(handle)
-    shared = _loads(handles[hosts.index(hosts[comm.rank])])
+            return _share(value, lent=True, writable=writable)
+        machines = parallelizer._gather(comm, _machine(), False)
+        machines, writable, token = _from_main(comm, prepare)
+    leaders = [machines.index(machine) for machine in dict.fromkeys(machines)]
+
+    def make_copy() -> Any:
+        return _share(parallelizer.broadcast(value), writable=writable, token=token)
+
+    copy = comm.in_group(leaders, make_copy)
+    told = (_dumps(copy), _HANDLES[_memory_of_shared(copy)]) if comm.rank in leaders else None
+    copies = parallelizer.allgather(told)
+    shared = _loads(copies[machines.index(machines[comm.rank])][0])
+    mapped = _memory_of_shared(shared)
+    if type(shared) is np.ndarray and machines[comm.rank] != machines[0]:
+        _SHARED.keep(token, mapped)  # or main's handle would have no meaning here
+    for leader in leaders:  # the handle of another machine's copy means the one here
+        _MAPS[copies[leader][1]] = mapped
     parallelizer.wait()  # before it is attached to, nobody may let go
     return shared
 
@@ -8955,6 +9131,7 @@ def _worker_main(setup: _WorkerSetup) -> None:
     parallelizer._become_worker(communicator)
     Parallelizer._open[:] = [weakref.ref(parallelizer)]
     _forget_shared()
+    _SHARED.obeys = True
     # What a fork has inherited does not run here.
     Parallelizer._registry.clear()
     Parallelizer._living.clear()

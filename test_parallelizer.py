@@ -6330,23 +6330,36 @@ class Quantity(np.ndarray):
     unit = "m"
 
 
-NOT_TO_BE_SHARED: dict[str, Callable[[], Any]] = {
-    "objects": lambda: np.array([None]),
-    "None": lambda: None,
+# What is more than numbers is shared as what it is.
+SHARED_AS_OBJECTS: dict[str, Callable[[], Any]] = {
+    "objects": lambda: np.array([None, 1.5, "x"]),
     "masked": lambda: np.ma.masked_array([1.0, 1e20], [False, True]),
     "matrix": lambda: np.ones((2, 2)).view(np.matrix),
     "records": lambda: np.rec.fromarrays([[1, 2]], names="x"),
     "quantity": lambda: np.ones(2).view(Quantity),
-    "text": lambda: "text",
-    "tuple": lambda: (1, 2),
-    "range": lambda: range(3),
     "array.array": lambda: array.array("d", [1, 2]),
-    "list of objects": lambda: [1, None],
+    "dict": lambda: {"x": np.arange(3.0), "y": [1, "z"]},
+    "list of objects": lambda: [1, None, np.arange(2)],
     "list of masked": lambda: [[np.ma.masked_array([1.0], [True])]],
+    "ragged list": lambda: [[1], [2, 3]],
     "Series": lambda: importlib.import_module("pandas").Series([1.0], index=["x"]),
     "DataFrame": lambda: importlib.import_module("pandas").DataFrame({"x": [1.0]}),
     "sparse": lambda: importlib.import_module("scipy.sparse").eye(3),
 }
+NOT_TO_BE_SHARED: dict[str, Callable[[], Any]] = {
+    "None": lambda: None,
+    "text": lambda: "text",
+    "tuple": lambda: (1, 2),
+    "range": lambda: range(3),
+}
+
+
+def shares_an_object(name: str, *, parallelizer: Par) -> Any:
+    """Whether it is one object on each rank, by whatever road it comes; and what it looks like."""
+    par = parallelizer
+    shared = par.share(SHARED_AS_OBJECTS[name]() if par.on_main else None)
+    again = par.broadcast({"in a dict": [shared]})["in a dict"][0]
+    return par.allgather((again is shared, type(shared).__mro__[:-1], repr(shared)))
 
 
 def shares_what_cannot_be(name: str, *, parallelizer: Par) -> Any:
@@ -6357,19 +6370,140 @@ def shares_what_cannot_be(name: str, *, parallelizer: Par) -> Any:
 
 for kind, library in {"Series": "pandas", "DataFrame": "pandas", "sparse": "scipy"}.items():
     if importlib.util.find_spec(library) is None:
-        del NOT_TO_BE_SHARED[kind]
+        del SHARED_AS_OBJECTS[kind]
+
+
+@pytest.mark.parametrize("name", SHARED_AS_OBJECTS)
+def test_what_is_more_than_numbers_stays_what_it_is(p: Par, name: str) -> None:
+    given = SHARED_AS_OBJECTS[name]()
+    for is_one, kinds, looks in p.run(shares_an_object, name):
+        assert is_one
+        assert type(given) in kinds
+        assert looks == repr(given)
 
 
 @pytest.mark.parametrize("name", NOT_TO_BE_SHARED)
-def test_what_is_more_than_numbers_is_not_shared(p: Par, name: str) -> None:
+def test_what_cannot_be_weakly_referenced_is_not_shared(p: Par, name: str) -> None:
     given = NOT_TO_BE_SHARED[name]()
-    with pytest.raises(TypeError, match="share needs an array of plain numbers") as caught:
+    with pytest.raises(TypeError, match="share needs an array, a list, a dict, or an") as caught:
         SerialNonParallelizer().share(given)
     expect(p, p.run(shares_what_cannot_be, name), [(TypeError, str(caught.value))] * p.nprocs)
     if not UNDER_MPI:
         with pytest.raises(TypeError) as caught_outside:
             p.share(given)
         assert str(caught_outside.value) == str(caught.value)
+
+
+OPENED_MODELS: list[int] = []  # by the pid, as a fork inherits them
+
+
+class Model:
+    """What samplers evaluate: much data, of which all need the same."""
+
+    def __init__(self, size: int) -> None:
+        self.data, self.few, self.name = np.arange(float(size)), np.arange(3.0), "model"
+        self.__setstate__(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        OPENED_MODELS.append(os.getpid())
+
+    def log_prob(self, x: float) -> tuple[float, int, int, bool]:
+        index = int(x)
+        has_own_memory = self.data.flags.writeable or self.few.flags.writeable
+        times = OPENED_MODELS.count(os.getpid())
+        return float(self.data[index]), os.getpid(), times, has_own_memory
+
+
+def maps_a_method(*, parallelizer: Par) -> Any:
+    """By a client: a method, what holds the model, and a closure over it; then let it go."""
+    p = parallelizer
+    model = p.share(Model(1000))
+    message = internals._pack(model.log_prob, "a method")
+    assert message.nbytes < 800, message
+    first = p.map(model.log_prob, range(60))
+    holder = functools.partial(asks, {"model": [model]})
+    second = p.map(holder, range(60), chunksize=1)
+    assert p.run(knows_one_model, model)
+    before = len(internals._SHARED.living)
+    del model, holder
+    gc.collect()
+    assert p.map(abs, [-1]) == [1]
+    return first, second, before - len(internals._SHARED.living)
+
+
+def asks(given: dict[str, list[Model]], x: float) -> Any:
+    return given["model"][0].log_prob(x)
+
+
+def knows_one_model(model: Model, *, parallelizer: Par) -> bool:
+    same = parallelizer.broadcast([model])[0] is model
+    return all(parallelizer.allgather(same and not model.data.flags.writeable))
+
+
+def test_an_object_is_sent_once(p: Par) -> None:
+    OPENED_MODELS.clear()
+    found = ClientServerRunner(maps_a_method, parallelizer=p).run()
+    if not p.on_main:
+        return
+    first, second, released = found
+    for results in (first, second):
+        assert [value for value, *_ in results] == [float(n) for n in range(60)]
+        assert not any(writeable for *_, writeable in results)
+    # On main it was made, and opened as the others have it; there, what a fork has inherited.
+    most = {pid: times for _, pid, times, _ in [*first, *second]}
+    assert all(times == 1 for pid, times in most.items() if pid != os.getpid()), most
+    assert released == 1
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_shared_object_is_there_once(method: str) -> None:
+    """In memory, on replaced workers too; and is let go of."""
+    with MultiprocessingParallelizer(4, start_method=method) as par:
+        par.run(ranks)
+        before = open_descriptors()
+        model = par.share(Model(8 * MIB))
+        file = memory_of_shared()
+        *_, died = par.run(memory_of_a_model, model)
+        os.kill(died[1], signal.SIGKILL)
+        with pytest.raises(WorkerDied):
+            par.run(deaths_are_noticed)
+        for private, _ in par.run(memory_of_a_model, model)[1:]:
+            assert private < 32 * MIB
+        assert os.fstat(file).st_blocks * 512 >= 64 * MIB
+        del model
+        gc.collect()
+        par.run(ranks)
+        assert os.fstat(file).st_blocks == 0
+        os.close(file)
+        assert len(open_descriptors()) == len(before)
+
+
+def memory_of_a_model(model: Model, *, parallelizer: Par) -> Any:
+    """Bytes of its own that it takes to read all of it, and the pid."""
+    before = resident(os.getpid())
+    assert model.data.sum() == 4 * MIB * (8 * MIB - 1)
+    return parallelizer.gather((resident(os.getpid()) - before, os.getpid()))
+
+
+def writes_together(*, parallelizer: Par) -> Any:
+    p = parallelizer
+    shared = p.share(np.zeros((p.nprocs, 3)) if p.on_main else None, writable=True)
+    shared[p.id] = p.id + 1
+    p.wait()
+    found = shared.sum(axis=1).tolist()
+    p.wait()
+    p.broadcast(shared)[(p.id + 1) % p.nprocs, 0] += 0.5
+    p.wait()
+    return p.allgather((found, shared[:, 0].tolist()))
+
+
+def test_an_array_that_all_write_to(p: Par) -> None:
+    wanted = [3.0 * (n + 1) for n in range(p.nprocs)]
+    first = [n + 1.5 for n in range(p.nprocs)]
+    expect(p, p.run(writes_together), [(wanted, first)] * p.nprocs)
+    with pytest.raises(TypeError, match="needs an array of plain numbers"):
+        SerialNonParallelizer().share({}, writable=True)
 
 
 def shares_numbers(*, parallelizer: Par) -> Any:
