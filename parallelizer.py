@@ -1105,6 +1105,7 @@ class Parallelizer:
         on_error: Literal["raise", "return"] = "raise",
         retries: int = 0,
         checkpoint: str | os.PathLike[str] | None = None,
+        item_timeout: float | None = None,
     ) -> Any:
         """``[func(x, *extra_args, **extra_kwargs) for x in data]``, on all processes.
 
@@ -1149,6 +1150,11 @@ class Parallelizer:
             (by its name), number of items and `seed` takes those from there, whatever has ended
             this one, and computes the rest. Where main drives. It holds pickles, which can execute
             anything when they are loaded: do not open one that you do not trust.
+        item_timeout : float, optional
+            Seconds after which an item that is not done raises TimeoutError, amid its call; a
+            process that does not heed that within a second, because it is stuck in compiled code,
+            ends, which `retries` may survive. Main computes nothing then, unless it is alone.
+            Where main drives, on POSIX; it takes SIGALRM.
 
         Returns
         -------
@@ -1171,7 +1177,7 @@ class Parallelizer:
         return self._map(func, data, functools.partial(
             _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress,
             vectorized=vectorized, concatenate=concatenate, callback=callback, on_error=on_error,
-            retries=retries, checkpoint=checkpoint,
+            retries=retries, checkpoint=checkpoint, item_timeout=item_timeout,
         ))  # fmt: skip
 
     def starmap(
@@ -1190,6 +1196,7 @@ class Parallelizer:
         on_error: Literal["raise", "return"] = "raise",
         retries: int = 0,
         checkpoint: str | os.PathLike[str] | None = None,
+        item_timeout: float | None = None,
     ) -> Any:
         """As `map`, but each item of `data` holds the first arguments: ``func(*x, ...)``.
 
@@ -1201,7 +1208,7 @@ class Parallelizer:
         return self._map(func, data, functools.partial(
             _Task, extra_args, extra_kwargs, chunksize, seed, progress=progress,
             vectorized=vectorized, concatenate=concatenate, callback=callback, on_error=on_error,
-            retries=retries, checkpoint=checkpoint, starred=True,
+            retries=retries, checkpoint=checkpoint, item_timeout=item_timeout, starred=True,
         ))  # fmt: skip
 
     def imap(
@@ -4066,6 +4073,7 @@ class _Task:
         on_error: str = "raise",
         retries: int = 0,
         checkpoint: str | os.PathLike[str] | None = None,
+        item_timeout: float | None = None,
     ) -> None:
         extra_args, chunksize = _checked_extra_args(extra_args, chunksize)
         if not (chunksize is None or hasattr(chunksize, "__index__")):
@@ -4081,10 +4089,12 @@ class _Task:
             )
         if not hasattr(retries, "__index__") or retries < 0:
             raise ValueError(f"retries must be a number of deaths from 0, not {retries!r}")
-        if vectorized and (retries or checkpoint is not None):
+        if item_timeout is not None and not item_timeout > 0:
+            raise ValueError(f"item_timeout must be a number of seconds, not {item_timeout!r}")
+        if vectorized and (retries or checkpoint is not None or item_timeout is not None):
             raise ValueError(
-                "retries= and checkpoint= are for the results of items, so they need "
-                "vectorized=False"
+                "retries=, checkpoint= and item_timeout= are for the results of items, so they "
+                "need vectorized=False"
             )
         if on_error not in ("raise", "return"):
             raise ValueError(f'on_error must be "raise" or "return", not {on_error!r}')
@@ -4109,6 +4119,7 @@ class _Task:
         self.starred = starred
         self.returns_errors = on_error == "return"
         self.retries, self.checkpoint = int(retries), checkpoint
+        self.item_timeout = item_timeout
         self.is_numbered = False  # whether items, and results, come in pairs with their numbers
         self.arithmetic = _Arithmetic(_arithmetic_of_caller())
 
@@ -4122,7 +4133,7 @@ class _Task:
 
     def is_lasting(self) -> bool:
         """Whether what has been computed is kept where something ends the map."""
-        return self.retries > 0 or self.checkpoint is not None
+        return self.retries > 0 or not (self.checkpoint is None and self.item_timeout is None)
 
     def is_paced(self, length: int, nprocs: int) -> bool:
         """Whether the size of the chunks depends on how long an item takes."""
@@ -4189,6 +4200,8 @@ class _Task:
     ) -> None:
         plain = not (self.starred or self.extra_args or self.extra_kwargs)
         call = self.func if plain else self.call
+        if self.item_timeout is not None:
+            call = functools.partial(_call_in_time, self.item_timeout, call)
         if self.returns_errors:
             call = functools.partial(self._call_to_the_end, comm, call)
         if self.is_numbered:
@@ -4263,8 +4276,8 @@ def _map_in_run(
         task.main_computes = parallelizer.main_computes or comm.size == 1
         if task.is_lasting():
             raise ContractError(
-                "retries= and checkpoint= need main to drive the others: call map outside run, "
-                "under MPI in the client of a ClientServerRunner"
+                "retries=, checkpoint= and item_timeout= need main to drive the others: call map "
+                "outside run, under MPI in the client of a ClientServerRunner"
             )
         if task.is_stream():
             items = _Source(data)
@@ -4345,6 +4358,29 @@ class _LastingMap:
                 with _UsersCode():
                     self._task.callback(self._done[self._called_back])
             self._called_back += 1
+
+
+def _call_in_time(seconds: float, call: Callable[..., _R], *args: Any, **more: Any) -> _R:
+    """What it returns; or a TimeoutError, amid it."""
+    if not hasattr(signal, "setitimer") or not _on_main_thread():
+        raise ContractError(
+            "item_timeout= interrupts an item by SIGALRM, which takes a POSIX system, and a "
+            "process that computes on its main thread"
+        )
+    lasts = True
+
+    def interrupt(*_: object) -> None:
+        if lasts:
+            raise TimeoutError(f"the item took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        return call(*args, **more)
+    finally:
+        lasts = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _name_of(func: Callable[..., Any]) -> str:
@@ -4764,7 +4800,9 @@ def _imap_in_run(
         nonlocal source
         assert make_task is not None
         task = make_task()
-        task.main_computes = parallelizer.main_computes or comm.size == 1
+        task.main_computes = (
+            parallelizer.main_computes and task.item_timeout is None
+        ) or comm.size == 1
         source = data if isinstance(data, _Source) else _Source(data)
         return _called_to(task, comm)
 
@@ -5264,6 +5302,8 @@ class _Results:
             return [self._comm.members[rank] for rank in self._dealer.hand.busy()]
 
         with self._comm.enter("receive"):
+            if self._dealer.task.item_timeout is not None:
+                self._comm.await_in_time(self._has_news, self._dealer.task.item_timeout)
             self._comm.await_any(self._has_news, busy, "imap")
 
     def _has_news(self) -> bool:
@@ -6841,6 +6881,9 @@ class Communicator(abc.ABC):
         """Wait until `ready`; without limit where that is up to none of the other processes."""
         self._wait_until(ready, awaited, doing, idle=not awaited())
 
+    def await_in_time(self, ready: Callable[[], object], seconds: float) -> None:  # noqa: B027
+        """Wait until `ready`, and end those who take longer for an item: where that can be done."""
+
     def forget_mail(self, tag: int) -> None:
         """Let go of what has come by a tag and is of no interest any more."""
         self._mail.forget_tag(tag)
@@ -6949,7 +6992,7 @@ class _Board:
         self.crowded = nprocs > _available_cpus() and hasattr(os, "sched_yield")
         self.looks = 20 if self.crowded else 2000
         self._words_at = -(-nprocs // 64) * 64
-        self._counts_at = self._words_at + 8 * (6 * nprocs + 2)
+        self._counts_at = self._words_at + 8 * (7 * nprocs + 2)
         end = self._counts_at + 16 * nprocs**2
         self._slots_at = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
         self._rings_at = self._slots_at + 2 * nprocs * _SLOT_BYTES
@@ -6970,6 +7013,7 @@ class _Board:
         self.called_off = numbers[4 * n : 4 * n + 1]  # the run that is
         self._run = numbers[4 * n + 1 : 5 * n + 2]  # how many take part, and who
         self.computing = numbers[5 * n + 2 : 6 * n + 2]  # items of a map, counted from 1; or 0
+        self.held = numbers[6 * n + 2 : 7 * n + 2]  # memory, in KiB, at its peak so far
         counts = memoryview(self.memory)[self._counts_at : self._slots_at].cast("Q")
         self._written, self._read = counts[: n * n], counts[n * n : 2 * n * n]
         self._held = threading.Lock()
@@ -7067,7 +7111,28 @@ class _Board:
 
     def renew(self, process: int) -> None:
         """On main: a new process is to take the place of this one."""
-        self._called[process] = self.computing[process] = self.memory[process] = 0
+        self._called[process] = self.computing[process] = 0
+        self.held[process] = self.memory[process] = 0
+
+    def note(self, process: int, item: int | None) -> None:
+        """What it computes, and how much memory it has held, for `last_seen`."""
+        self.computing[process] = 0 if item is None else item + 1
+        if _POSIX:
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            self.held[process] = peak if sys.platform == "linux" else peak >> 10
+
+    def last_seen(self, process: int) -> str:
+        """On main, of one that is dead: as the end of a sentence."""
+        told, held = "", self.held[process] / 2**20
+        if (item := self.computing[process]) > 0:
+            told = f". It was computing item {item - 1} of a map"
+        if held > 0:
+            told += f". It held up to {held:.3g} GiB when last seen"
+            limits = _memory_limits()
+            told += f", where all may hold {min(limits) / 2**30:.3g} (cgroup)" if limits else ""
+        return told
 
     # -- who is asleep ------------------------------------------------------------------------
 
@@ -7152,7 +7217,7 @@ class _Board:
 
     _VIEWS = (
         *("_view", "_words", "_called", "_left", "called_off", "_run", "_written", "_read"),
-        *("computing", "memory", "_held"),
+        *("computing", "held", "memory", "_held"),
     )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -8095,7 +8160,7 @@ class BoardCommunicator(Communicator):
         return tickets[0]
 
     def note_item(self, number: int | None) -> None:
-        self._board.computing[self.process] = 0 if number is None else number + 1
+        self._board.note(self.process, number)
 
     def wake_main(self) -> None:
         """Have main look for what it waits for beside messages."""
@@ -8242,6 +8307,23 @@ class _MainEnd(BoardCommunicator):
 
     def _on_failure(self, source: int, parcel: Parcel) -> None:
         self._failures[source] = pickle.loads(parcel.pickled)
+
+    def await_in_time(self, ready: Callable[[], object], seconds: float) -> None:
+        # Who is stuck in compiled code does not raise the TimeoutError that it was to raise.
+        begun: dict[int, tuple[int, float]] = {}  # items, and when they were first seen
+        while not self.listen(min(seconds, _GRACE) / 2, ready):
+            self._raise_failure()
+            now = time.monotonic()
+            for process, worker in self._workers.processes.items():
+                item = self._board.computing[process]
+                since = begun.get(process, (0, 0.0))
+                if since[0] != item:
+                    begun[process] = item, now
+                elif item and now - since[1] > seconds + _GRACE:
+                    self._workers.killed[process] = (
+                        f"killed, as it did not heed item_timeout={seconds} within {_GRACE:g} s"
+                    )
+                    worker.kill()
 
     def _is_called_off(self) -> bool:
         return bool(self._failures)
@@ -8635,6 +8717,7 @@ class _Workers:
         self.owned = True
         self.processes: dict[int, Any] = {}
         self.sentinels: dict[int, int] = {}
+        self.killed: dict[int, str] = {}  # by main, and why
         self._guard: _Guard | None = None
         try:
             pipes = [context.Pipe(duplex=False) for _ in range(nprocs)]
@@ -8741,14 +8824,13 @@ class _Workers:
             os.close(by_pid)
         process.join()
         self._tell_guard()
-        cause = _cause_of_death(process.exitcode)
+        cause = self.killed.pop(number, None) or _cause_of_death(process.exitcode)
         if process.exitcode == 255 and process._start_method == "forkserver":
             cause += ". Or the fork server was killed before, so that the exit code is unknown"
             if by_pid is None:  # the worker may live, and must read nothing more
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
-        if (item := self.board.computing[number]) > 0:
-            cause += f". It was computing item {item - 1} of a map"
+        cause += self.board.last_seen(number)
         died = WorkerDied(f"rank {number} (pid {process.pid}) died: {cause}")
         with contextlib.suppress(ValueError):  # where somebody else has waited for it
             process.close()
@@ -9407,6 +9489,18 @@ def _variables_at_start() -> dict[str, str | None]:
     items = (os.fsdecode(item).partition("=") for item in content.split(b"\0"))
     started = {name: value for name, _, value in items}
     return {name: started.get(name) for name in _THREAD_VARIABLES}
+
+
+def _memory_limits() -> list[int]:
+    """Bytes, of the cgroup (Linux)."""
+    from pathlib import Path
+
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # v2, v1
+        with contextlib.suppress(OSError, ValueError):  # "max" stands for no limit
+            limit = int((Path("/sys/fs/cgroup") / name).read_text())
+            if limit < 2**60:  # or v1 means none
+                return [limit]
+    return []
 
 
 def _affinity() -> set[int]:

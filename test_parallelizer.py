@@ -3258,7 +3258,8 @@ def test_deaths_cost_what_was_being_computed(
         # Unless main came to it, which does not die of it.
         told = [record.getMessage() for record in caplog.records]
         assert len(told) <= 2
-        assert all(re.search("computing item (3|41) of a map", one) for one in told)
+        told_of = r"computing item (3|41) of a map\. It held up to 0\.\d+ GiB when last seen"
+        assert all(re.search(told_of, one) for one in told)
         assert par.map(abs, [-1]) == [1]
 
 
@@ -3287,6 +3288,47 @@ def test_retries_and_checkpoints_are_checked(p: Par) -> None:
 
 def retries_within_a_run(*, parallelizer: Par) -> None:
     parallelizer.map(abs, range(3), retries=1)
+
+
+def sleeps_or_sticks(item: int, folder: str) -> int:
+    if item == 3:
+        time.sleep(60)
+    if item == 5:
+        try:
+            Path(folder, "stuck").touch(exist_ok=False)
+        except FileExistsError:
+            return 25
+        sum(range(10**13))  # which holds the interpreter for hours
+    return item * item
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_an_item_that_takes_too_long(method: str, tmp_path: Path) -> None:
+    given = (str(tmp_path),)
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        with pytest.raises(TimeoutError, match=r"took longer than 0\.3 s"):
+            par.map(sleeps_or_sticks, range(5), given, item_timeout=0.3)
+        told = r"did not heed item_timeout=0.3 within 1 s. It was computing item 1 of a map"
+        with pytest.raises(WorkerDied, match=told):
+            par.map(sleeps_or_sticks, range(4, 9), given, item_timeout=0.3, chunksize=1)
+        (tmp_path / "stuck").unlink()
+        found = par.map(
+            sleeps_or_sticks, range(9), given, item_timeout=0.3, retries=1, on_error="return"
+        )
+        assert found[:3] + found[4:] == [0, 1, 4, 16, 25, 36, 49, 64]
+        assert type(found[3]) is TimeoutError
+        assert par.map(abs, [-1]) == [1]
+
+
+def test_an_item_that_takes_too_long_on_one_process() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    found = SerialNonParallelizer().map(
+        time.sleep, [0.0, 10.0, 0.0], item_timeout=0.1, on_error="return"
+    )
+    assert (found[0], type(found[1]), found[2]) == (None, TimeoutError, None)
+    assert signal.getsignal(signal.SIGALRM) is before
+    with pytest.raises(ValueError, match="item_timeout must be"):
+        SerialNonParallelizer().map(abs, [1], item_timeout=0)
 
 
 def slow_square(item: int, folder: str, bad: int | None) -> int:
