@@ -3021,7 +3021,12 @@ def maps_with_errors(verb: str, options: dict[str, Any], *, parallelizer: Par) -
 def told_of_results(results: list[Any]) -> list[Any]:
     """Of exceptions, what they say and hold, and what caused them."""
     return [
-        (type(one).__name__, str(one).partition("\n")[0][:40], vars(one), type(one.__cause__))
+        (
+            type(one).__name__,
+            re.sub(r"rank \d", "a rank", str(one).partition("\n")[0])[:40],
+            vars(one),
+            type(one.__cause__),
+        )
         if isinstance(one, Exception)
         else one
         for one in results
