@@ -8312,7 +8312,7 @@ class _MainEnd(BoardCommunicator):
         # Who is stuck in compiled code does not raise the TimeoutError that it was to raise.
         begun: dict[int, tuple[int, float]] = {}  # items, and when they were first seen
         while not self.listen(min(seconds, _GRACE) / 2, ready):
-            self._raise_failure()
+            self._heed_end_of_wait(in_round=False)
             now = time.monotonic()
             for process, worker in self._workers.processes.items():
                 item = self._board.computing[process]
