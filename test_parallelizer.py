@@ -6533,6 +6533,66 @@ def memory_of_a_model(model: Model, *, parallelizer: Par) -> Any:
     return parallelizer.gather((resident(os.getpid()) - before, os.getpid()))
 
 
+class FatalToOpen(Model):
+    """Kills the first worker that opens it."""
+
+    def __init__(self, size: int, mark: str) -> None:
+        self.mark = mark
+        super().__init__(size)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if multiprocessing.parent_process() is not None:
+            with contextlib.suppress(FileExistsError):
+                Path(self.mark).touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_sharing_goes_wrong_and_well_again(method: str, tmp_path: Path) -> None:
+    before = len(internals._SHARED.living)
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        par.run(ranks)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+            with pytest.raises(OSError, match="share cannot keep"):
+                par.share(Model(1000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        model = par.share(FatalToOpen(1000, str(tmp_path / "mark")))
+        with pytest.raises(WorkerDied):
+            par.run(knows_one_model, model)
+        assert par.run(knows_one_model, model)
+        with pytest.raises(TypeError, match="holds what belongs to one process"):
+            par.share({"x": multiprocessing.Pipe()[0]})
+        del model
+        gc.collect()
+        assert par.map(abs, [-1]) == [1]
+    assert len(internals._SHARED.living) == before
+
+
+def interrupts_at(stop: int, results: list[Any], result: Any) -> None:
+    results.append(result)
+    if len(results) == stop:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_lasting_map_is_interrupted(method: str, tmp_path: Path) -> None:
+    path, told = tmp_path / "checkpoint", list[Any]()
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        with pytest.raises(KeyboardInterrupt):
+            par.map(
+                adds_noise, range(200), seed=1, checkpoint=path, retries=1, chunksize=1,
+                callback=functools.partial(interrupts_at, 20, told),
+            )  # fmt: skip
+        assert 20 <= len(told) < 200
+        again: list[Any] = []
+        found = par.map(adds_noise, range(200), seed=1, checkpoint=path, callback=again.append)
+        assert found == again == SerialNonParallelizer().map(adds_noise, range(200), seed=1)
+
+
 def writes_together(*, parallelizer: Par) -> Any:
     p = parallelizer
     shared = p.share(np.zeros((p.nprocs, 3)) if p.on_main else None, writable=True)
