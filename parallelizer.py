@@ -575,9 +575,18 @@ class Parallelizer:
             )
         return self.run(func, *args, **kwargs)
 
+    def _refuse_on_worker(self, what: str) -> None:
+        """Outside its runs, a worker has nobody to drive."""
+        if self._drives_workers and self._comm is not None and self._comm.process > 0:
+            raise ContractError(
+                f"{what} was called on a worker outside a run, as by its initializer or by a "
+                f"thread of its own, where the others do not take part; use another parallelizer"
+            )
+
     @_context
     def _reserved(self, what: str) -> Iterator[None]:
         """Within, nothing else is run: by no other thread, nor by an imap that goes on."""
+        self._refuse_on_worker(what)
         if self._comm is not None:
             _Reader.refuse(self._comm)
         stream = self._stream()
@@ -1141,8 +1150,8 @@ class Parallelizer:
             With "return", an item whose call raises an exception costs no more than itself: its
             result is that exception, caused by a `RemoteTraceback`, and all others are computed.
         retries : int
-            So many deaths of workers cost no more than the items that were being computed, which
-            others compute again, the dead being replaced. One more raises `WorkerDied`, whose
+            So many deaths of workers cost no more than the chunks that were being computed, which
+            are computed again, the dead being replaced. One more raises `WorkerDied`, whose
             message names the item that the worker was at. Where main drives, outside `run`; under
             MPI, the death of a rank ends the job.
         checkpoint : path, optional
@@ -1300,10 +1309,20 @@ class Parallelizer:
             # Not inside a run, where a callback that calls a verb would wait for ever.
             data = _Source(data)
             task.choose_chunksize(data.hint, self.nprocs or 1)
-            return _call_back(task, self._imap(func, data, lambda: task, ordered=True))
+            return self._unless_closed(
+                lambda: _call_back(task, self._imap(func, data, lambda: task, ordered=True))
+            )
         given = {"make_task": lambda: task, "data": data}
         work = functools.partial(_map_in_run, _function_laid_out(func))
         return self.run(work, main_kwargs=given)
+
+    def _unless_closed(self, work: Callable[[], _R]) -> _R:
+        """What `work` gives, whose stream ends early where this is closed meanwhile."""
+        before = self._comm
+        result = work()
+        if before is not None and self._comm is not before:
+            raise ContractError("this parallelizer was closed before its map was at its end")
+        return result
 
     def _imap(
         self,
@@ -1651,9 +1670,12 @@ class MultiprocessingParallelizer(Parallelizer):
         }  # fmt: skip
 
     def _start(self) -> None:
-        nprocs = self._nprocs or _available_cpus()
         if self._initialize_main and self.initializer is not None:
             self.initializer(*self.initargs)
+        self._start_workers()
+
+    def _start_workers(self) -> None:
+        nprocs = self._nprocs or _available_cpus()
         workers = _Workers(self, nprocs, self._start_method)
         self._comm = communicator = _MainEnd(workers, self.timeout)
         # Whichever comes first: the end of 'with', of this object, or of the interpreter; the
@@ -1677,7 +1699,7 @@ class MultiprocessingParallelizer(Parallelizer):
         if self._entered > 0:
             with _CTRL_C.governed_by(None), self._reserved("restart"):
                 self._stop()
-                self._start()
+                self._start_workers()
 
     def _forget(self) -> None:
         """In a forked child: be as if never opened."""
@@ -2574,6 +2596,7 @@ class _Pickler(pickle.Pickler):
 
     by_value: ClassVar = False  # whether functions and classes travel, too, and not their names
     small_bytes = _SMALL_BYTES
+    is_lasting = False  # whether what is pickled outlives this process, and its memory
 
     def __init__(
         self, stream: Any, comm: Communicator | None = None, *, with_causes: bool = True
@@ -2588,13 +2611,15 @@ class _Pickler(pickle.Pickler):
         super().__init__(stream, 5, buffer_callback=self.buffers.append)
 
     def reducer_override(self, obj: Any) -> Any:
-        if _SHARED.by_id and (shared := _SHARED.find(obj)) is not None:
+        if not self.is_lasting and _SHARED.by_id and (shared := _SHARED.find(obj)) is not None:
             return _open_shared, (shared.token, shared.content)
         if isinstance(obj, np.ndarray):
-            mapped = _reduce_mapped(obj)
+            mapped = None if self.is_lasting else _reduce_mapped(obj)
             if mapped is not None:  # which stays where it lies
                 return mapped
-            if self._comm is None and _lies_in(obj, _Lent):
+            if isinstance(obj, np.memmap) and self.is_lasting:
+                obj = np.array(obj)
+            if self._comm is None and self.small_bytes and _lies_in(obj, _Lent):
                 return self._keep(obj)
             self.relaid = self.relaid or not _is_laid_out(obj)
             if type(obj) is np.ndarray:
@@ -2735,7 +2760,7 @@ def _pack(
     `what` names it in the `PackingError`. If it is `to_share`, all its arrays stay apart.
     """
     if to_share:
-        return _pickled_message(obj, what, comm, 0)
+        return _pickled_message(obj, what, comm, small_bytes=0)
     if type(obj) in _ATOMS or _is_of_atoms(obj):
         return Message(b"P" + pickle.dumps(obj, 5), ())
     if type(obj) is np.ndarray and _is_raw(obj) and not _lies_in(obj, _PLACES):
@@ -2744,10 +2769,17 @@ def _pack(
         simple = spec.dtype.isbuiltin == 1 and spec.dtype.metadata is None
         packed = _packed_spec(spec) if simple else _packed_spec.__wrapped__(spec)
         return Message(packed, [data], not _is_laid_out(obj))
-    return _pickled_message(obj, what, comm, _SMALL_BYTES)
+    return _pickled_message(obj, what, comm)
 
 
-def _pickled_message(obj: Any, what: str, comm: Communicator | None, small_bytes: int) -> Message:
+def _pickled_message(
+    obj: Any,
+    what: str,
+    comm: Communicator | None,
+    *,
+    small_bytes: int = _SMALL_BYTES,
+    is_lasting: bool = False,
+) -> Message:
     """Pack what is more than an array of numbers."""
     failure: Exception | None = None
     tried: list[_Pickler] = []
@@ -2758,7 +2790,7 @@ def _pickled_message(obj: Any, what: str, comm: Communicator | None, small_bytes
         try:
             kind = _by_value_pickler() if by_value else _Pickler
             tried.append(kind(io.BytesIO(), with_causes=with_causes))
-            tried[-1].small_bytes = small_bytes
+            tried[-1].small_bytes, tried[-1].is_lasting = small_bytes, is_lasting
             message = tried[-1].message(obj)
             if comm is None or not message.kept:
                 return message
@@ -2968,10 +3000,10 @@ def _attributes_laid_out(holder: Any) -> Any:
     return copied
 
 
-def _dumps(obj: Any) -> bytes:
+def _dumps(obj: Any, *, is_lasting: bool = False) -> bytes:
     """Pack in one piece: for what is small or seldom."""
     # In a list, so as to be no bare array; and for anybody, so that nothing is kept here.
-    message = _pack([obj], "an object", SerialCommunicator())
+    message = _pickled_message([obj], "an object", SerialCommunicator(), is_lasting=is_lasting)
     return pickle.dumps((message.pickled, [bytearray(buffer) for buffer in message.buffers]))
 
 
@@ -3422,15 +3454,28 @@ def _is_array_to_share(value: Any) -> bool:
     if isinstance(value, (str, bytes)) or not _consists_of_numbers(value):
         return False
     try:
-        return _is_raw(np.asarray(value))
+        data = np.asarray(value)
     except ValueError:  # lists of several lengths
         return False
+    return _is_raw(data) and (type(value) is not list or _keeps_its_items(data, value))
 
 
 def _consists_of_numbers(value: Any) -> bool:
     if type(value) is list:
         return all(map(_consists_of_numbers, value))
     return type(value) in _ARRAY_TYPES
+
+
+def _keeps_its_items(data: np.ndarray[Any, Any], items: Any) -> bool:
+    """Whether an array that was made of a list holds what that holds: no number as text or such."""
+    if type(items) is not list:
+        return data.dtype.kind not in "US" or bool(data.tolist() == np.asarray(items).tolist())
+    if len(items) == 0 or data.ndim == 0:
+        return True
+    return all(
+        _keeps_its_items(part, item) if part.ndim else bool(part.item() == item or item != item)
+        for part, item in zip(map(np.asarray, data), items, strict=True)
+    )
 
 
 def _to_share(value: Any, *, writable: bool) -> Any:
@@ -3456,6 +3501,8 @@ def _to_share(value: Any, *, writable: bool) -> Any:
 
 
 def _share(value: Any, *, lent: bool = False, writable: bool = False, token: bytes = b"") -> Any:
+    if _SHARED.find(value) is not None:
+        return value  # as it is shared already
     value = _to_share(value, writable=writable)
     token = token or os.urandom(16)
     if not (type(value) in (np.ndarray, np.memmap) and _is_raw(value)):
@@ -3507,20 +3554,22 @@ def _share_in_run(value: Any = None, writable: bool = False, *, parallelizer: Pa
     """On each machine the lowest rank makes the copy, and the others attach to it."""
     machines: Any = None
 
-    def prepare() -> tuple[list[str], bool, bytes]:
+    def prepare() -> tuple[list[str], bool, bytes, tuple[bytes, ...]]:
         _to_share(value, writable=writable)  # or it is refused on every rank
         if writable and len(set(machines)) > 1:
             raise ParallelizerError(
                 "share(..., writable=True) is memory that all processes write to, which those on "
                 "other machines cannot: gather what they have instead"
             )
-        return machines, writable, os.urandom(16)
+        return machines, writable, os.urandom(16), tuple(_SHARED.living)
 
     with parallelizer._calling("share") as comm:
         if comm.size == 1:
             return _share(value, lent=True, writable=writable)
         machines = parallelizer._gather(comm, _machine(), False)
-        machines, writable, token = _from_main(comm, prepare)
+        machines, writable, token, living = _from_main(comm, prepare)
+    if comm.rank > 0:
+        _SHARED.forget_all_but(living)
     leaders = [machines.index(machine) for machine in dict.fromkeys(machines)]
 
     def make_copy() -> Any:
@@ -4089,7 +4138,7 @@ class _Task:
             )
         if not hasattr(retries, "__index__") or retries < 0:
             raise ValueError(f"retries must be a number of deaths from 0, not {retries!r}")
-        if item_timeout is not None and not item_timeout > 0:
+        if item_timeout is not None and not 0 < item_timeout < 1e9:
             raise ValueError(f"item_timeout must be a number of seconds, not {item_timeout!r}")
         if vectorized and (retries or checkpoint is not None or item_timeout is not None):
             raise ValueError(
@@ -4183,6 +4232,8 @@ class _Task:
             error = why
         finally:
             comm.items = []
+            if self.is_numbered:
+                comm.note_item(None)
             comm.in_task = task
             comm.mark_function(executing=function)
         comm.account.tasks += len(results)
@@ -4209,7 +4260,6 @@ class _Task:
                 comm.note_item(number)
                 more = {} if self.seed is None else {"rng": _spawned_rng(self.seed, number)}
                 results.append((number, call(item, **more)))
-            comm.note_item(None)
             return
         # Not by the builtin map, which a StopIteration would end without a word.
         if self.seed is not None:
@@ -4318,8 +4368,9 @@ class _LastingMap:
     def results(self) -> list[Any]:
         task, total = self._task, len(self._items)
         if task.checkpoint is not None:
-            name, seed = _name_of(self._func), repr(task.seed)
-            of_what = {"function": name, "items": total, "seed": seed}
+            of_what = {
+                "function": _name_of(self._func), "items": total, "seed": _told_seed(task.seed)
+            }  # fmt: skip
             self._checkpoint = _Checkpoint(task.checkpoint, of_what)
             self._done.update(self._checkpoint.results)
         with self._checkpoint or contextlib.nullcontext():
@@ -4330,7 +4381,7 @@ class _LastingMap:
 
     def _compute_until_death(self) -> None:
         try:
-            self._compute_rest()
+            self._parallelizer._unless_closed(self._compute_rest)
         except WorkerDied as died:
             self._deaths += 1
             if self._deaths > self._task.retries:
@@ -4373,14 +4424,18 @@ def _call_in_time(seconds: float, call: Callable[..., _R], *args: Any, **more: A
         if lasts:
             raise TimeoutError(f"the item took longer than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, interrupt)
+    begun, before = time.monotonic(), signal.signal(signal.SIGALRM, interrupt)
+    # Again and again, as it may be swallowed.
+    outer, interval = signal.setitimer(signal.ITIMER_REAL, seconds, _GRACE / 10)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
         return call(*args, **more)
     finally:
         lasts = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if outer:  # of an item that maps in turn
+            left = max(outer - (time.monotonic() - begun), 1e-3)
+            signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
 def _name_of(func: Callable[..., Any]) -> str:
@@ -4388,7 +4443,17 @@ def _name_of(func: Callable[..., Any]) -> str:
     while isinstance(func, functools.partial):
         func = func.func
     named = func if hasattr(func, "__qualname__") else type(func)
+    if named.__qualname__.endswith("<lambda>"):
+        raise ValueError("checkpoint= needs a function with a name, by which it is known later")
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def _told_seed(seed: Any) -> str:
+    """What all that is drawn from it depends on."""
+    if seed is None:
+        return "None"
+    sequence = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
+    return str(sequence.generate_state(4).tolist())
 
 
 class _Checkpoint:
@@ -4454,7 +4519,7 @@ class _Checkpoint:
     def _write(self, content: Any) -> None:
         import zlib
 
-        pickled = _dumps(content)
+        pickled = _dumps(content, is_lasting=True)
         self._file.write(self._RECORD.pack(len(pickled), zlib.crc32(pickled)) + pickled)
         self._file.flush()
 
@@ -5270,6 +5335,8 @@ class _Results:
                 raise ContractError("the run of this imap has ended, so it has no more results")
             while dealer.hand.busy() and self._comm.has_arrived(dealer.hand.busy(), self._tag):
                 self._take_in()
+            if dealer.task.item_timeout is not None:
+                self._comm.end_the_stuck(dealer.task.item_timeout)
             self._deal()
             start = next(iter(self._dealer.dealt if self._ordered else self._done), None)
             if start in self._done:
@@ -5307,7 +5374,8 @@ class _Results:
             self._comm.await_any(self._has_news, busy, "imap")
 
     def _has_news(self) -> bool:
-        if self._dealer.has_news():
+        may_offer = self._dealer.task.main_computes or self._dealer.hand.has_room()
+        if may_offer and self._dealer.has_news():
             return True
         return self._comm.first_sender(self._dealer.hand.busy(), self._tag) is not None
 
@@ -6884,6 +6952,9 @@ class Communicator(abc.ABC):
     def await_in_time(self, ready: Callable[[], object], seconds: float) -> None:  # noqa: B027
         """Wait until `ready`, and end those who take longer for an item: where that can be done."""
 
+    def end_the_stuck(self, seconds: float) -> None:  # noqa: B027 - as above
+        """End those who take longer for an item, and do not heed that."""
+
     def forget_mail(self, tag: int) -> None:
         """Let go of what has come by a tag and is of no interest any more."""
         self._mail.forget_tag(tag)
@@ -8289,6 +8360,7 @@ class _MainEnd(BoardCommunicator):
         super()._next_run(run)
         self._board.empty_rings()
         self._failures: dict[int, Failure | BaseException] = {}
+        self._items_begun: dict[int, tuple[int, float]] = {}  # and when they were first seen
         self._called: set[int] = set()  # who knows of the run, and has not died in it
 
     def _handles(self) -> Iterable[int]:
@@ -8309,21 +8381,24 @@ class _MainEnd(BoardCommunicator):
         self._failures[source] = pickle.loads(parcel.pickled)
 
     def await_in_time(self, ready: Callable[[], object], seconds: float) -> None:
-        # Who is stuck in compiled code does not raise the TimeoutError that it was to raise.
-        begun: dict[int, tuple[int, float]] = {}  # items, and when they were first seen
         while not self.listen(min(seconds, _GRACE) / 2, ready):
             self._heed_end_of_wait(in_round=False)
-            now = time.monotonic()
-            for process, worker in self._workers.processes.items():
-                item = self._board.computing[process]
-                since = begun.get(process, (0, 0.0))
-                if since[0] != item:
-                    begun[process] = item, now
-                elif item and now - since[1] > seconds + _GRACE:
-                    self._workers.killed[process] = (
-                        f"killed, as it did not heed item_timeout={seconds} within {_GRACE:g} s"
-                    )
-                    worker.kill()
+            self.end_the_stuck(seconds)
+
+    def end_the_stuck(self, seconds: float) -> None:
+        # Who is stuck in compiled code does not raise the TimeoutError that it was to raise.
+        now = time.monotonic()
+        for process, worker in self._workers.processes.items():
+            item = self._board.computing[process]
+            begun = self._items_begun.get(process, (0, 0.0))
+            if begun[0] != item:
+                self._items_begun[process] = item, now
+            elif item and now - begun[1] > seconds + _GRACE:
+                self._workers.killed[process] = (
+                    f"killed, as it did not heed item_timeout={seconds} within {_GRACE:g} s"
+                )
+                _kill_families([worker.pid])
+                worker.kill()
 
     def _is_called_off(self) -> bool:
         return bool(self._failures)
