@@ -3311,14 +3311,14 @@ def sleeps_or_sticks(item: int, folder: str) -> int:
 def test_an_item_that_takes_too_long(method: str, tmp_path: Path) -> None:
     given = (str(tmp_path),)
     with MultiprocessingParallelizer(3, start_method=method) as par:
-        with pytest.raises(TimeoutError, match=r"took longer than 0\.3 s"):
-            par.map(sleeps_or_sticks, range(5), given, item_timeout=0.3)
-        told = r"did not heed item_timeout=0.3 within 1 s. It was computing item 1 of a map"
+        with pytest.raises(TimeoutError, match=r"took longer than 1 s"):
+            par.map(sleeps_or_sticks, range(5), given, item_timeout=1)
+        told = r"did not heed item_timeout=1 within 1 s. It was computing item 1 of a map"
         with pytest.raises(WorkerDied, match=told):
-            par.map(sleeps_or_sticks, range(4, 9), given, item_timeout=0.3, chunksize=1)
+            par.map(sleeps_or_sticks, range(4, 9), given, item_timeout=1, chunksize=1)
         (tmp_path / "stuck").unlink()
         found = par.map(
-            sleeps_or_sticks, range(9), given, item_timeout=0.3, retries=1, on_error="return"
+            sleeps_or_sticks, range(9), given, item_timeout=1, retries=1, on_error="return"
         )
         assert found[:3] + found[4:] == [0, 1, 4, 16, 25, 36, 49, 64]
         assert type(found[3]) is TimeoutError
@@ -3328,7 +3328,7 @@ def test_an_item_that_takes_too_long(method: str, tmp_path: Path) -> None:
 def test_an_item_that_takes_too_long_on_one_process() -> None:
     before = signal.getsignal(signal.SIGALRM)
     found = SerialNonParallelizer().map(
-        time.sleep, [0.0, 10.0, 0.0], item_timeout=0.1, on_error="return"
+        time.sleep, [0.0, 10.0, 0.0], item_timeout=1, on_error="return"
     )
     assert (found[0], type(found[1]), found[2]) == (None, TimeoutError, None)
     assert signal.getsignal(signal.SIGALRM) is before
@@ -3339,7 +3339,7 @@ def test_an_item_that_takes_too_long_on_one_process() -> None:
 def slow_square(item: int, folder: str, bad: int | None) -> int:
     with (Path(folder) / "calls").open("a") as file:
         file.write(f"{item}\n")
-    time.sleep(0.01)
+    time.sleep(0.05)
     if item == bad:
         raise KeyError(item)
     return item * item
@@ -6610,11 +6610,11 @@ def test_who_is_stuck_is_killed_while_others_go_on(tmp_path: Path) -> None:
     begun = time.monotonic()
     with MultiprocessingParallelizer(3) as par:
         given = (str(tmp_path / "mark"),)
-        found = par.map(ignores_alarms, range(60), given, item_timeout=0.5, retries=1, chunksize=1)
+        found = par.map(ignores_alarms, range(60), given, item_timeout=2, retries=1, chunksize=1)
         assert found == list(range(60))
         assert time.monotonic() - begun < 30
         # What an earlier map has left half-done is not taken for an item of this one.
-        assert par.map(time.sleep, [0.1] * 4, item_timeout=0.3) == [None] * 4
+        assert par.map(time.sleep, [0.1] * 4, item_timeout=5) == [None] * 4
 
 
 def swallows(item: int) -> int:
@@ -6626,13 +6626,13 @@ def swallows(item: int) -> int:
 
 def maps_within(item: int) -> Any:
     SerialNonParallelizer().map(time.sleep, [0.01], item_timeout=5)
-    time.sleep(10)
+    time.sleep(20)
     return item
 
 
 def test_an_item_timeout_comes_again() -> None:
     alone = SerialNonParallelizer()
-    found = alone.map(maps_within, [0], item_timeout=0.3, on_error="return")
+    found = alone.map(maps_within, [0], item_timeout=1, on_error="return")
     assert type(found[0]) is TimeoutError
     with MultiprocessingParallelizer(2) as par, pytest.raises(WorkerDied, match="not heed"):
         par.map(swallows, [0], item_timeout=0.2)
@@ -7763,18 +7763,22 @@ COSTS: dict[str, tuple[Callable[[Par], Any], int, int]] = {
 
 
 def counts_costs(verb: str, *, parallelizer: Par) -> list[tuple[int, int]]:
-    """Rounds and calls on each rank, when it is not the first time."""
+    """Rounds and calls on each rank, when it is not the first time, and nothing comes between."""
     call, _, _ = COSTS[verb]
-    for _ in range(3):
-        call(parallelizer)
-    parallelizer.wait()
-    comm, counter = parallelizer._communicator(), CallCounter()
-    before = comm._round
-    sys.setprofile(counter)
-    call(parallelizer)
-    sys.setprofile(None)
-    cost = comm._round - before, counter.calls
-    told: list[tuple[int, int]] = parallelizer.allgather(cost)
+    costs = []
+    gc.disable()
+    try:
+        for _ in range(6):
+            parallelizer.wait()
+            comm, counter = parallelizer._communicator(), CallCounter()
+            before = comm._round
+            sys.setprofile(counter)
+            call(parallelizer)
+            sys.setprofile(None)
+            costs.append((comm._round - before, counter.calls))
+    finally:
+        gc.enable()
+    told: list[tuple[int, int]] = parallelizer.allgather(min(costs))
     return told
 
 
