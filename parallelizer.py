@@ -7084,7 +7084,7 @@ class _Board:
         self.called_off = numbers[4 * n : 4 * n + 1]  # the run that is
         self._run = numbers[4 * n + 1 : 5 * n + 2]  # how many take part, and who
         self.computing = numbers[5 * n + 2 : 6 * n + 2]  # items of a map, counted from 1; or 0
-        self.held = numbers[6 * n + 2 : 7 * n + 2]  # memory, in KiB, at its peak so far
+        self.held = numbers[6 * n + 2 : 7 * n + 2]  # memory, in KiB, when it last told
         counts = memoryview(self.memory)[self._counts_at : self._slots_at].cast("Q")
         self._written, self._read = counts[: n * n], counts[n * n : 2 * n * n]
         self._held = threading.Lock()
@@ -7188,11 +7188,9 @@ class _Board:
     def note(self, process: int, item: int | None) -> None:
         """What it computes, and how much memory it has held, for `last_seen`."""
         self.computing[process] = 0 if item is None else item + 1
-        if _POSIX:
-            import resource
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            self.held[process] = peak if sys.platform == "linux" else peak >> 10
+        with contextlib.suppress(OSError, IndexError):  # Linux alone tells
+            pages = int(_read_proc("self/statm").split()[1])
+            self.held[process] = pages * mmap.PAGESIZE >> 10
 
     def last_seen(self, process: int) -> str:
         """On main, of one that is dead: as the end of a sentence."""
@@ -7200,7 +7198,7 @@ class _Board:
         if (item := self.computing[process]) > 0:
             told = f". It was computing item {item - 1} of a map"
         if held > 0:
-            told += f". It held up to {held:.3g} GiB when last seen"
+            told += f". It held {held:.3g} GiB when last seen"
             limits = _memory_limits()
             told += f", where all may hold {min(limits) / 2**30:.3g} (cgroup)" if limits else ""
         return told
