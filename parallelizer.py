@@ -5310,7 +5310,7 @@ class _Results:
         for done in self._done.values():
             yield from done.results
         comm, workers = self._comm, range(1, self._comm.size)
-        while comm.first_sender(workers, self._tag) is not None:
+        while comm.has_arrived(workers, self._tag):
             rank, message = comm.receive_any(workers, self._tag, "imap")
             yield from _unpack(message, f"what rank {rank} sends to imap")[1]
 

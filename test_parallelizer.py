@@ -3258,8 +3258,8 @@ def test_deaths_cost_what_was_being_computed(
         check(called_back, wanted)
         calls = calls_in(tmp_path)
         assert set(calls) == set(range(60))
-        # At each death, the chunk of the dead, and those that others had in hand.
-        assert len(calls) <= 60 + 2 * 3 * 2 * 3
+        # At each death, the chunk of the dead, and those that others had in hand, or on their way.
+        assert len(calls) < 2 * 60
         # Unless main came to it, which does not die of it.
         messages = [record.getMessage() for record in caplog.records]
         told = [message for message in messages if "died" in message]
