@@ -1304,7 +1304,7 @@ class Parallelizer:
             return _LastingMap(self, func, data, task).results()
         if not self._main_is_alone():
             return _map_in_run(_function_laid_out(func), lambda: task, data, parallelizer=self)
-        task.main_computes = self.main_computes or self.nprocs == 1
+        task.choose_who_computes(self.main_computes, self.nprocs)
         if task.is_stream():
             # Not inside a run, where a callback that calls a verb would wait for ever.
             data = _Source(data)
@@ -3610,6 +3610,16 @@ class _Segments:
         self.length = 64 * min(most, -(-own.size // (64 * ranks)))
         self.width = self.length * ranks
         self.portions = -(-own.size // self.width)
+        self.error: Exception | None = None  # that folding has raised on this rank
+
+    def fold(
+        self, fold: np.ufunc, arrays: Sequence[np.ndarray[Any, Any]], out: np.ndarray[Any, Any]
+    ) -> None:
+        """Fold a segment. What numpy is told to raise is told in the end, as the others go on."""
+        try:
+            _fold_alike(fold, arrays, out)
+        except Exception as why:
+            self.error = why
 
     def segment(self, portion: int, rank: int) -> slice:
         start = min(portion * self.width + rank * self.length, self._items)
@@ -4180,6 +4190,10 @@ class _Task:
         """Whether main takes in the results of items as they come."""
         return not self.vectorized and (self._has_callback or not self.main_computes)
 
+    def choose_who_computes(self, main_may: bool, nprocs: int | None) -> None:
+        """Main, too, where it may; not an item that could be stuck, but where it is alone."""
+        self.main_computes = nprocs == 1 or (main_may and self.item_timeout is None)
+
     def is_lasting(self) -> bool:
         """Whether what has been computed is kept where something ends the map."""
         return self.retries > 0 or not (self.checkpoint is None and self.item_timeout is None)
@@ -4323,7 +4337,7 @@ def _map_in_run(
         nonlocal items
         assert make_task is not None
         task = make_task()
-        task.main_computes = parallelizer.main_computes or comm.size == 1
+        task.choose_who_computes(parallelizer.main_computes, comm.size)
         if task.is_lasting():
             raise ContractError(
                 "retries=, checkpoint= and item_timeout= need main to drive the others: call map "
@@ -4398,7 +4412,7 @@ class _LastingMap:
         with contextlib.closing(stream):  # type: ignore[type-var]
             for number, result in stream:
                 if self._checkpoint is not None:
-                    self._checkpoint.append(number, result)
+                    self._checkpoint.append((number, result))
                 self._done[number] = result
                 self._call_back()
 
@@ -4477,7 +4491,7 @@ class _Checkpoint:
             self._file.seek(0)
             records = self._whole_records()
             if (found := next(records, None)) is None:
-                self._write(head)
+                self.append(head)
             else:
                 self._compare(found, head)
                 self.results.update(records)
@@ -4513,10 +4527,8 @@ class _Checkpoint:
                 f"remove the file, or choose another path"
             )
 
-    def append(self, number: int, result: Any) -> None:
-        self._write((number, result))
-
-    def _write(self, content: Any) -> None:
+    def append(self, content: Any) -> None:
+        """The head, or the number of an item and its result."""
         import zlib
 
         pickled = _dumps(content, is_lasting=True)
@@ -4586,8 +4598,7 @@ def _blocks_for_workers(data: Any, parallelizer: Parallelizer) -> list[Any] | No
     """On main: a block for each process, of which its own is empty."""
     if not parallelizer.on_main:
         return None
-    none, *blocks = _split(data, 1)[0][:0], *_split(data, parallelizer.nprocs - 1)
-    return [none, *blocks]
+    return [_split(data, 1)[0][:0], *_split(data, parallelizer.nprocs - 1)]
 
 
 def _called_to(task: _Task, comm: Communicator) -> _Task:
@@ -4865,9 +4876,7 @@ def _imap_in_run(
         nonlocal source
         assert make_task is not None
         task = make_task()
-        task.main_computes = (
-            parallelizer.main_computes and task.item_timeout is None
-        ) or comm.size == 1
+        task.choose_who_computes(parallelizer.main_computes, comm.size)
         source = data if isinstance(data, _Source) else _Source(data)
         return _called_to(task, comm)
 
@@ -6222,10 +6231,9 @@ class Communicator(abc.ABC):
 
     def _agree_on(self, group: Sequence[int]) -> None:
         """All of the present members call for the same group."""
-        self._lay(Message(self._signature(group), ()))
-        self._meet()
-        for process in self.members:
-            if (other := self._peek(process).pickled) != self._signature(group):
+        shown = self.show_all(Message(self._signature(group), ()))
+        for process, message in zip(self.members, shown, strict=True):
+            if (other := message.pickled) != self._signature(group):
                 self._give_up_round(
                     ContractError(
                         f"rank {process} called run(comm=...) for {other.decode()} where rank "
@@ -8066,7 +8074,6 @@ class BoardCommunicator(Communicator):
             ]
             for parity in (0, 1)
         ]
-        error: Exception | None = None
         for number in range(segments.portions + 1):
             portion = own[number * segments.width : (number + 1) * segments.width]
             mine = slots[self._round + 1 & 1][self.rank]
@@ -8075,7 +8082,7 @@ class BoardCommunicator(Communicator):
             if number < segments.portions:
                 self._meet(self.call.depth << 6 | _MORE)
             else:
-                self._end_folding(error)
+                self._end_folding(segments.error)
             present, ahead = slots[self._round & 1], slots[self._round + 1 & 1]
             if number > 0 and result is not None:
                 for rank, slot in enumerate(present):
@@ -8088,13 +8095,10 @@ class BoardCommunicator(Communicator):
                 stop = begin + place.stop - place.start
                 values = [slot[begin:stop] for slot in present]
                 values[self.rank] = own[place]
-                try:
-                    folded = _fold_alike(fold, values, ahead[self.rank][begin:stop])
-                except Exception as why:  # as numpy is told to raise; the others go on
-                    error = why
-                else:
-                    if result is not None:
-                        result[place] = folded
+                folded = ahead[self.rank][begin:stop]
+                segments.fold(fold, values, folded)
+                if result is not None:
+                    result[place] = folded
 
     def _large_in_turn(
         self, process: int, parity: int, rest: Iterator[list[_Bytes]] | None
@@ -10521,7 +10525,6 @@ class MPICommunicator(Communicator):
     ) -> None:
         segments = _Segments(own, self.size, self.portion_bytes)
         others = [(rank, p) for rank, p in enumerate(self.members) if p != self.process]
-        error: Exception | None = None
         with self._unbreakable():
             # Apart, as numpy 1 takes neighbours in memory for arrays that overlap, and multiplies
             # complex numbers in another way then, to other digits.
@@ -10539,17 +10542,14 @@ class MPICommunicator(Communicator):
                 )
                 folded = values[self.rank] if result is None else result[place]
                 values[self.rank] = own[place]
-                try:
-                    _fold_alike(fold, values, folded)
-                except Exception as why:  # as numpy is told to raise; the others go on
-                    error = why
+                segments.fold(fold, values, folded)
                 self._bulk.swap(
                     [(process, folded) for rank, process in others if rank in receivers],
                     [(process, result[places[rank]]) for rank, process in others]
                     if result is not None
                     else [],
                 )
-        self._end_folding(error)
+        self._end_folding(segments.error)
 
     def _large_in_turn(
         self, process: int, parity: int, rest: Sequence[Message] | None
