@@ -119,6 +119,7 @@ OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWA
 
 from __future__ import annotations
 
+import _thread
 import abc
 import atexit
 import builtins
@@ -615,16 +616,16 @@ class Parallelizer:
         with _CTRL_C.governed_by(None), self._reserved("run"), self:
             communicator = self._communicator()
             with communicator.limiting(), _CTRL_C.governed_by(communicator):
-                communicator.runner = threading.get_ident()
+                communicator.user.thread = threading.get_ident()
                 try:
                     yield
                 finally:
-                    communicator.runner = None
+                    communicator.user.thread = None
 
     def _runs_here(self) -> bool:
         """Whether this thread executes a run, on this parallelizer or one that shares its ranks."""
         self._refuse_if_absent()
-        return self._comm is not None and self._comm.runner == threading.get_ident()
+        return self._comm is not None and self._comm.user.thread == threading.get_ident()
 
     def _leads(self, communicator: Communicator) -> bool:
         """Whether the others wait for what this process, main, has them do."""
@@ -705,7 +706,7 @@ class Parallelizer:
                 "serve was called inside run, where main takes part in the function and does not "
                 "drive the others; call it, or ClientServerRunner without a server, outside run"
             )
-        runner, communicator.runner = communicator.runner, threading.get_ident()
+        runner, communicator.user.thread = communicator.user.thread, threading.get_ident()
         obeyed, _SHARED.obeys = _SHARED.obeys, _SHARED.obeys or self._spans_hosts
         try:
             while (message := communicator.next_command()) is not None:
@@ -715,7 +716,7 @@ class Parallelizer:
                     communicator.fail_run(error)
                 del message  # the arguments are in it, and the next command may be long in coming
         finally:
-            communicator.runner, _SHARED.obeys = runner, obeyed
+            communicator.user.thread, _SHARED.obeys = runner, obeyed
             if not obeyed:
                 _SHARED.forget_all_but(())
 
@@ -767,7 +768,12 @@ class Parallelizer:
         """The same, as the context of the call; one process need not keep in step with itself."""
         comm = self._comm
         # What mostly holds is asked for here, because each call costs as much as a small message.
-        if comm is None or comm.runner != threading.get_ident() or comm.in_task or self._absent:
+        if (
+            comm is None
+            or comm.user.thread != threading.get_ident()
+            or comm.user.task_thread
+            or self._absent
+        ):
             comm = self._speaking(verb)
         return comm.enter(verb) if comm.size > 1 else contextlib.nullcontext(comm)
 
@@ -1291,7 +1297,7 @@ class Parallelizer:
         return self._comm is None or self._drives_workers or self._comm.drives_others
 
     def _in_task(self) -> bool:
-        return self._comm is not None and self._comm.in_task == threading.get_ident()
+        return self._comm is not None and self._comm.user.task_thread == threading.get_ident()
 
     def _map(self, func: Callable[..., Any], data: Any, make_task: Callable[..., _Task]) -> Any:
         if self._in_task():  # this process's own affair
@@ -1300,7 +1306,7 @@ class Parallelizer:
         if not self._main_is_alone() and self.nprocs != 1:
             return _map_in_run(_function_laid_out(func), make_task, data, parallelizer=self)
         task = make_task()
-        if task.is_lasting():
+        if task.faults.are_outlived():
             return _LastingMap(self, func, data, task).results()
         if not self._main_is_alone():
             return _map_in_run(_function_laid_out(func), lambda: task, data, parallelizer=self)
@@ -4109,6 +4115,42 @@ def _restored(
 # main drives the others (`_map_in_run`, `_imap_in_run` are then the function of a run of its own).
 
 
+class _Faults:
+    """What becomes of a map when an item fails, takes too long, or ends its process."""
+
+    def __init__(
+        self,
+        *,
+        vectorized: bool,
+        on_error: str = "raise",
+        retries: int = 0,
+        checkpoint: str | os.PathLike[str] | None = None,
+        item_timeout: float | None = None,
+    ) -> None:
+        if not hasattr(retries, "__index__") or retries < 0:
+            raise ValueError(f"retries must be a number of deaths from 0, not {retries!r}")
+        if item_timeout is not None and not 0 < item_timeout < 1e9:
+            raise ValueError(f"item_timeout must be a number of seconds, not {item_timeout!r}")
+        if vectorized and (retries or checkpoint is not None or item_timeout is not None):
+            raise ValueError(
+                "retries=, checkpoint= and item_timeout= are for the results of items, so they "
+                "need vectorized=False"
+            )
+        if on_error not in ("raise", "return"):
+            raise ValueError(f'on_error must be "raise" or "return", not {on_error!r}')
+        if vectorized and on_error == "return":
+            raise ValueError(
+                'on_error="return" is for the results of items, so it needs vectorized=False'
+            )
+        self.returns_errors = on_error == "return"
+        self.retries, self.checkpoint = int(retries), checkpoint
+        self.item_timeout = item_timeout
+
+    def are_outlived(self) -> bool:
+        """Whether what has been computed is kept where something ends the map."""
+        return self.retries > 0 or not (self.checkpoint is None and self.item_timeout is None)
+
+
 class _Task:
     """What main wants done with the items of `map`: the same on every process."""
 
@@ -4129,12 +4171,10 @@ class _Task:
         concatenate: bool | None = None,
         callback: Callable[[Any], object] | None = None,
         starred: bool = False,
-        on_error: str = "raise",
-        retries: int = 0,
-        checkpoint: str | os.PathLike[str] | None = None,
-        item_timeout: float | None = None,
+        **faults: Any,
     ) -> None:
         extra_args, chunksize = _checked_extra_args(extra_args, chunksize)
+        self.faults = _Faults(vectorized=vectorized, **faults)
         if not (chunksize is None or hasattr(chunksize, "__index__")):
             raise TypeError(
                 f"chunksize must be a number of items, not {_describe(chunksize)}; further "
@@ -4145,21 +4185,6 @@ class _Task:
         if vectorized and seed is not None:
             raise ValueError(
                 "seed= gives each item its own generator, so it needs vectorized=False"
-            )
-        if not hasattr(retries, "__index__") or retries < 0:
-            raise ValueError(f"retries must be a number of deaths from 0, not {retries!r}")
-        if item_timeout is not None and not 0 < item_timeout < 1e9:
-            raise ValueError(f"item_timeout must be a number of seconds, not {item_timeout!r}")
-        if vectorized and (retries or checkpoint is not None or item_timeout is not None):
-            raise ValueError(
-                "retries=, checkpoint= and item_timeout= are for the results of items, so they "
-                "need vectorized=False"
-            )
-        if on_error not in ("raise", "return"):
-            raise ValueError(f'on_error must be "raise" or "return", not {on_error!r}')
-        if vectorized and on_error == "return":
-            raise ValueError(
-                'on_error="return" is for the results of items, so it needs vectorized=False'
             )
         if concatenate is not None and not vectorized:
             raise ValueError(
@@ -4176,9 +4201,6 @@ class _Task:
         self.callback = callback
         self._has_callback = callback is not None
         self.starred = starred
-        self.returns_errors = on_error == "return"
-        self.retries, self.checkpoint = int(retries), checkpoint
-        self.item_timeout = item_timeout
         self.is_numbered = False  # whether items, and results, come in pairs with their numbers
         self.arithmetic = _Arithmetic(_arithmetic_of_caller())
 
@@ -4192,11 +4214,7 @@ class _Task:
 
     def choose_who_computes(self, main_may: bool, nprocs: int | None) -> None:
         """Main, too, where it may; not an item that could be stuck, but where it is alone."""
-        self.main_computes = nprocs == 1 or (main_may and self.item_timeout is None)
-
-    def is_lasting(self) -> bool:
-        """Whether what has been computed is kept where something ends the map."""
-        return self.retries > 0 or not (self.checkpoint is None and self.item_timeout is None)
+        self.main_computes = nprocs == 1 or (main_may and self.faults.item_timeout is None)
 
     def is_paced(self, length: int, nprocs: int) -> bool:
         """Whether the size of the chunks depends on how long an item takes."""
@@ -4225,7 +4243,7 @@ class _Task:
         # What main computes from, and what comes of it, are copies, because they are on all other
         # processes: nobody can tell from a result who computed it.
         copied = comm.rank == 0 and comm.size > 1
-        task, function = comm.in_task, comm.in_function
+        task, function = comm.user.task_thread, comm.user.executing
         results: list[Any] = []
         error: Exception | None = None
         unfit = None
@@ -4234,9 +4252,9 @@ class _Task:
                 items, unfit = _private(items)
             elif comm.rank == 0:
                 items = _laid_out(items)
-            comm.in_task = threading.get_ident()
+            comm.user.task_thread = threading.get_ident()
             comm.mark_function(executing=True)  # it is not yet, where main alone calls imap
-            comm.items = list(items)
+            comm.user.items = list(items)
             with self.arithmetic, _UsersCode():
                 begun = time.perf_counter()
                 self._call_items(comm, start, results, keep=keep)
@@ -4245,10 +4263,10 @@ class _Task:
         except Exception as why:
             error = why
         finally:
-            comm.items = []
+            comm.user.items = []
             if self.is_numbered:
                 comm.note_item(None)
-            comm.in_task = task
+            comm.user.task_thread = task
             comm.mark_function(executing=function)
         comm.account.tasks += len(results)
         if copied:
@@ -4265,25 +4283,25 @@ class _Task:
     ) -> None:
         plain = not (self.starred or self.extra_args or self.extra_kwargs)
         call = self.func if plain else self.call
-        if self.item_timeout is not None:
-            call = functools.partial(_call_in_time, self.item_timeout, call)
-        if self.returns_errors:
+        if self.faults.item_timeout is not None:
+            call = functools.partial(_call_in_time, self.faults.item_timeout, call)
+        if self.faults.returns_errors:
             call = functools.partial(self._call_to_the_end, comm, call)
         if self.is_numbered:
-            for number, item in comm.items:
+            for number, item in comm.user.items:
                 comm.note_item(number)
                 more = {} if self.seed is None else {"rng": _spawned_rng(self.seed, number)}
                 results.append((number, call(item, **more)))
             return
         # Not by the builtin map, which a StopIteration would end without a word.
         if self.seed is not None:
-            for index, item in enumerate(comm.items, start):
+            for index, item in enumerate(comm.user.items, start):
                 results.append(call(item, rng=_spawned_rng(self.seed, index)))
         elif keep:
-            for item in comm.items:
+            for item in comm.user.items:
                 results.append(call(item))  # noqa: PERF401 - those before an error stay
         else:
-            results += [call(item) for item in comm.items]
+            results += [call(item) for item in comm.user.items]
 
     @staticmethod
     def _call_to_the_end(
@@ -4338,7 +4356,7 @@ def _map_in_run(
         assert make_task is not None
         task = make_task()
         task.choose_who_computes(parallelizer.main_computes, comm.size)
-        if task.is_lasting():
+        if task.faults.are_outlived():
             raise ContractError(
                 "retries=, checkpoint= and item_timeout= need main to drive the others: call map "
                 "outside run, under MPI in the client of a ClientServerRunner"
@@ -4381,11 +4399,11 @@ class _LastingMap:
 
     def results(self) -> list[Any]:
         task, total = self._task, len(self._items)
-        if task.checkpoint is not None:
+        if task.faults.checkpoint is not None:
             of_what = {
                 "function": _name_of(self._func), "items": total, "seed": _told_seed(task.seed)
             }  # fmt: skip
-            self._checkpoint = _Checkpoint(task.checkpoint, of_what)
+            self._checkpoint = _Checkpoint(task.faults.checkpoint, of_what)
             self._done.update(self._checkpoint.results)
         with self._checkpoint or contextlib.nullcontext():
             self._call_back()
@@ -4398,7 +4416,7 @@ class _LastingMap:
             self._parallelizer._unless_closed(self._compute_rest)
         except WorkerDied as died:
             self._deaths += 1
-            if self._deaths > self._task.retries:
+            if self._deaths > self._task.faults.retries:
                 _add_note(died, f"{len(self._done)} of {len(self._items)} results had come")
                 raise
             _logger().warning("%s; what it held is computed again", died)
@@ -5344,8 +5362,8 @@ class _Results:
                 raise ContractError("the run of this imap has ended, so it has no more results")
             while dealer.hand.busy() and self._comm.has_arrived(dealer.hand.busy(), self._tag):
                 self._take_in()
-            if dealer.task.item_timeout is not None:
-                self._comm.end_the_stuck(dealer.task.item_timeout)
+            if dealer.task.faults.item_timeout is not None:
+                self._comm.end_the_stuck(dealer.task.faults.item_timeout)
             self._deal()
             start = next(iter(self._dealer.dealt if self._ordered else self._done), None)
             if start in self._done:
@@ -5378,8 +5396,8 @@ class _Results:
             return [self._comm.members[rank] for rank in self._dealer.hand.busy()]
 
         with self._comm.enter("receive"):
-            if self._dealer.task.item_timeout is not None:
-                self._comm.await_in_time(self._has_news, self._dealer.task.item_timeout)
+            if self._dealer.task.faults.item_timeout is not None:
+                self._comm.await_in_time(self._has_news, self._dealer.task.faults.item_timeout)
             self._comm.await_any(self._has_news, busy, "imap")
 
     def _has_news(self) -> bool:
@@ -5843,6 +5861,20 @@ class _Run:
         self.adrift = False  # whether this process has left a round before it was complete
 
 
+class _UserCode:
+    """What the user's functions are doing in this process, and whether a signal may end it."""
+
+    def __init__(self) -> None:
+        self.thread: int | None = None  # on which a run goes on
+        self.executing = False  # the function itself, on the thread that gets signals
+        self.interruptible = False  # it executes, and is in no call of a verb
+        self.news = False  # a signal has come, and has not been heeded yet
+        self.entered_at = 0.0  # when the call of a verb began that goes on; 0 where none does
+        self.postponed: list[Callable[[], object]] = []  # until the next call of a verb
+        self.task_thread: int | None = None  # on which a function executes that `map` calls
+        self.items: list[Any] = []  # of the chunk that is being computed
+
+
 class Communicator(abc.ABC):
     """What the processes of a run do together, whatever moves it from one to another.
 
@@ -5884,10 +5916,7 @@ class Communicator(abc.ABC):
         self.call = Call(0, 0, "run")
         # The same in 15 bits: the last 4 of the number, 5 of the depth, 6 of the verb.
         self._code = _CODES["run"]
-        # Whether the user's function is executing: only then may a signal end it.
-        self.interruptible = False
-        self.news = False  # a signal has come, and has not been heeded yet
-        self.in_function = False
+        self.user = _UserCode()
         self._round = 0  # the number of the latest round, for the life of the processes
         self._everyone = self.members  # who comes to the rounds of the current run
         self._mail = _Mailbox()
@@ -5896,15 +5925,10 @@ class Communicator(abc.ABC):
         self._end_of_group = 0, 0
         self._idle = False  # between runs, where a wait may last for ever
         self.spokesman: int | None = None  # who has failed, where all agree on that
-        self.runner: int | None = None  # the thread that executes a run
         self.drives_others = False  # on main, for as long as they serve
-        self.in_task: int | None = None  # the thread on which a function that `map` calls executes
         self.account = _Account()
-        self._entered_at = 0.0  # the call of a verb that goes on, if one does
-        self._postponed: list[Callable[[], object]] = []  # until the next one
         self._tag = -1  # of the latest map; those of `send` are not negative
         self._watch = _Watch(process)
-        self.items: list[Any] = []  # of the chunk that is being computed
         self.gone = False  # whether this is a forked child, which takes no part
         _COMMUNICATORS.add(self)
         _heed_forks()
@@ -5912,7 +5936,7 @@ class Communicator(abc.ABC):
     def cut_off(self) -> None:
         """In a forked child: neither speak for its parent nor take what is meant for that."""
         self.gone = True
-        self.items.clear()  # which ends the loop over them
+        self.user.items.clear()  # which ends the loop over them
 
     def _set_members(self, members: tuple[int, ...]) -> None:
         self.members = members
@@ -6186,10 +6210,10 @@ class Communicator(abc.ABC):
             return Parallelizer.InWorkerProcess
         if self.size == 1:
             return work()
-        self.interruptible = False  # or a context would be left half-way
+        self.user.interruptible = False  # or a context would be left half-way
         with self.restricted_to(ranks):
             result, error = self._work_in_group(work)
-        self.interruptible = self.in_function
+        self.user.interruptible = self.user.executing
         self._heed_signals()
         try:
             if error is not None:
@@ -6258,20 +6282,20 @@ class Communicator(abc.ABC):
         try:
             # A signal may end the work, and nothing but that: not the call that leaves the group,
             # or the others would wait in it for ever.
-            self.interruptible = self.in_function
+            self.user.interruptible = self.user.executing
             self._heed_signals()
             result = work()
         except Exception as why:
             error = why
         finally:
-            self.interruptible = False
+            self.user.interruptible = False
         if self._run.final is None:
             try:
                 self._leave_group(error)
             except Exception as why:
                 error = error or why
             finally:
-                self.interruptible = False
+                self.user.interruptible = False
         # Another member's error has ended this group, or one around it. In the first case it is
         # over now, and later calls are well; in the second it goes on to end what is around.
         if self._run.group_end is not None:
@@ -6639,13 +6663,13 @@ class Communicator(abc.ABC):
 
     def _finish(self, *, failed: bool = False) -> None:  # which matters to a transport
         """The current run is over here, and nothing of what was moved in it stays."""
-        self._entered_at = 0.0
+        self.user.entered_at = 0.0
         self._run = self._run_type(self._run.number)
         self._mail.forget_before(self._run.number + 1)
 
     def begin_run(self) -> None:
         """Before the function: begin to count anew."""
-        self.spokesman = self.in_task = None
+        self.spokesman = self.user.task_thread = None
         self.account = _Account()
         if not self._run.in_progress:
             self._start_run()
@@ -6772,7 +6796,7 @@ class Communicator(abc.ABC):
 
     def is_executed_here(self) -> bool:
         """Whether this very thread executes one."""
-        return self._run.in_progress and self.runner == threading.get_ident()
+        return self._run.in_progress and self.user.thread == threading.get_ident()
 
     # -- the user's function, and the calls it makes --------------------------------------------
 
@@ -6781,8 +6805,8 @@ class Communicator(abc.ABC):
 
         The garbage collector may come amid a call of a verb, or on another thread.
         """
-        if self._entered_at or self.runner not in (None, threading.get_ident()):
-            self._postponed.append(action)
+        if self.user.entered_at or self.user.thread not in (None, threading.get_ident()):
+            self.user.postponed.append(action)
         else:
             action()
 
@@ -6790,44 +6814,44 @@ class Communicator(abc.ABC):
         """Say that the user's function begins or ends on this process."""
         # Only the main thread is sent signals; on another one, a run ends at its next verb.
         # Not restored to what they were: a signal may come between the two assignments.
-        self.interruptible = self.in_function = executing and _on_main_thread()
+        self.user.interruptible = self.user.executing = executing and _on_main_thread()
         if executing:
             self._heed_signals()
 
     def heed_news(self) -> None:
         """After a signal: see whether the run has failed elsewhere, and if so, leave it."""
-        self.interruptible = self.news = False
+        self.user.interruptible = self.user.news = False
         self._handle_all()
         self._raise_failure()
-        self.interruptible = self.in_function
+        self.user.interruptible = self.user.executing
 
     def _heed_signals(self) -> None:
         """Do what has waited until the user's function may be interrupted."""
-        if self.news:
+        if self.user.news:
             self.heed_news()
-        if _CTRL_C.pending and self.interruptible:
+        if _CTRL_C.pending and self.user.interruptible:
             _CTRL_C.heed()
 
     @_context
     def undisturbed(self) -> Iterator[None]:
         """Within, no news breaks off what imports: half a module would be left for later runs."""
-        self.interruptible = False
+        self.user.interruptible = False
         try:
             yield
         finally:
-            self.interruptible = self.in_function
+            self.user.interruptible = self.user.executing
         self._heed_signals()
 
     def enter(self, verb: str) -> Communicator:
         """Begin a call of a verb; the result is the context that ends it."""
-        while self._postponed:
-            self._postponed.pop()()
-        self.interruptible = False
+        while self.user.postponed:
+            self.user.postponed.pop()()
+        self.user.interruptible = False
         if self._run.final is not None:
-            self.interruptible = self.in_function
+            self.user.interruptible = self.user.executing
             raise self._run.final
         self._raise_failure()
-        self._entered_at = time.perf_counter()
+        self.user.entered_at = time.perf_counter()
         if verb not in ("send", "receive"):
             depth, number, _ = self.call
             # Outside of runs there is nothing that all would count alike.
@@ -6845,10 +6869,10 @@ class Communicator(abc.ABC):
         # between two steps of the protocol.
         if error is not None and not (isinstance(error, Exception) or self._ends_own_run(error)):
             self._run.final = error
-        self.account.collectives += time.perf_counter() - self._entered_at
-        self._entered_at = 0.0
-        self.interruptible = self.in_function
-        if kind is None and (self.news or _CTRL_C.pending):
+        self.account.collectives += time.perf_counter() - self.user.entered_at
+        self.user.entered_at = 0.0
+        self.user.interruptible = self.user.executing
+        if kind is None and (self.user.news or _CTRL_C.pending):
             self._heed_signals()
 
     # -- waiting ------------------------------------------------------------------------------
@@ -7055,6 +7079,23 @@ _WANTS_NEWS, _WANTS_ROOM = 1, 2  # why a process sleeps
 _LET_GO = 1  # instead of the number of a run, to which a process is called
 
 
+class _BoardLayout(NamedTuple):
+    """Where on the board each kind of thing begins, in bytes; in front stands who is asleep."""
+
+    words: int
+    counts: int  # of bytes written into rings, and read from them
+    slots: int
+    rings: int
+
+    @classmethod
+    def of(cls, nprocs: int) -> _BoardLayout:
+        words = -(-nprocs // 64) * 64
+        counts = words + 8 * (7 * nprocs + 2)
+        end = counts + 16 * nprocs**2
+        slots = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
+        return cls(words, counts, slots, rings=slots + 2 * nprocs * _SLOT_BYTES)
+
+
 class _Board:
     """Shared memory by which the processes of a pool meet; pages cost nothing until used.
 
@@ -7070,12 +7111,8 @@ class _Board:
         # they may wait for this very CPU, they get it between two looks.
         self.crowded = nprocs > _available_cpus() and hasattr(os, "sched_yield")
         self.looks = 20 if self.crowded else 2000
-        self._words_at = -(-nprocs // 64) * 64
-        self._counts_at = self._words_at + 8 * (7 * nprocs + 2)
-        end = self._counts_at + 16 * nprocs**2
-        self._slots_at = -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._rings_at = self._slots_at + 2 * nprocs * _SLOT_BYTES
-        self._size = self._rings_at + self._ring(nprocs, 0)[0]
+        self._at = _BoardLayout.of(nprocs)
+        self._size = self._ring(nprocs, 0)[0]
         self._tag = f"parallelizer-{os.urandom(16).hex()}" if sys.platform == "win32" else ""
         self._file = -1 if self._tag else _anonymous_file(self._size)
         self._map()
@@ -7086,14 +7123,14 @@ class _Board:
         else:
             self.memory = mmap.mmap(self._file, self._size)
         self._view = np.frombuffer(self.memory, np.uint8)
-        numbers = memoryview(self.memory)[self._words_at : self._slots_at].cast("Q")
+        numbers = memoryview(self.memory)[self._at.words : self._at.slots].cast("Q")
         n = self.nprocs
         self._words, self._called, self._left = numbers[: 2 * n], numbers[2 * n :], numbers[3 * n :]
         self.called_off = numbers[4 * n : 4 * n + 1]  # the run that is
         self._run = numbers[4 * n + 1 : 5 * n + 2]  # how many take part, and who
         self.computing = numbers[5 * n + 2 : 6 * n + 2]  # items of a map, counted from 1; or 0
         self.held = numbers[6 * n + 2 : 7 * n + 2]  # memory, in KiB, when it last told
-        counts = memoryview(self.memory)[self._counts_at : self._slots_at].cast("Q")
+        counts = memoryview(self.memory)[self._at.counts : self._at.slots].cast("Q")
         self._written, self._read = counts[: n * n], counts[n * n : 2 * n * n]
         self._held = threading.Lock()
         self._held.acquire()
@@ -7118,7 +7155,7 @@ class _Board:
 
     def look(self, parity: int, count: int) -> bytes:
         """The words of the first `count` places."""
-        start = self._words_at + 8 * parity * self.nprocs
+        start = self._at.words + 8 * parity * self.nprocs
         return self.memory[start : start + 8 * count]
 
     def words(self, parity: int, count: int) -> list[int]:
@@ -7131,7 +7168,7 @@ class _Board:
 
     def place(self, process: int, parity: int) -> int:
         """Where a process's slot for rounds of this parity begins."""
-        return self._slots_at + (2 * process + parity) * _SLOT_BYTES
+        return self._at.slots + (2 * process + parity) * _SLOT_BYTES
 
     def slot(self, process: int, parity: int) -> _Bytes:
         start = self.place(process, parity)
@@ -7150,7 +7187,7 @@ class _Board:
 
     def call(self, processes: Sequence[int], number: int) -> None:
         """On main: begin a run with these."""
-        n, everything = self.nprocs, self._view[self._words_at : self._slots_at].view(np.uint64)
+        n, everything = self.nprocs, self._view[self._at.words : self._at.slots].view(np.uint64)
         self._run[0] = len(processes)
         everything[4 * n + 2 : 4 * n + 2 + len(processes)] = processes
         self.fence()
@@ -7235,12 +7272,12 @@ class _Board:
         """Where a ring begins, and its size; those from and to main are larger."""
         count = receiver * self.nprocs + sender
         mains = min(count, self.nprocs) + max(receiver - (sender == 0), 0)
-        start = self._rings_at + count * _RING_BYTES + mains * (_MAINS_RING_BYTES - _RING_BYTES)
+        start = self._at.rings + count * _RING_BYTES + mains * (_MAINS_RING_BYTES - _RING_BYTES)
         return start, _RING_BYTES if receiver and sender else _MAINS_RING_BYTES
 
     def empty_rings(self) -> None:
         """On main, while nobody is in a run."""
-        self._view[self._counts_at : self._slots_at] = 0
+        self._view[self._at.counts : self._at.slots] = 0
 
     def put(self, sender: int, receiver: int, data: _Bytes) -> int:
         """Write as many of these bytes as there is room for; how many."""
@@ -7262,7 +7299,7 @@ class _Board:
     def arrived(self, receiver: int) -> bytes:
         """It changes when something has been written to any ring of this receiver."""
         n = self.nprocs
-        start = self._counts_at + 8 * receiver * n
+        start = self._at.counts + 8 * receiver * n
         return self.memory[start : start + 8 * n]
 
     def take(self, sender: int, receiver: int) -> list[_Bytes]:
@@ -8487,7 +8524,8 @@ class _MainEnd(BoardCommunicator):
         _forget_urgent(self)
         if self._workers.owned:
             try:
-                if self._run.in_progress and self.runner is None:  # an imap that nobody has ended
+                if self._run.in_progress and self.user.thread is None:
+                    # an imap that nobody has ended
                     self.fail_run(GeneratorExit())
                 self.command(None)
             finally:  # also after a Ctrl-C
@@ -8568,7 +8606,7 @@ class _CtrlC:
 
     def _is_heeded(self) -> bool:
         phase = self._phase()
-        return self._allowed or (phase is not None and phase.interruptible)
+        return self._allowed or (phase is not None and phase.user.interruptible)
 
     def _handle(self, signum: int, frame: types.FrameType | None) -> None:
         if self.pending or self._is_heeded():
@@ -8594,6 +8632,11 @@ def _send_urgent(pid: int | None) -> None:
             os.kill(pid, _URGENT)
 
 
+def _send_urgent_later() -> None:
+    time.sleep(0.002)
+    _send_urgent(os.getpid())
+
+
 # The communicators of this process that such a signal may concern, and who handled it before:
 # perhaps another copy of this module. There are several where a handler was put over this one;
 # each has come when so many communicators were listening.
@@ -8601,9 +8644,29 @@ _LISTENING: list[Communicator] = []
 _HANDLERS_BEFORE: list[tuple[int, Any]] = []
 
 
+# Whose functions that take away what has died are called by the garbage collector.
+_WEAK_MODULES = ("_weakrefset", "weakref")
+
+
+def _is_finalizing(frame: types.FrameType | None) -> bool:
+    """Whether a finalizer is being executed, out of which Python lets no exception come."""
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name == "__del__" or (
+            name.endswith("remove") and frame.f_globals.get("__name__") in _WEAK_MODULES
+        ):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _on_urgent(signum: int, frame: types.FrameType | None) -> None:
     for communicator in _LISTENING:
-        communicator.news = True
+        communicator.user.news = True
+    if _is_finalizing(frame):
+        # What was raised here would be lost, and the function would go on.
+        _thread.start_new_thread(_send_urgent_later, ())
+        return
     # None are left meanwhile, because one of them may call the one before it, which is this one.
     before, _HANDLERS_BEFORE[:] = list(_HANDLERS_BEFORE), []
     try:
@@ -8613,7 +8676,7 @@ def _on_urgent(signum: int, frame: types.FrameType | None) -> None:
     finally:
         _HANDLERS_BEFORE[:] = before
         for communicator in _LISTENING:  # the outermost run first
-            if communicator.interruptible:
+            if communicator.user.interruptible:
                 communicator.heed_news()
 
 
@@ -10312,7 +10375,7 @@ class MPICommunicator(Communicator):
     def is_of_this_thread(self) -> bool:
         """Whether no other one is at work with it."""
         is_up = not (self.gone or self.closed)
-        return is_up and self.runner in (None, threading.get_ident())
+        return is_up and self.user.thread in (None, threading.get_ident())
 
     def handle_letters(self) -> None:
         """Take in what has come; and come to a round, if another rank is lost there."""

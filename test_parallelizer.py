@@ -8350,6 +8350,43 @@ def test_a_stray_signal_disturbs_nobody(p: Par) -> None:
     expect(p, p.run(hear_a_signal), list(range(p.nprocs)))
 
 
+class SlowToDie:
+    """Its finalizer goes on while others tell that they have failed."""
+
+    def __init__(self, told: Path) -> None:
+        self.told = told
+
+    def __del__(self) -> None:
+        self.told.touch()
+        deadline = time.monotonic() + 0.2
+        while time.monotonic() < deadline:
+            pass
+
+
+def fails_amid_a_finalizer(told: Path, ended: Path, *, parallelizer: Par) -> None:
+    if parallelizer.on_main:
+        while not told.exists():
+            time.sleep(0.001)
+        raise KeyError("of main")
+    if parallelizer.id == 1:
+        kept = SlowToDie(told)
+        try:
+            del kept  # where what a signal's handler raised would be lost
+            computes_for_a_minute()
+        finally:
+            ended.touch()
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_news_amid_a_finalizer_end_the_function_after_it(method: str, tmp_path: Path) -> None:
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        before = par.run(pids)
+        with pytest.raises(KeyError, match="of main"):
+            par.run(fails_amid_a_finalizer, tmp_path / "told", tmp_path / "ended")
+        assert (tmp_path / "ended").exists()  # and not killed
+        assert par.run(pids) == before
+
+
 def stuck(parallelizer: Par) -> None:
     if parallelizer.id == 2:
         signal.signal(signal.SIGURG, signal.SIG_IGN)  # as in compiled code: nothing gets through
