@@ -2458,6 +2458,26 @@ def _reduce_array(array: np.ndarray[Any, Any], small_bytes: int) -> Any:
     return spec.build, (pickle.PickleBuffer(data),)  # type: ignore[arg-type,unused-ignore]
 
 
+def _reduce_subclass(array: np.ndarray[Any, Any], small_bytes: int) -> Any:
+    """A matrix, a masked array and the like, with its numbers apart; None as numpy pickles it."""
+    kind = type(array)
+    if array.nbytes <= small_bytes or array.dtype.hasobject:
+        return None
+    if _is_pickled_by_numpy(kind):
+        return np.ndarray.view, (np.ndarray.view(array, np.ndarray), kind)
+    if not isinstance(array, np.ma.MaskedArray) or not _is_pickled_like(kind, np.ma.MaskedArray):
+        return None
+    mask = None if np.ma.getmask(array) is np.ma.nomask else array.mask
+    state = {"fill_value": vars(array).get("_fill_value"), "hard_mask": array.hardmask}
+    return _masked_array, (kind, array.data, mask, state)
+
+
+def _masked_array(kind: Any, data: Any, mask: Any, state: dict[str, Any]) -> Any:
+    """Around these very arrays. No constructor runs but that of numpy, as when it unpickles."""
+    mask = np.ma.nomask if mask is None else mask
+    return np.ma.MaskedArray.__new__(kind, data, mask, copy=False, **state)
+
+
 # Pickle would call the class of an exception with its ``args``, which its constructor may not
 # take, or take for something else. So an exception is made by its builtin base, and its parts are
 # put back by their descriptors, whatever its class makes of attributes.
@@ -2620,24 +2640,31 @@ class _Pickler(pickle.Pickler):
         if not self.is_lasting and _SHARED.by_id and (shared := _SHARED.find(obj)) is not None:
             return _open_shared, (shared.token, shared.content)
         if isinstance(obj, np.ndarray):
-            mapped = None if self.is_lasting else _reduce_mapped(obj)
-            if mapped is not None:  # which stays where it lies
-                return mapped
-            if isinstance(obj, np.memmap) and self.is_lasting:
-                obj = np.array(obj)
-            if self._comm is None and self.small_bytes and _lies_in(obj, _Lent):
-                return self._keep(obj)
-            self.relaid = self.relaid or not _is_laid_out(obj)
-            if type(obj) is np.ndarray:
-                return _reduce_array(obj, self.small_bytes)
-            # The pickles of numpy's subclasses arrive in the receiver's order of bytes.
-            self.relaid = self.relaid or not obj.dtype.isnative
-        elif issubclass(type(obj), BaseException):
+            return self._reduce_array(obj)
+        if issubclass(type(obj), BaseException):
             return self._reduce_exception(obj)
-        elif type(obj) in _known_to_multiprocessing():
+        if type(obj) in _known_to_multiprocessing():
             return self._reduce_by_multiprocessing(obj)
-        elif isinstance(obj, (type, types.FunctionType)):
+        if isinstance(obj, (type, types.FunctionType)):
             self._refuse_if_unknown_to_workers(obj)
+        return NotImplemented
+
+    def _reduce_array(self, obj: np.ndarray[Any, Any]) -> Any:
+        mapped = None if self.is_lasting else _reduce_mapped(obj)
+        if mapped is not None:  # which stays where it lies
+            return mapped
+        if isinstance(obj, np.memmap) and self.is_lasting:
+            obj = np.array(obj)
+        if self._comm is None and self.small_bytes and _lies_in(obj, _Lent):
+            return self._keep(obj)
+        self.relaid = self.relaid or not _is_laid_out(obj)
+        if type(obj) is np.ndarray:
+            return _reduce_array(obj, self.small_bytes)
+        reduced = _reduce_subclass(obj, self.small_bytes)
+        if reduced is not None:
+            return reduced
+        # As numpy pickles it, it arrives in the receiver's order of bytes.
+        self.relaid = self.relaid or not obj.dtype.isnative
         return NotImplemented
 
     def _refuse_if_unknown_to_workers(self, obj: Any) -> None:
@@ -3163,8 +3190,13 @@ def _is_in_place(handle: _Handle) -> bool:
 
 def _is_pickled_by_numpy(kind: type[np.ndarray[Any, Any]]) -> bool:
     """Whether this kind of array is no more, to pickle, than its type and its numbers."""
-    names = ("__reduce__", "__reduce_ex__", "__setstate__")
-    return all(getattr(kind, name) is getattr(np.ndarray, name) for name in names)
+    return _is_pickled_like(kind, np.ndarray)
+
+
+def _is_pickled_like(kind: type, base: type) -> bool:
+    """Whether it has the methods of `base` by which it is pickled."""
+    names = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+    return all(getattr(kind, name, None) is getattr(base, name, None) for name in names)
 
 
 def _address(array: np.ndarray[Any, Any]) -> int:

@@ -6379,6 +6379,52 @@ class Quantity(np.ndarray):
     unit = "m"
 
 
+class Plain(np.ndarray):
+    """A subclass that adds nothing to what is pickled."""
+
+
+MANY = np.arange(30_000.0)
+EVERY_THIRD = MANY % 3 == 0
+LARGE_SUBCLASSES: dict[str, Callable[[], np.ndarray[Any, Any]]] = {
+    "matrix": lambda: MANY.reshape(2, 15_000).view(np.matrix),
+    "records": lambda: np.rec.fromarrays([MANY, -MANY], names="x, y"),
+    "of another order": lambda: MANY.astype(">f8").view(Plain),
+    "masked": lambda: np.ma.masked_array(MANY, EVERY_THIRD, fill_value=7.0),
+    "without a mask": lambda: np.ma.masked_array(MANY),
+    "with a hard mask": lambda: np.ma.masked_array(MANY, EVERY_THIRD, hard_mask=True),
+    "masked matrix": lambda: np.ma.masked_array(MANY.view(np.matrix), EVERY_THIRD),
+    "masked, cut": lambda: np.ma.masked_array(MANY, EVERY_THIRD).reshape(300, 100).T[::2],
+    "masked fields": lambda: np.ma.masked_array(np.ones(9000, "f8, i4"), [(True, False)] * 9000),
+}  # fmt: skip
+
+
+def all_of_it(array: np.ndarray[Any, Any]) -> list[Any]:
+    found: list[Any] = [type(array), array.dtype.type]
+    if isinstance(array, np.ma.MaskedArray):
+        bare = array.mask is np.ma.nomask
+        found += [bare, array.hardmask, array.fill_value, type(array.data), np.array(array.mask)]
+        array = array.data
+    return [*found, array.tolist()]
+
+
+def sent_and_shared(value: Any, *, parallelizer: Par) -> Any:
+    """What ranks have got, how much is in a pickle, and whether it may be written to."""
+    sent = parallelizer.broadcast(value)
+    shared = parallelizer.share({"x": value} if parallelizer.on_main else None)["x"]
+    small = len(internals._pack(sent, "it").pickled) < 1000
+    may_write = [np.ma.getdata(it).flags.writeable for it in (sent, shared)]
+    found = all_of_it(sent), all_of_it(shared), small, may_write
+    return parallelizer.gather(found, concatenate=False)
+
+
+@pytest.mark.parametrize("name", LARGE_SUBCLASSES)
+def test_subclasses_of_arrays_travel_apart_from_the_pickle(p: Par, name: str) -> None:
+    value = LARGE_SUBCLASSES[name]()
+    whole = all_of_it(value)
+    wanted = whole, whole, True, [True, False]
+    expect(p, p.run(sent_and_shared, value), [wanted] * p.nprocs)
+
+
 # What is more than numbers is shared as what it is.
 SHARED_AS_OBJECTS: dict[str, Callable[[], Any]] = {
     "objects": lambda: np.array([None, 1.5, "x"]),
