@@ -4538,6 +4538,7 @@ class _Checkpoint:
         head = {"format": self._FORMAT, **of_what}
         self._file: Any = Path(path).open("a+b")  # noqa: SIM115 - see __exit__
         try:
+            self._begin_anew_if_torn(self._record(head))
             self._file.seek(0)
             records = self._whole_records()
             if (found := next(records, None)) is None:
@@ -4548,6 +4549,13 @@ class _Checkpoint:
         except BaseException:
             with self:
                 raise
+
+    def _begin_anew_if_torn(self, head: bytes) -> None:
+        """Empty a file whose program has died, or whose disk was full, amid the head."""
+        self._file.seek(0)
+        start = self._file.read(len(head))
+        if 0 < len(start) < len(head) and head.startswith(start):
+            self._file.truncate(0)
 
     def _whole_records(self) -> Iterator[Any]:
         """Read them; what follows the last one is cut off."""
@@ -4579,11 +4587,14 @@ class _Checkpoint:
 
     def append(self, content: Any) -> None:
         """The head, or the number of an item and its result."""
+        self._file.write(self._record(content))
+        self._file.flush()
+
+    def _record(self, content: Any) -> bytes:
         import zlib
 
         pickled = _dumps(content, is_lasting=True)
-        self._file.write(self._RECORD.pack(len(pickled), zlib.crc32(pickled)) + pickled)
-        self._file.flush()
+        return self._RECORD.pack(len(pickled), zlib.crc32(pickled)) + pickled
 
     def __enter__(self) -> _Checkpoint:
         return self

@@ -3405,6 +3405,9 @@ def test_a_checkpoint_is_of_one_map(tmp_path: Path) -> None:
     whole = path.read_bytes()
     assert alone.map(abs, range(-3, 0), checkpoint=path) == [3, 2, 1]
     assert path.read_bytes() == whole
+    path.write_bytes(whole[:50])  # torn within its head: the program was killed at the beginning
+    assert alone.map(abs, range(-3, 0), checkpoint=path) == [3, 2, 1]
+    assert path.read_bytes() == whole
     others: list[tuple[Any, Any, Any, str]] = [
         (abs, range(4), {}, "items: 3 there, 4 here"),
         (float, range(3), {}, "function: 'builtins.abs' there, 'builtins.float' here"),
@@ -6557,7 +6560,7 @@ def test_a_shared_object_is_there_once(method: str) -> None:
     with MultiprocessingParallelizer(4, start_method=method) as par:
         par.run(ranks)
         before = open_descriptors()
-        model = par.share(Model(8 * MIB))
+        model = par.share(Model(50 * MIB))
         file = memory_of_shared()
         *_, died = par.run(memory_of_a_model, model)
         os.kill(died[1], signal.SIGKILL)
@@ -6565,7 +6568,7 @@ def test_a_shared_object_is_there_once(method: str) -> None:
             par.run(deaths_are_noticed)
         for private, _ in par.run(memory_of_a_model, model)[1:]:
             assert private < 32 * MIB
-        assert os.fstat(file).st_blocks * 512 >= 64 * MIB
+        assert os.fstat(file).st_blocks * 512 >= 400 * MIB
         del model
         gc.collect()
         par.run(ranks)
@@ -6577,7 +6580,7 @@ def test_a_shared_object_is_there_once(method: str) -> None:
 def memory_of_a_model(model: Model, *, parallelizer: Par) -> Any:
     """Bytes of its own that it takes to read all of it, and the pid."""
     before = resident(os.getpid())
-    assert model.data.sum() == 4 * MIB * (8 * MIB - 1)
+    assert model.data.sum() == 25 * MIB * (50 * MIB - 1)
     return parallelizer.gather((resident(os.getpid()) - before, os.getpid()))
 
 
