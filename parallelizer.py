@@ -441,16 +441,23 @@ class Parallelizer:
     def close(self) -> None:
         """Let the processes go, however often this has been entered.
 
-        As `terminate` and `join`, it is for programs that were written for `multiprocessing.Pool`;
-        others use ``with``.
+        A run that goes on in another thread comes to its end first; an imap that goes on raises a
+        `ContractError` when it is asked for more. As `terminate` and `join`, it is for programs
+        that were written for `multiprocessing.Pool`; others use ``with``.
         """
         if self._runs_here():
             raise ContractError("a parallelizer cannot be closed inside its own run")
-        while self._entered > 0:
-            self.__exit__()
+        while self._entered > (self._lock.locked() and self._stream() is None):
+            self.__exit__()  # but for the one time by the run of another thread
 
     def terminate(self) -> None:
-        """As `close`, which ends a stream that goes on, too, and kills who is stuck."""
+        """As `close`, but a run that goes on in another thread fails with a `ContractError`.
+
+        That is so where workers are processes of main's own, which are killed; elsewhere the run
+        comes to its end.
+        """
+        if not self._runs_here() and self._comm is not None and self._lock.locked():
+            self._comm.kill_others()
         self.close()
 
     def join(self) -> None:
@@ -690,7 +697,7 @@ class Parallelizer:
         """Give up an `imap` that has not come to its end."""
         stream = self._stream()
         if stream is not None:
-            stream.close()
+            stream.close(why="this parallelizer was closed before its map was at its end")
 
     def serve(self) -> None:
         """Run what main asks for until it closes: a worker's main loop.
@@ -1315,20 +1322,10 @@ class Parallelizer:
             # Not inside a run, where a callback that calls a verb would wait for ever.
             data = _Source(data)
             task.choose_chunksize(data.hint, self.nprocs or 1)
-            return self._unless_closed(
-                lambda: _call_back(task, self._imap(func, data, lambda: task, ordered=True))
-            )
+            return _call_back(task, self._imap(func, data, lambda: task, ordered=True))
         given = {"make_task": lambda: task, "data": data}
         work = functools.partial(_map_in_run, _function_laid_out(func))
         return self.run(work, main_kwargs=given)
-
-    def _unless_closed(self, work: Callable[[], _R]) -> _R:
-        """What `work` gives, whose stream ends early where this is closed meanwhile."""
-        before = self._comm
-        result = work()
-        if before is not None and self._comm is not before:
-            raise ContractError("this parallelizer was closed before its map was at its end")
-        return result
 
     def _imap(
         self,
@@ -4445,7 +4442,7 @@ class _LastingMap:
 
     def _compute_until_death(self) -> None:
         try:
-            self._parallelizer._unless_closed(self._compute_rest)
+            self._compute_rest()
         except WorkerDied as died:
             self._deaths += 1
             if self._deaths > self._task.faults.retries:
@@ -4998,6 +4995,7 @@ class _Stream:
         self._results = results
         self._turn = threading.RLock()  # as no thread may enter where another one is
         self._latest = threading.current_thread()  # who has had the turn
+        self._why_cut_off = ""
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -5008,12 +5006,15 @@ class _Stream:
             if (thread := threading.current_thread()) is not self._latest:
                 self._latest = thread
                 self.threads.add(thread)
+            if self._why_cut_off:
+                raise ContractError(self._why_cut_off)
             return next(self._results)
         finally:
             self._turn.release()
 
-    def close(self) -> None:
-        """Give up what has not come yet."""
+    def close(self, why: str = "") -> None:
+        """Give up what has not come yet; `why`, where another one than its user does."""
+        self._why_cut_off = why  # at once, because its user may take one turn after the other
         self._take_turn()
         try:
             self._results.close()
@@ -7030,6 +7031,9 @@ class Communicator(abc.ABC):
     def end_the_stuck(self, seconds: float) -> None:  # noqa: B027 - as above
         """End those who take longer for an item, and do not heed that."""
 
+    def kill_others(self) -> None:  # noqa: B027 - as above
+        """For another thread than that of the run: kill the other processes if they are main's."""
+
     def forget_mail(self, tag: int) -> None:
         """Let go of what has come by a tag and is of no interest any more."""
         self._mail.forget_tag(tag)
@@ -8470,17 +8474,19 @@ class _MainEnd(BoardCommunicator):
     def end_the_stuck(self, seconds: float) -> None:
         # Who is stuck in compiled code does not raise the TimeoutError that it was to raise.
         now = time.monotonic()
-        for process, worker in self._workers.processes.items():
+        for process in self._workers.processes:
             item = self._board.computing[process]
             begun = self._items_begun.get(process, (0, 0.0))
             if begun[0] != item:
                 self._items_begun[process] = item, now
             elif item and now - begun[1] > seconds + _GRACE:
-                self._workers.killed[process] = (
-                    f"killed, as it did not heed item_timeout={seconds} within {_GRACE:g} s"
-                )
-                _kill_families([worker.pid])
-                worker.kill()
+                why = f"as it did not heed item_timeout={seconds} within {_GRACE:g} s"
+                self._workers.kill_soon(process, why)
+
+    def kill_others(self) -> None:
+        self._workers.death_is_asked_for = True
+        for process in list(self._workers.processes):
+            self._workers.kill_soon(process, "as another thread has called terminate()")
 
     def _is_called_off(self) -> bool:
         return bool(self._failures)
@@ -8901,6 +8907,7 @@ class _Workers:
         self.processes: dict[int, Any] = {}
         self.sentinels: dict[int, int] = {}
         self.killed: dict[int, str] = {}  # by main, and why
+        self.death_is_asked_for = False  # of all of them, amid a run
         self._guard: _Guard | None = None
         try:
             pipes = [context.Pipe(duplex=False) for _ in range(nprocs)]
@@ -8994,7 +9001,7 @@ class _Workers:
         if _URGENT is not None:
             _signal_at_eof(process.sentinel, _URGENT)
 
-    def bury(self, number: int) -> WorkerDied:
+    def bury(self, number: int) -> ParallelizerError:
         """Take a dead worker off the books; the error that says how it died."""
         process = self.processes.pop(number)
         by_pid = self._pidfd(number, process)
@@ -9014,7 +9021,8 @@ class _Workers:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
         cause += self.board.last_seen(number)
-        died = WorkerDied(f"rank {number} (pid {process.pid}) died: {cause}")
+        kind = ContractError if self.death_is_asked_for else WorkerDied
+        died = kind(f"rank {number} (pid {process.pid}) died: {cause}")
         with contextlib.suppress(ValueError):  # where somebody else has waited for it
             process.close()
         return died
@@ -9026,6 +9034,12 @@ class _Workers:
     def _tell_guard(self) -> None:
         assert self._guard is not None
         self._guard.watch([process.pid for process in self.processes.values()])
+
+    def kill_soon(self, number: int, why: str) -> None:
+        """Kill a worker in the middle of a run, which is told of its death as of any other."""
+        self.killed[number] = f"killed, {why}"
+        _kill_families([self.processes[number].pid])
+        self.processes[number].kill()
 
     def kill(self, numbers: Sequence[int]) -> None:
         """Kill workers, with what they have started."""

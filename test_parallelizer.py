@@ -2212,10 +2212,14 @@ def leaves_a_stream(*, parallelizer: Par) -> Any:
 LEFT: list[Iterator[int]] = []
 
 
-def test_closing_gives_up_a_stream(fresh: Par) -> None:
+def test_closing_gives_up_a_stream_and_says_so(fresh: Par) -> None:
     expect(fresh, drive(fresh, leaves_a_stream), 0)
     alone = isinstance(fresh, SerialNonParallelizer)  # which keeps nobody busy
-    expect(fresh, [*itertools.islice(LEFT[0], 1)] if LEFT else None, [1] if alone else [])
+    if alone:
+        assert next(LEFT[0]) == 1
+    elif LEFT:  # on main
+        with pytest.raises(ContractError, match="closed before its map was at its end"):
+            next(LEFT[0])
     LEFT.clear()
 
 
@@ -3461,6 +3465,60 @@ def test_closed_as_a_pool_is(fresh: Par) -> None:
 
 def closes_itself(*, parallelizer: Par) -> None:
     parallelizer.close()
+
+
+def works_until(began: Path, over: Path, item: int) -> int:
+    began.touch()
+    while not over.exists():
+        time.sleep(0.01)
+    return item
+
+
+def waits_for(began: Path, over: Path, *, parallelizer: Par) -> Any:
+    return parallelizer.gather(works_until(began, over, parallelizer.id))
+
+
+WORK_TO_CLOSE: dict[str, Callable[[Par, Any], Any]] = {
+    "run": lambda par, paths: par.run(waits_for, *paths),
+    "map": lambda par, paths: par.starmap(works_until, [(*paths, n) for n in range(3)]),
+    "imap": lambda par, paths: list(par.imap(functools.partial(works_until, *paths), range(99))),
+    "retries": lambda par, paths: par.map(
+        functools.partial(works_until, *paths), range(99), retries=3
+    ),
+}
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+@pytest.mark.parametrize("how", ["close", "terminate"])
+@pytest.mark.parametrize("work", WORK_TO_CLOSE)
+def test_closed_by_another_thread(method: str, how: str, work: str, tmp_path: Path) -> None:
+    began, over = tmp_path / "began", tmp_path / "over"
+    par = MultiprocessingParallelizer(3, start_method=method).__enter__()
+    ends: list[Any] = []
+
+    def end_it() -> None:
+        wait_until(began.exists)
+        try:
+            if how == "close":
+                threading.Timer(0.2, over.touch).start()  # while it waits, if it does
+            getattr(par, how)()
+        except BaseException as error:
+            ends.append(error)
+
+    thread = threading.Thread(target=end_it)
+    thread.start()
+    try:
+        if how == "close" and work in ("run", "map"):
+            assert WORK_TO_CLOSE[work](par, (began, over)) == [0, 1, 2]
+        else:
+            with pytest.raises(ContractError, match=r"closed before its map|called terminate"):
+                WORK_TO_CLOSE[work](par, (began, over))
+    finally:
+        over.touch()
+        thread.join()
+    assert ends == []
+    assert par.id is None
+    assert par.map(abs, [-1]) == [1]  # as one that is not open
 
 
 @pytest.mark.parametrize("method", MULTIPROCESSING)
