@@ -1979,8 +1979,8 @@ def _named_by_environment(text: str) -> Parallelizer:
 def _launched_ranks() -> int:
     """How many ranks an MPI launcher says that it has started; 0 without a launcher."""
     names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"]
-    if "SLURM_STEP_ID" in os.environ:
-        names.append("SLURM_NTASKS")
+    if "SLURM_STEP_ID" in os.environ:  # in salloc's shell, the second one counts those of the job
+        names += ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"]
     told = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
     return int(told[0]) if told else 0
 
@@ -7045,12 +7045,21 @@ class Communicator(abc.ABC):
             return "serve"
         return f"{self.call.verb} #{self.call.number}"
 
-    def _raise_timeout(self, awaited: Iterable[object], doing: str) -> NoReturn:
-        missing = ", ".join(str(process) for process in awaited)
+    def _raise_timeout(self, awaited: Iterable[int], doing: str) -> NoReturn:
+        missing = ", ".join(map(self._told, awaited))
         raise WaitTimeout(
             f"rank {self.process} waited {self.timeout} s in {self._doing(doing)} for rank(s) "
-            f"{missing}, which may be stuck or just slow; raise timeout= if they are slow"
+            f"{missing}, which may be stuck or just slow{self._or_cut_off(awaited)}; raise "
+            f"timeout= if they are slow"
         )
+
+    def _told(self, process: int) -> str:
+        """A process, as an error tells of it."""
+        return str(process)
+
+    def _or_cut_off(self, awaited: Iterable[int]) -> str:
+        """What else than they themselves may be the cause, in words that go on a sentence."""
+        return ""
 
 
 class SerialCommunicator(Communicator):
@@ -9712,13 +9721,17 @@ def _available_cpus() -> int:
     limits = [len(_affinity())]
     if hasattr(os, "process_cpu_count"):  # Python 3.13: heeds PYTHON_CPU_COUNT
         limits.append(getattr(os, "process_cpu_count")() or 1)  # noqa: B009 - for type checkers
-    return max(1, min(limits + _cgroup_cpus() + _slurm_cpus()))
+    return max(1, min(limits + _cpus_of_job() + _slurm_cpus("SLURM_CPUS_PER_TASK")))
 
 
-def _slurm_cpus() -> list[int]:
-    """CPUs of this task."""
-    told = os.environ.get("SLURM_CPUS_PER_TASK", "")
+def _slurm_cpus(name: str) -> list[int]:
+    told = os.environ.get(name, "")
     return [int(told)] if told.isdigit() else []
+
+
+def _cpus_of_job() -> list[int]:
+    """How many all processes of this job may use together on this machine."""
+    return _cgroup_cpus() + _slurm_cpus("SLURM_CPUS_ON_NODE")
 
 
 def _cgroup_cpus() -> list[int]:
@@ -10328,8 +10341,8 @@ class MPICommunicator(Communicator):
         beside = [cpus for where, cpus in told if where == host]
         ranks_on = collections.Counter(itertools.chain.from_iterable(beside))
         share = sum(1 / ranks_on[cpu] for cpu in own) + 1e-6  # not to round a whole number down
-        quotas = [quota // len(beside) for quota in _cgroup_cpus()]
-        return max(1, min([int(share), *quotas, *_slurm_cpus()]))
+        quotas = [quota // len(beside) for quota in _cpus_of_job()]
+        return max(1, min([int(share), *quotas, *_slurm_cpus("SLURM_CPUS_PER_TASK")]))
 
     # -- rounds -------------------------------------------------------------------------------
 
@@ -10462,7 +10475,14 @@ class MPICommunicator(Communicator):
         )
         self._run.over = True
         self.tell_all("lost", self.lost)
-        self._raise_timeout([f"{p} on {self._hosts[p]}" for p in missing], "")
+        self._raise_timeout(missing, "")
+
+    def _told(self, process: int) -> str:
+        return f"{process} on {self._hosts[process]}"
+
+    def _or_cut_off(self, awaited: Iterable[int]) -> str:
+        remote = any(self._hosts[one] != self._hosts[self.process] for one in awaited)
+        return ", or cut off, if the network between the hosts is down" if remote else ""
 
     def _heed_failure(self, word: int, shown: Mapping[int, int]) -> None:
         super()._heed_failure(word, shown)
@@ -10539,10 +10559,31 @@ class MPICommunicator(Communicator):
         except BaseException as error:
             self._abort(error)
         self.check_is_open()  # who has come too late finds the others gone
+        # MPI returns from what has stalled when it has come, and not before.
+        watch = threading.Timer(self.timeout or 0, self._abort_stalled, [threading.get_ident()])
+        watch.daemon = True
+        if self.timeout:
+            watch.start()
         try:
             yield
         except BaseException as error:
             self._abort(error)
+        finally:
+            watch.cancel()
+
+    def _abort_stalled(self, thread: int) -> None:
+        """On a thread of its own: nobody else can end a transfer that takes too long."""
+        frame = sys._current_frames().get(thread)
+        stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+        others = ", ".join(map(self._told, self.others))
+        error = WaitTimeout(
+            f"rank {self.process} waited {self.timeout} s in {self._doing('')} for what it moves "
+            f"from or to rank(s) {others}, which may be stopped{self._or_cut_off(self.others)}; "
+            f"raise timeout= if much is moved over a slow network"
+        )
+        _abort_mpi_job(
+            self._mpi, 1, f"{_headline(self.process, self.world_size)}\n{stack}{_formatted(error)}"
+        )
 
     def _arrival(self, process: int) -> _Arrival:
         """Of the only message that it brings to this round."""
