@@ -1904,14 +1904,33 @@ def _world(mpi: Any) -> MPICommunicator:
     """The communicator of all ranks."""
     communicator = _connected(mpi, mpi.COMM_WORLD)
     if communicator.size == 1 and _launched_ranks() > 1:
-        library = mpi.Get_library_version().splitlines()[0].strip("\0 ")
+        if _launched_rank() > 0:  # rank 0 tells of it
+            time.sleep(_GRACE)
+            sys.exit(1)
         raise ParallelizerError(
             f"a launcher has started {_launched_ranks()} ranks, but the MPI library of mpi4py "
-            f"({library}) sees one: they are of different MPIs, so that every rank would do all "
-            f"the work. Use the mpiexec of that library (it may stand beside {sys.executable}), or "
-            f"build mpi4py with the launcher's: pip install --no-binary=mpi4py mpi4py"
+            f"({_library(mpi)}) sees one, so that every rank would do all the work. "
+            f"{_how_to_match_launcher(mpi)}"
         )
     return communicator
+
+
+def _library(mpi: Any) -> str:
+    return str(mpi.Get_library_version()).splitlines()[0].strip("\0 ")
+
+
+def _how_to_match_launcher(mpi: Any) -> str:
+    if "SLURM_STEP_ID" in os.environ and not {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & {*os.environ}:
+        kind = "pmix" if "Open MPI" in _library(mpi) else "pmi2"
+        return (
+            f"Slurm has not told it of the others: start it by srun --mpi={kind}, if that is among "
+            f"what srun --mpi=list shows, or by the mpiexec of that library"
+        )
+    return (
+        f"They are of different MPIs: use the mpiexec of that library (it may stand beside "
+        f"{sys.executable}), or build mpi4py with the launcher's: "
+        f"pip install --no-binary=mpi4py mpi4py"
+    )
 
 
 def _connected(mpi: Any, comm: Any) -> MPICommunicator:
@@ -1925,6 +1944,7 @@ def _connected(mpi: Any, comm: Any) -> MPICommunicator:
         communicator = MPICommunicator(mpi, comm)
         if communicator.size > 1:
             communicator.agree_on_threads()
+            communicator.watch_others()
         comm.Set_attr(_keyval(mpi), communicator)
         if mpi.COMM_WORLD.Get_size() > 1:
             _job_end().communicators.append(communicator)
@@ -1981,6 +2001,13 @@ def _launched_ranks() -> int:
     names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"]
     if "SLURM_STEP_ID" in os.environ:  # in salloc's shell, the second one counts those of the job
         names += ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"]
+    told = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
+    return int(told[0]) if told else 0
+
+
+def _launched_rank() -> int:
+    """Which of them this process is, as far as it is told."""
+    names = ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"]
     told = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
     return int(told[0]) if told else 0
 
@@ -10269,6 +10296,14 @@ class _MPIRun(_Run):
         self.own_failure: Failure | None = None  # that this rank's latest card tells of
 
 
+class _Seat(NamedTuple):
+    """Where a rank runs."""
+
+    host: str
+    machine: str  # see `_machine`
+    pid: int
+
+
 class MPICommunicator(Communicator):
     """The transport of MPI, by mpi4py's buffer verbs."""
 
@@ -10292,7 +10327,7 @@ class MPICommunicator(Communicator):
         self.made = 0  # parallelizers, by this rank
         by_allgather = self.world_size <= _MOST_BY_ALLGATHER
         self._cards = (_CardsByAllgather if by_allgather else _CardsByAllreduce)(mpi, self._comm)
-        self._hosts: list[str] = []
+        self._seats: list[_Seat] = [_Seat(_hostname(), _machine(), os.getpid())]  # of all ranks
         self._here: set[int] = set()  # who has told to be in the round in which this one waits
         self.closed = False
         self.lost = ""  # why it cannot be used any more
@@ -10333,12 +10368,28 @@ class MPICommunicator(Communicator):
         have = all(numbers[kind] == [agreed[kind]] for numbers in as_they_are for kind in agreed)
         self.limit = _ThreadLimit(agreed, imposed=not have)
 
+    def beside(self) -> list[int]:
+        """Those of the members that run on this machine."""
+        machine = self._seats[self.process].machine
+        return [one for one in self.members if self._seats[one].machine == machine]
+
+    def watch_others(self) -> None:
+        """Have the job ended where another rank of this machine dies and no launcher sees to it."""
+        peers = {
+            self._seats[one].pid: f"rank {self._told(one)}"
+            for one in self.beside()
+            if one != self.process
+        }
+        headline = _headline(self.process, self.world_size)
+        _watch_peers(peers, _job_end(), headline, 2 * _GRACE + _SETTLING * min(self.process, 20))
+
     def _share_of_cpus(self) -> int:
         """CPUs for this rank, where each is divided among the ranks that may run on it."""
         own, host = _affinity(), _hostname()
-        told = self._comm.allgather((host, own))
-        self._hosts = [where for where, _ in told]
-        beside = [cpus for where, cpus in told if where == host]
+        seat = _Seat(host, _machine(), os.getpid())
+        told = self._comm.allgather((seat, own))
+        self._seats = [one for one, _ in told]
+        beside = [cpus for one, cpus in told if one.host == host]
         ranks_on = collections.Counter(itertools.chain.from_iterable(beside))
         share = sum(1 / ranks_on[cpu] for cpu in own) + 1e-6  # not to round a whole number down
         quotas = [quota // len(beside) for quota in _cpus_of_job()]
@@ -10478,10 +10529,11 @@ class MPICommunicator(Communicator):
         self._raise_timeout(missing, "")
 
     def _told(self, process: int) -> str:
-        return f"{process} on {self._hosts[process]}"
+        return f"{process} on {self._seats[process].host}"
 
     def _or_cut_off(self, awaited: Iterable[int]) -> str:
-        remote = any(self._hosts[one] != self._hosts[self.process] for one in awaited)
+        own = self._seats[self.process].host
+        remote = any(self._seats[one].host != own for one in awaited)
         return ", or cut off, if the network between the hosts is down" if remote else ""
 
     def _heed_failure(self, word: int, shown: Mapping[int, int]) -> None:
@@ -10944,6 +10996,22 @@ class MPICommunicator(Communicator):
 # process ends, and `_JobEnd` sees to the others.
 
 
+class _LastWord(str):
+    """What `sys.exit` was given to print, on a Python that does not tell when it prints that."""
+
+    __slots__ = ("is_silent",)
+
+    is_silent: Callable[[str], bool]
+
+    def __str__(self) -> str:
+        try:
+            sys._getframe(1)
+        except ValueError:  # no code of the program asks: it has ended
+            if self.is_silent(self):
+                return ""
+        return str.__str__(self)
+
+
 class _ProgramEnd:
     """Knows how the program of this process ends: by which exception, or with which status.
 
@@ -10990,7 +11058,17 @@ class _ProgramEnd:
     def _on_exit(self, status: Any = None, /) -> NoReturn:
         if _on_main_thread():
             self._status = status
+        if isinstance(status, str):
+            status = _LastWord(status)
+            status.is_silent = self._is_silent
         self._exit(status)
+
+    def _is_silent(self, word: str) -> bool:
+        """Whether another rank prints what this one was to print."""
+        error = SystemExit(word)
+        if os.getpid() == self._process:
+            self._on_error(error, sys.excepthook)
+        return error.code is not word
 
     def close(self) -> int | None:
         """At exit, once: the status, of which the system sees one byte; None in a forked child."""
@@ -11020,6 +11098,36 @@ class _ProgramEnd:
         return trace is not None and trace.tb_frame is self._outermost
 
 
+def _watch_peers(peers: Mapping[int, str], job: _JobEnd, headline: str, patience: float) -> None:
+    """End the job if one of these processes, by pid, ends before the program of this one.
+
+    Most launchers end the job themselves, and sooner than after `patience` seconds; ``srun`` does
+    not, unless it is told to. Linux alone tells a process of the end of one that is not its child.
+    """
+    told: dict[int, str] = {}
+    for pid, name in peers.items() if hasattr(os, "pidfd_open") else ():
+        with contextlib.suppress(OSError):  # where the system has no such call, or it has ended
+            told[os.pidfd_open(pid)] = f"{name} (pid {pid})"
+    if not told:
+        return
+    poll = select.poll()
+    for file in told:
+        poll.register(file, select.POLLIN)
+
+    def watch() -> None:
+        (file, _), *_ = poll.poll()
+        time.sleep(patience)
+        if not job.is_over:
+            error = WorkerDied(
+                f"{told[file]} died: it was killed, perhaps because memory was short, or called "
+                f"os._exit. Start the job by srun --kill-on-bad-exit=1, which ends it at once"
+            )
+            _abort_mpi_job(sys.modules["mpi4py.MPI"], 1, f"{headline}\n{_formatted(error)}")
+
+    # Of no interest to `threading`: it ends with the program, and holds nothing that a fork needs.
+    _thread.start_new_thread(watch, ())
+
+
 class _JobEnd:
     """Ends the MPI job as a whole, when one rank's program ends by an error or an exit status.
 
@@ -11032,6 +11140,7 @@ class _JobEnd:
     def __init__(self) -> None:
         self.communicators: list[MPICommunicator] = []  # in which this rank takes part
         self._has_begun = self._left = False
+        self.is_over = False  # all ranks have come to the end of their programs
         self._program = _ProgramEnd(self._on_error)
         atexit.register(self._at_exit)
 
@@ -11086,7 +11195,8 @@ class _JobEnd:
     def _on_error(self, error: BaseException, show: Callable[..., object]) -> None:
         """The program ends by `error`: `show` it and end the job, unless another rank does."""
         mpi = self._mpi()
-        if mpi is None:
+        if mpi is None:  # the launcher may end the others when rank 0 has told what all have to
+            time.sleep(self._turn(_launched_rank()))
             return
         world = mpi.COMM_WORLD
         _flush_output()
@@ -11094,6 +11204,7 @@ class _JobEnd:
             # What is no number Python prints, which one rank shall do.
             if not isinstance(error.code, (int, type(None))) and not self._speaks(error, world):
                 error.code = 1
+                self._listen(3 * _GRACE, lambda: False)
             return
         with contextlib.suppress(BaseException):  # a Ctrl-C, or MPI itself: the job ends anyway
             if not self._speaks(error, world):
@@ -11119,6 +11230,7 @@ class _JobEnd:
         _flush_output()
         with self._no_way_out():
             self._wait_for_all(mpi, status)
+        self.is_over = True
 
     def on_finalize(self) -> None:
         self.leave()
