@@ -394,6 +394,17 @@ class Parallelizer:
         return self.nprocs
 
     @property
+    def local_id(self) -> int | Any:
+        """Rank among the `local_size` processes of this machine: which of its GPUs is mine."""
+        comm = self._comm
+        return None if comm is None else comm.beside().index(comm.process)
+
+    @property
+    def local_size(self) -> int | Any:
+        """Number of processes on this machine; as `nprocs`, of those that the current run is on."""
+        return None if self._comm is None else len(self._comm.beside())
+
+    @property
     def on_main(self) -> bool:
         """Whether this is the process that `run` returns its result on."""
         self._refuse_if_absent()
@@ -1860,6 +1871,15 @@ class MPIParallelizer(Parallelizer):
         found._absent = communicator is None
         found._be_known_as(key)
         return found
+
+    @property
+    def comm(self) -> Any:
+        """The communicator of mpi4py whose ranks take part, for libraries that speak MPI, too.
+
+        This module speaks on copies of it, so that nobody's messages meet. A library's collective
+        calls need all ranks: call them inside `run`.
+        """
+        return self._comm.users_comm if isinstance(self._comm, MPICommunicator) else None
 
     def _communicator(self) -> Communicator:
         communicator = super()._communicator()
@@ -6014,6 +6034,10 @@ class Communicator(abc.ABC):
         self.size = len(members)
         self.rank = members.index(self.process)
         self.others = [process for process in members if process != self.process]
+
+    def beside(self) -> Sequence[int]:
+        """Those of the members that run on this machine."""
+        return self.members
 
     # -- what a transport provides ------------------------------------------------------------
 
@@ -10317,6 +10341,7 @@ class MPICommunicator(Communicator):
     def __init__(self, mpi: Any, comm: Any) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())
         self._mpi = mpi
+        self.users_comm = comm
         # Apart from the user's own messages, and from each other.
         self._comm = comm.Dup()
         self._bulk = _Bulk(mpi, self._comm)
@@ -10369,7 +10394,6 @@ class MPICommunicator(Communicator):
         self.limit = _ThreadLimit(agreed, imposed=not have)
 
     def beside(self) -> list[int]:
-        """Those of the members that run on this machine."""
         machine = self._seats[self.process].machine
         return [one for one in self.members if self._seats[one].machine == machine]
 
@@ -11325,6 +11349,24 @@ def _contract(*, parallelizer: Parallelizer) -> None:
     parallelizer.wait()
 
 
+def _shared_travels(*, parallelizer: Parallelizer) -> None:
+    """What is shared is each machine's own, however it comes there."""
+    rank, size, numbers = parallelizer.id, parallelizer.nprocs, np.arange(10_000.0)
+    shared = parallelizer.share({"x": numbers} if parallelizer.on_main else None)
+    again = parallelizer.broadcast(shared if parallelizer.on_main else None)
+    for one in (shared, again, *parallelizer.allgather(shared, concatenate=False)):
+        _expect(one["x"], numbers)
+        _expect(one["x"].flags.writeable, False)
+    _expect(again is shared, True)
+    sums = parallelizer.map(_sum_of_shared, range(4 * size), (shared,))
+    if rank == 0:
+        _expect(sums, [number + float(numbers.sum()) for number in range(4 * size)])
+
+
+def _sum_of_shared(item: int, shared: Mapping[str, Any]) -> float:
+    return item + float(shared["x"].sum())
+
+
 def _last_rank_fails(*, parallelizer: Parallelizer) -> None:
     if parallelizer.id == parallelizer.nprocs - 1:
         raise KeyError("the last rank", parallelizer.id)
@@ -11342,6 +11384,7 @@ def _ranks_disagree(*, parallelizer: Parallelizer) -> None:
 
 _CHECKS: tuple[tuple[Callable[..., None], type[Exception] | None], ...] = (
     (_contract, None),
+    (_shared_travels, None),
     (_last_rank_fails, KeyError),
     (_ranks_disagree, ContractError),
     (_contract, None),  # a run that has failed leaves nothing behind
@@ -11350,6 +11393,13 @@ _CHECKS: tuple[tuple[Callable[..., None], type[Exception] | None], ...] = (
 
 def _host(*, parallelizer: Parallelizer) -> Any:
     return parallelizer.gather(_hostname())
+
+
+def _told_ranks(hosts: Sequence[str]) -> str:
+    """How many run where, in a column's width if there are not too many hosts."""
+    counts = collections.Counter(hosts)
+    told = ", ".join(f"{count} on {host}" for host, count in counts.items())
+    return told if len(told) < 23 else f"{len(hosts)} on {len(counts)} host(s)"
 
 
 def _test_backend(name: str, make: Callable[[], Parallelizer]) -> bool:
@@ -11374,9 +11424,7 @@ def _test_backend(name: str, make: Callable[[], Parallelizer]) -> bool:
         main = True
         failures.append("".join(traceback.format_exception(error)))
     if main:
-        ranks = ", ".join(
-            f"{count} on {host}" for host, count in collections.Counter(hosts).items()
-        )
+        ranks = _told_ranks(hosts)
         verdict = "FAILED" if failures else f"{len(_CHECKS)} checks passed"
         print(f"{name:<28}{ranks:<24}{time.perf_counter() - begun:6.2f} s   {verdict}", flush=True)
         for text in failures:

@@ -628,6 +628,64 @@ def test_lookup_auto(p: Par, monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(Parallelizer.lookup("auto")) is kind
 
 
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("told", "ranks"),
+    [
+        ({}, 0),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, 0),  # of a script that sbatch starts
+        (STEP, 4),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "2"}, 2),
+        ({**STEP, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, 1),  # of salloc
+        ({**STEP, "PMI_SIZE": "3", "SLURM_STEP_NUM_TASKS": "1"}, 3),
+    ],
+)
+def test_what_launchers_tell(
+    told: dict[str, str], ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "PMI", "OMPI_", "MPI_", "PALS_")):
+            monkeypatch.delenv(name)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert internals._launched_ranks() == ranks
+
+
+@pytest.mark.parametrize("name", ["SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"])
+def test_no_more_cpus_than_slurm_grants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    assert internals._available_cpus() == 1
+    monkeypatch.setenv(name, "1000")
+    assert 1 <= internals._available_cpus() <= (os.cpu_count() or 1)
+
+
+def seats(*, parallelizer: Par) -> Any:
+    return parallelizer.gather((parallelizer.local_id, parallelizer.local_size))
+
+
+def seats_of_a_part(*, parallelizer: Par) -> Any:
+    found = parallelizer.run(seats, comm=range(max(parallelizer.nprocs - 1, 1)))
+    return found if parallelizer.on_main else None
+
+
+def test_where_a_process_stands_on_its_machine(p: Par) -> None:
+    expect(p, p.run(seats), [(rank, p.nprocs) for rank in range(p.nprocs)])
+    part = max(p.nprocs - 1, 1)
+    found = p.run(seats_of_a_part)
+    if found is not Parallelizer.InWorkerProcess and found is not None:
+        check(found, [(rank, part) for rank in range(part)])
+
+
+def test_the_communicator_of_mpi4py_has_a_public_name(p: Par) -> None:
+    if isinstance(p, MPIParallelizer):
+        assert p.comm is importlib.import_module("mpi4py.MPI").COMM_WORLD
+        assert p.comm.allgather(p.id) == list(range(p.nprocs))
+    else:
+        assert not hasattr(p, "comm")
+
+
 def test_lookup_finds_the_one_that_runs(p: Par) -> None:
     expect(p, p.run(finds_itself), [True] * p.nprocs)
 
@@ -5504,10 +5562,15 @@ def run_program(
 
 
 def finish(
-    *argv: str, ranks: int | None = None, limit: float = 100, cwd: Path = HERE, **env: str
+    *argv: str,
+    ranks: int | None = None,
+    options: Sequence[str] = (),
+    limit: float = 100,
+    cwd: Path = HERE,
+    **env: str,
 ) -> tuple[int, str, str]:
     """Run Python with `argv` to its end, or kill its whole process group at the `limit`."""
-    command = [*(mpiexec(ranks) if ranks else []), sys.executable, *argv]
+    command = [*(mpiexec(ranks) if ranks else []), *options, sys.executable, *argv]
     process = subprocess.Popen(
         command,
         cwd=cwd,
@@ -5692,7 +5755,7 @@ def test_a_backend_of_ones_own(nprocs: int) -> None:
     folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
     told = run_program("-m", "parallelizer", *argv, PYTHONPATH=folders)
     assert f"{nprocs} on " in told
-    assert "4 checks passed" in told
+    assert "5 checks passed" in told
 
 
 def test_docstrings_show_what_happens() -> None:
@@ -5860,6 +5923,15 @@ def test_a_launcher_of_another_mpi_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     told = run_program("-c", call, PYTHONWARNINGS="ignore")  # mpi4py may warn of it, too
     for word in ["4 ranks", "sees one", "mpiexec", "pip install"]:
         assert word in told
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_srun_has_not_told_is_said_by_one_rank(rank: int) -> None:
+    step: Any = STEP | {"SLURM_PROCID": str(rank), "PYTHONWARNINGS": "ignore"}
+    code, out, err = finish("-c", f"import {MODULE} as m; m.MPIParallelizer()", **step)
+    assert (code, out) == (1, "")
+    assert ("start it by srun --mpi=pmi2" in err) == (rank == 0)
+    assert err or rank > 0
 
 
 def meet_the_wrong_launcher() -> None:
@@ -9991,6 +10063,52 @@ def test_a_fault_among_a_part_of_the_ranks_ends_the_mpi_job(fault: str, whole: b
     assert told[fault] in err
     if fault != "sys.exit":
         assert f"### rank {3 if fault == 'raise' else 2} of 4 on" in err
+
+
+def ends_unseen(how: str, stage: str, *, parallelizer: Par) -> None:
+    if parallelizer.id == 1:
+        if how == "exit":
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if stage == "computes":
+        computes_for_a_minute()
+    parallelizer.wait()
+
+
+def dies_and_is_seen(how: str, stage: str) -> None:
+    MPIParallelizer().run(ends_unseen, how, stage)
+
+
+@pytest.mark.parametrize("how", ["exit", "kill"])
+@pytest.mark.parametrize("stage", ["waits", "computes"])
+def test_ranks_of_a_machine_see_each_other_die(how: str, stage: str) -> None:
+    call = f"import test_parallelizer as t; t.dies_and_is_seen({how!r}, {stage!r})"
+    begun = time.monotonic()
+    code, _, err = finish("-c", call, ranks=3, options=["-disable-auto-cleanup"])
+    assert code != 0
+    # The launcher may end a job of which one rank is killed, whatever it has been told.
+    told = f"WorkerDied: rank 1 on {internals._hostname()} (pid "
+    assert told in err or (how == "kill" and "WorkerDied" not in err)
+    assert time.monotonic() - begun < 20
+
+
+def is_stopped_amid_broadcasts(*, parallelizer: Par) -> None:
+    if parallelizer.id == 1:
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGSTOP]).start()
+    while True:
+        parallelizer.broadcast(np.ones(4 * MIB) if parallelizer.on_main else None)
+
+
+def broadcasts_to_one_that_stops() -> None:
+    MPIParallelizer(timeout=1).run(is_stopped_amid_broadcasts)
+
+
+def test_a_timeout_ends_a_transfer_under_mpi() -> None:
+    """Or the round before it: which of them it meets is chance."""
+    call = "import test_parallelizer as t; t.broadcasts_to_one_that_stops()"
+    code, _, err = finish("-c", call, ranks=2)
+    assert code != 0
+    assert "WaitTimeout: rank 0 waited 1 s in broadcast #" in err
 
 
 # -- the end of an MPI job -----------------------------------------------------------------------
