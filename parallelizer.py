@@ -325,6 +325,26 @@ class _Elsewhere(enum.Enum):
     __str__ = __repr__
 
 
+# What programs that were written for a `multiprocessing.Pool` miss, and how that is done here.
+_INSTEAD_OF_POOLS = {
+    "apply_async": "; results as they come are given by imap_unordered(f, items)",
+    "map_async": "; results as they come are given by imap(f, items)",
+    "starmap_async": "; results as they come are given by imap(lambda item: f(*item), items)",
+}
+
+
+def _takes_parallelizer(func: Callable[..., object]) -> bool:
+    import inspect
+
+    try:
+        inspect.signature(func).bind_partial(parallelizer=None)
+    except TypeError:
+        return False
+    except ValueError:  # of a builtin function, which may not tell
+        return True
+    return True
+
+
 class Parallelizer:
     """What a function that takes the keyword ``parallelizer`` is fed: who am I, and the verbs.
 
@@ -392,6 +412,8 @@ class Parallelizer:
     def size(self) -> int | Any:
         """As `nprocs`: what programs ask a pool for."""
         return self.nprocs
+
+    _processes = size  # as samplers ask a `multiprocessing.Pool`
 
     @property
     def local_id(self) -> int | Any:
@@ -592,7 +614,21 @@ class Parallelizer:
                 f"apply needs a parallelizer that is up, but {self!r} is not: use run, or open it "
                 f"with a 'with' statement"
             )
+        if not _takes_parallelizer(func):
+            raise TypeError(
+                f"apply calls a function on every process, with the keyword parallelizer, which "
+                f"{_describe(func)} does not take. For what apply(f, args) of a Pool does, write "
+                f"starmap(f, [args])[0], or f(*args)"
+            )
         return self.run(func, *args, **kwargs)
+
+    if not TYPE_CHECKING:  # for which there would be no unknown attributes
+
+        def __getattr__(self, name: str) -> NoReturn:
+            instead = _INSTEAD_OF_POOLS.get(name, "")
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r}{instead}", name=name, obj=self
+            )
 
     def _refuse_on_worker(self, what: str) -> None:
         """Outside its runs, a worker has nobody to drive."""

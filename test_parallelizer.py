@@ -3505,6 +3505,22 @@ def test_a_checkpoint_on_a_full_disk(tmp_path: Path) -> None:
         assert par.map(adds_noise, range(200), seed=1, checkpoint=path) == wanted
 
 
+def test_what_samplers_look_for_in_a_pool(p: Par) -> None:
+    assert p.size == p._processes == p.nprocs
+    assert callable(p.map)
+    assert not hasattr(p, "no_such_thing")
+    for name, instead in {"apply_async": "imap_unordered", "map_async": "imap(f, items)"}.items():
+        assert not hasattr(p, name)
+        with pytest.raises(AttributeError, match=re.escape(instead)):
+            getattr(p, name)
+    with p, pytest.raises(TypeError, match=r"write starmap\(f, \[args\]\)\[0\]"):
+        p.apply(halved, (7,))
+
+
+def halved(number: float) -> float:
+    return number / 2
+
+
 def test_closed_as_a_pool_is(fresh: Par) -> None:
     fresh.__enter__()
     fresh.__enter__()
