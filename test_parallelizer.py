@@ -3505,6 +3505,76 @@ def test_a_checkpoint_on_a_full_disk(tmp_path: Path) -> None:
         assert par.map(adds_noise, range(200), seed=1, checkpoint=path) == wanted
 
 
+class ExitsWhereItArrives:
+    def __reduce__(self) -> Any:
+        return sys.exit, (3,)
+
+
+def holds_what_exits() -> ExitsWhereItArrives:
+    return ExitsWhereItArrives()
+
+
+def submits(executor_module: Any, par: Par) -> None:
+    """What an executor must do, on workers of any kind."""
+    kind = executor_module.ParallelizerExecutor
+    with kind(par) as executor:
+        squares = {executor.submit(square, number): number for number in range(50)}
+        for future in concurrent.futures.as_completed(squares):
+            assert future.result() == squares[future] ** 2
+        deeper = executor.submit(square, executor.submit(square, 3).result())  # of what has come
+        assert deeper.result() == 81
+        array = np.arange(1e5)
+        check(executor.submit(np.sqrt, array).result(), np.sqrt(array))
+        failed = executor.submit(raises_odd, 7)
+        with pytest.raises(Odd) as caught:
+            failed.result()
+        assert isinstance(caught.value.__cause__, RemoteTraceback)
+        assert "raises_odd" in str(caught.value.__cause__)
+        for bad in (executor.submit(abs, threading.Lock()), executor.submit(threading.Lock)):
+            assert isinstance(bad.exception(), TypeError)
+        assert isinstance(executor.submit(holds_what_exits).exception(), SystemExit)
+        assert list(executor.map(square, range(3))) == [0, 1, 4]
+        slow = [executor.submit(time.sleep, 0.2) for _ in range(40)]
+        assert slow[-1].cancel()
+        executor.shutdown(wait=False, cancel_futures=True)
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            executor.submit(abs, 1)
+    assert all(future.done() for future in slow)
+    assert any(future.cancelled() for future in slow[:-1])
+
+
+def raises_odd(code: int) -> None:
+    raise Odd(code, detail="in a job")
+
+
+@pytest.fixture
+def executor_module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(HERE / "examples"))
+    return importlib.import_module("executor")
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_an_executor(method: str, executor_module: Any) -> None:
+    submits(executor_module, MultiprocessingParallelizer(3, start_method=method))
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_an_executor_outlives_its_workers(method: str, executor_module: Any) -> None:
+    par = MultiprocessingParallelizer(2, start_method=method)
+    with executor_module.ParallelizerExecutor(par) as executor:
+        for _ in range(3):
+            died = executor.submit(os._exit, 3)
+            with pytest.raises(concurrent.futures.process.BrokenProcessPool) as caught:
+                died.result()
+            assert isinstance(caught.value.__cause__, WorkerDied)
+            assert executor.submit(square, 3).result() == 9
+
+
+def test_an_executor_under_mpi() -> None:
+    out = run_program("examples/executor.py", "--mpi", ranks=3)
+    assert out == f"{[(n, divmod(n, 7)) for n in range(3)]}\n"
+
+
 def test_what_samplers_look_for_in_a_pool(p: Par) -> None:
     assert p.size == p._processes == p.nprocs
     assert callable(p.map)
