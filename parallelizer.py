@@ -84,11 +84,13 @@ forks              a child of yours that is forked in a run takes no part in it;
 environment        while a pool is up, OMP_NUM_THREADS and the like, for what is loaded later, if
                    none of them was set; set one, or give ``threads_per_process``. While workers
                    start under an MPI launcher, MPI4PY_RC_INITIALIZE. Read are these, PARALLELIZER,
-                   what launchers and Slurm set (`_launched_ranks`, `_slurm_cpus`), and PATH
+                   what launchers and Slurm set (`_launched_ranks`, `_cpus_of_job`), and PATH
 threads of BLAS    limited in a run to this process's share of the CPUs, by threadpoolctl; as above
 random numbers     the global generators of Python and numpy begin anew on each worker, and are not
                    touched on main; use `Parallelizer.rng`
 stdout             under MPI, line buffered from the first parallelizer on
+threads            under MPI on Linux, one that waits for the end of other ranks of this machine;
+                   with ``timeout=``, one more during each large transfer
 `sys.excepthook`   under MPI, if a launcher has started several ranks: an exception that ends the
                    program ends the job (until Python 3.12 by `sys.excepthook`, from then on by
                    `sys.monitoring`, and `sys.exit` is wrapped); end it yourself by
@@ -11388,8 +11390,8 @@ def _contract(*, parallelizer: Parallelizer) -> None:
 def _shared_travels(*, parallelizer: Parallelizer) -> None:
     """What is shared is each machine's own, however it comes there."""
     rank, size, numbers = parallelizer.id, parallelizer.nprocs, np.arange(10_000.0)
-    shared = parallelizer.share({"x": numbers} if parallelizer.on_main else None)
-    again = parallelizer.broadcast(shared if parallelizer.on_main else None)
+    shared: Any = parallelizer.share({"x": numbers} if parallelizer.on_main else None)
+    again: Any = parallelizer.broadcast(shared if parallelizer.on_main else None)
     for one in (shared, again, *parallelizer.allgather(shared, concatenate=False)):
         _expect(one["x"], numbers)
         _expect(one["x"].flags.writeable, False)

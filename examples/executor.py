@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib.util
 import itertools
 import pickle
 import sys
@@ -39,7 +40,14 @@ Job = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 def pack(*content: object) -> Packed:
     """Pickle here, so that what cannot be pickled is the error of one future alone."""
     buffers: list[pickle.PickleBuffer] = []
-    pickled = pickle.dumps(content, 5, buffer_callback=buffers.append)
+    try:
+        pickled = pickle.dumps(content, 5, buffer_callback=buffers.append)
+    except Exception:
+        if importlib.util.find_spec("cloudpickle") is None:  # by which closures travel, too
+            raise
+        buffers.clear()
+        by_value = importlib.import_module("cloudpickle")
+        pickled = by_value.dumps(content, 5, buffer_callback=buffers.append)
     return pickled, [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
 
 
