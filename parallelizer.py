@@ -10674,16 +10674,20 @@ class MPICommunicator(Communicator):
             self._abort(error)
         self.check_is_open()  # who has come too late finds the others gone
         # MPI returns from what has stalled when it has come, and not before.
-        watch = threading.Timer(self.timeout or 0, self._abort_stalled, [threading.get_ident()])
-        watch.daemon = True
-        if self.timeout:
-            watch.start()
+        watch = self._watch_transfer(self.timeout) if self.timeout else None
         try:
             yield
         except BaseException as error:
             self._abort(error)
         finally:
-            watch.cancel()
+            if watch is not None:
+                watch.cancel()
+
+    def _watch_transfer(self, seconds: float) -> threading.Timer:
+        watch = threading.Timer(seconds, self._abort_stalled, [threading.get_ident()])
+        watch.daemon = True
+        watch.start()
+        return watch
 
     def _abort_stalled(self, thread: int) -> None:
         """On a thread of its own: nobody else can end a transfer that takes too long."""
