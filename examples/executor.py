@@ -93,12 +93,8 @@ class Jobs:
 
     def get(self, stream: int) -> Job | None:
         """The next one; None where there will be none, or where it is for a later stream."""
-
-        def is_over() -> bool:
-            return self.stream != stream or self.is_closed
-
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or is_over())
+            self._changed.wait_for(lambda: self._waiting or self.is_closed or self.stream != stream)
             return self._waiting.popleft() if self._waiting and self.stream == stream else None
 
     def begin_stream(self) -> int:
@@ -213,7 +209,7 @@ def settle(
 
 
 def client(*, parallelizer: Parallelizer) -> None:
-    """Find the minimum of a parabola: each result says where to look next."""
+    """Divide some numbers, and print what the first of them have come to."""
     with ParallelizerExecutor(parallelizer) as executor:
         points = {executor.submit(divmod, x, 7): x for x in range(20)}
         done = {points[future]: future.result() for future in as_completed(points)}
