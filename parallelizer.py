@@ -2059,15 +2059,18 @@ def _launched_ranks() -> int:
     names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"]
     if "SLURM_STEP_ID" in os.environ:  # in salloc's shell, the second one counts those of the job
         names += ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"]
-    told = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
-    return int(told[0]) if told else 0
+    return next(iter(_numbers_of_environment(*names)), 0)
 
 
 def _launched_rank() -> int:
     """Which of them this process is, as far as it is told."""
     names = ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"]
-    told = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
-    return int(told[0]) if told else 0
+    return next(iter(_numbers_of_environment(*names)), 0)
+
+
+def _numbers_of_environment(*names: str) -> list[int]:
+    """What those of these variables say that are set to a number."""
+    return [int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()]
 
 
 def _automatic_mode() -> str:
@@ -9126,7 +9129,8 @@ class _Workers:
         return died
 
     def _pidfd(self, number: int, process: Any) -> int | None:
-        owned = (handle for handle, owner in self.sentinels.items() if owner == number)
+        # Of a copy, because another thread may terminate while this one buries.
+        owned = (handle for handle, owner in list(self.sentinels.items()) if owner == number)
         return next((handle for handle in owned if handle != process.sentinel), None)
 
     def _tell_guard(self) -> None:
@@ -9135,21 +9139,26 @@ class _Workers:
 
     def kill_soon(self, number: int, why: str) -> None:
         """Kill a worker in the middle of a run, which is told of its death as of any other."""
-        self.killed[number] = f"killed, {why}"
-        _kill_families([self.processes[number].pid])
-        self.processes[number].kill()
+        process = self.processes.get(number)
+        if process is not None:
+            self.killed[number] = f"killed, {why}"
+            with contextlib.suppress(ValueError):  # buried meanwhile, by the thread of the run
+                _kill_families([process.pid])
+                self._send_kill(number, process)
+
+    def _send_kill(self, number: int, process: Any) -> None:
+        by_pid = self._pidfd(number, process)
+        if by_pid is None:
+            process.kill()
+        else:  # as multiprocessing takes it for dead where the fork server is
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(by_pid, signal.SIGKILL)
 
     def kill(self, numbers: Sequence[int]) -> None:
         """Kill workers, with what they have started."""
         _kill_families([self.processes[number].pid for number in numbers])
         for number in numbers:
-            process = self.processes[number]
-            by_pid = self._pidfd(number, process)
-            if by_pid is None:
-                process.kill()
-            else:  # as multiprocessing takes it for dead where the fork server is
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(by_pid, signal.SIGKILL)
+            self._send_kill(number, self.processes[number])
         for number in numbers:
             self.bury(number)
 
@@ -9810,17 +9819,17 @@ def _available_cpus() -> int:
     limits = [len(_affinity())]
     if hasattr(os, "process_cpu_count"):  # Python 3.13: heeds PYTHON_CPU_COUNT
         limits.append(getattr(os, "process_cpu_count")() or 1)  # noqa: B009 - for type checkers
-    return max(1, min(limits + _cpus_of_job() + _slurm_cpus("SLURM_CPUS_PER_TASK")))
+    return max(1, min(limits + _cpus_of_job() + _cpus_of_task()))
 
 
-def _slurm_cpus(name: str) -> list[int]:
-    told = os.environ.get(name, "")
-    return [int(told)] if told.isdigit() else []
+def _cpus_of_task() -> list[int]:
+    """How many Slurm grants this process."""
+    return _numbers_of_environment("SLURM_CPUS_PER_TASK")
 
 
 def _cpus_of_job() -> list[int]:
     """How many all processes of this job may use together on this machine."""
-    return _cgroup_cpus() + _slurm_cpus("SLURM_CPUS_ON_NODE")
+    return _cgroup_cpus() + _numbers_of_environment("SLURM_CPUS_ON_NODE")
 
 
 def _cgroup_cpus() -> list[int]:
@@ -10447,15 +10456,14 @@ class MPICommunicator(Communicator):
 
     def _share_of_cpus(self) -> int:
         """CPUs for this rank, where each is divided among the ranks that may run on it."""
-        own, host = _affinity(), _hostname()
-        seat = _Seat(host, _machine(), os.getpid())
+        (seat,), own = self._seats, _affinity()
         told = self._comm.allgather((seat, own))
         self._seats = [one for one, _ in told]
-        beside = [cpus for one, cpus in told if one.host == host]
+        beside = [cpus for one, cpus in told if one.host == seat.host]
         ranks_on = collections.Counter(itertools.chain.from_iterable(beside))
         share = sum(1 / ranks_on[cpu] for cpu in own) + 1e-6  # not to round a whole number down
         quotas = [quota // len(beside) for quota in _cpus_of_job()]
-        return max(1, min([int(share), *quotas, *_slurm_cpus("SLURM_CPUS_PER_TASK")]))
+        return max(1, min([int(share), *quotas, *_cpus_of_task()]))
 
     # -- rounds -------------------------------------------------------------------------------
 
