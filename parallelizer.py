@@ -389,6 +389,7 @@ class Parallelizer:
         self._lock = threading.Lock()
         self._stream: Callable[[], _Stream | None] = lambda: None  # such an imap that goes on
         self._reports: list[bytes] = []  # of the latest run, by rank
+        self._trace: _TraceFile | None = None  # of the runs that are to come
         # Whether it has come here without being known, and whether it can be held only.
         self._stands_in = self._absent = False
         self._be_known_as(os.urandom(16).hex())
@@ -595,6 +596,8 @@ class Parallelizer:
         nested = self._runs_here()
         if not nested:
             work = _with_arguments_laid_out(work)
+            if self._trace_file() is not None:
+                work = functools.partial(_run_traced, work)
         with contextlib.nullcontext() if nested else self._running():
             communicator = self._communicator()
             ranks = _checked_ranks(comm, communicator.size)
@@ -741,6 +744,44 @@ class Parallelizer:
         if not self._reports:
             return None
         return RunStats(RankStats(*_REPORT.unpack_from(report)) for report in self._reports)
+
+    def trace(self, path: str | os.PathLike[str] | None) -> None:
+        """Write what each process does when, in the runs that follow, into a file.
+
+        https://ui.perfetto.dev shows it: a track for each rank, on which lie the function, its
+        verbs, with the bytes that the rank has brought to them, its waits, and the chunks of maps.
+        Clocks of several hosts are set by a `wait` at the end of each run. The environment
+        variable PARALLELIZER_TRACE does the same for all parallelizers of a program.
+
+        Parameters
+        ----------
+        path : path or None
+            The file, which is begun anew; main writes it at the end of each run. None ends it.
+            Under MPI all ranks call this.
+
+        Raises
+        ------
+        ContractError
+            Inside a run.
+        OSError
+            Where the file cannot be written.
+        """
+        if self._runs_here():
+            raise ContractError("trace was called inside a run; call it before, for the next run")
+        own = path if self.on_main else None
+        self._trace = None if path is None else _TraceFile(own)
+
+    def _trace_file(self) -> _TraceFile | None:
+        """Where a run is to be written that begins now."""
+        path = os.environ.get("PARALLELIZER_TRACE")
+        if self._trace is not None or not path:
+            return self._trace
+        # What an item runs serially, for itself, is not worth a run in the trace; and of several
+        # ranks of MPI, one alone may write.
+        is_busy = any(comm.is_running() for comm in list(_COMMUNICATORS))
+        if self.nprocs == 1 and (is_busy or _launched_rank() > 0):
+            return None
+        return _shared_trace_file(path, self.on_main)
 
     def _end_stream(self) -> None:
         """Give up an `imap` that has not come to its end."""
@@ -1412,13 +1453,17 @@ class Parallelizer:
             self._stream = itself[0]
             communicator = self._communicator()
             ranks = range(communicator.size)
-            self._command(communicator, ranks, work)
+            is_traced = self._trace_file() is not None
+            theirs = functools.partial(_run_traced, work) if is_traced else work
+            self._command(communicator, ranks, theirs)
             communicator.timeout = self.timeout
             with communicator.restricted_to(ranks):
                 try:
                     communicator.begin_run()
                     begun = time.perf_counter()
-                    yield from work(make_task, data, parallelizer=self)
+                    tracing = _tracing(self, _name_for_trace(work))
+                    with tracing if is_traced else contextlib.nullcontext():
+                        yield from work(make_task, data, parallelizer=self)
                     self._finish_run(communicator, begun)
                 except BaseException as error:  # of the user's loop, too
                     if not communicator.is_running():  # as the program has ended meanwhile
@@ -4225,6 +4270,244 @@ def _restored(
 
 
 # ---------------------------------------------------------------------------------------------
+# A look inside: what each rank has done, and when
+# ---------------------------------------------------------------------------------------------
+#
+# An `_Account` counts what a process does in a run; `RankStats` are its sums. Where a trace is
+# asked for, it also lists what was done when, and `_TraceFile` writes that for a viewer.
+
+
+class RankStats(NamedTuple):
+    """What one process did in a run; times in seconds, sizes in bytes."""
+
+    seconds: float  # in the function, all of the following included
+    collectives: float  # in verbs, waiting included
+    waiting: float  # for other processes
+    bytes_sent: int  # what goes to several at once counts once, because it is copied once
+    tasks: int  # items of `map`, `starmap` and `imap`
+    peak_memory: int  # the most that the process has held so far; 0 where the system does not tell
+
+
+class RunStats(tuple[RankStats, ...]):
+    """`RankStats` by rank; as text, a line that shows an imbalance."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        longest = max(rank.seconds for rank in self)
+        busy = [rank.seconds - rank.waiting for rank in self]
+        least, most = min(busy), max(busy)
+        memory = [rank.peak_memory for rank in self]
+        text = (
+            f"{len(self)} ranks, {longest:.3g} s: busy from {least:.3g} s (rank "
+            f"{busy.index(least)}) to {most:.3g} s (rank {busy.index(most)}), in collectives up to "
+            f"{max(rank.collectives for rank in self):.3g} s, "
+            f"{sum(rank.bytes_sent for rank in self) / 1e6:.3g} MB sent, memory up to "
+            f"{max(memory) / 1e6:.3g} MB (rank {memory.index(max(memory))})"
+        )
+        tasks = [rank.tasks for rank in self]
+        return f"{text}, tasks {' + '.join(map(str, tasks[:16]))}" if any(tasks) else text
+
+
+_REPORT = struct.Struct("<dddqqq")  # the fields of `RankStats`
+
+
+class _Span(NamedTuple):
+    """Something that a process did, by its clock, in seconds."""
+
+    name: str
+    begun: float
+    ended: float
+    details: dict[str, Any]
+
+
+class _Account:
+    """What goes into the `RankStats` of this process in the current run, and into its trace."""
+
+    _MOST_SPANS = 1_000_000  # in a run; what comes after these is not traced
+
+    def __init__(self) -> None:
+        self.collectives = self.waiting = 0.0
+        self.bytes_sent = self.tasks = 0
+        self.spans: list[_Span] | None = None  # where the run is traced
+        self._verb, self._sent_before = "", 0  # of the verb that goes on, where it is traced
+
+    def report(self, seconds: float) -> bytes:
+        sums = (self.collectives, self.waiting, self.bytes_sent, self.tasks)
+        return _REPORT.pack(seconds, *sums, _peak_memory())
+
+    def record(self, name: str, begun: float, **details: Any) -> None:
+        """Note that something which has begun then ends now, where the run is traced."""
+        if self.spans is not None and len(self.spans) < self._MOST_SPANS:
+            self.spans.append(_Span(name, begun, time.perf_counter(), details))
+
+    def begin_verb(self, verb: str) -> None:
+        self._verb, self._sent_before = verb, self.bytes_sent
+
+    def end_verb(self, begun: float) -> None:
+        self.record(self._verb, begun, bytes=self.bytes_sent - self._sent_before)
+
+    def add_wait(self, begun: float) -> None:
+        """Count a wait that ends now."""
+        self.waiting += time.perf_counter() - begun
+        self.record("waiting", begun)
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process has held in memory; 0 where the system does not tell."""
+    if not _POSIX:
+        return 0
+    resource = importlib.import_module("resource")
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "linux":
+        return peak
+    # A program that another process has started begins with the peak of that one, so that this
+    # figure says something only when it has grown. The exact one takes 20 times as long to read.
+    return peak << 10 if peak > _inherited_peak() else _exact_peak() << 10
+
+
+@functools.cache
+def _inherited_peak() -> int:
+    resource = importlib.import_module("resource")
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if peak > 1.1 * _exact_peak() else 0
+
+
+def _exact_peak() -> int:
+    """In KiB, on Linux."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(_read_proc("self/status").partition(b"VmHWM:")[2].split(maxsplit=1)[0])
+    return 0
+
+
+def _name_for_trace(work: Callable[..., Any]) -> str:
+    """What a run is called in a trace: the verb, and the user's function."""
+    verb, verbs = "run", {"map": _map_in_run, "imap": _imap_in_run}
+    while isinstance(work, functools.partial):
+        verb = next((name for name, own in verbs.items() if work.func is own), verb)
+        work = work.args[0] if verb != "run" else work.func
+    return f"{verb} {getattr(work, '__qualname__', type(work).__name__)}"
+
+
+def _run_traced(work: Callable[..., _R], *, parallelizer: Parallelizer, **given: Any) -> _R:
+    """What `work` gives, on each process of a run that is traced."""
+    with _tracing(parallelizer, _name_for_trace(work)):
+        return work(parallelizer=parallelizer, **given)
+
+
+@_context
+def _tracing(parallelizer: Parallelizer, name: str) -> Iterator[None]:
+    """Within, this process lists what it does; all of them tell main, which writes it.
+
+    Of a run that has failed, main writes what it has done itself.
+    """
+    comm = parallelizer._communicator()
+    account, begun, is_well = comm.account, time.perf_counter(), False
+    account.spans = []
+    try:
+        yield
+        is_well = True
+    finally:
+        account.record(name, begun)
+        spans, account.spans = account.spans, None
+        told = [(0.0, spans)]
+        if is_well and comm.size > 1:
+            # Whoever leaves a barrier leaves it at about the same moment as all others, which tells
+            # how the clocks of machines differ. The first one has nobody sleep over the second.
+            for _ in range(2):
+                with comm.enter("wait"):
+                    comm.barrier()
+            own = time.perf_counter(), spans
+            with comm.enter("gather"):
+                told = parallelizer._gather(comm, own, concatenate=False)
+        if parallelizer.on_main and (trace := parallelizer._trace_file()) is not None:
+            trace.write_run(parallelizer, comm, told)
+
+
+class _TraceFile:
+    """A trace in the JSON format of Chrome, which https://ui.perfetto.dev and others show.
+
+    Each parallelizer is a process there, on each of its machines, and each rank a thread. The file
+    is whole after each run.
+
+    Notes
+    -----
+    The format is described in "Trace Event Format", Google, 2016.
+    """
+
+    _END = "\n]}\n"
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self._path = path  # None where main is another process, which writes
+        self._zero = time.perf_counter()
+        self._tracks: dict[tuple[str, str], int] = {}  # numbers of parallelizers, on hosts
+        self._named: set[tuple[int, int]] = set()
+        if path is not None:
+            with open(path, "w") as file:  # noqa: PTH123
+                file.write('{"displayTimeUnit": "ms", "traceEvents": [' + self._END)
+
+    def write_run(
+        self, parallelizer: Parallelizer, comm: Communicator, told: Sequence[tuple[float, Any]]
+    ) -> None:
+        """Add a run, of which main and perhaps others have `told`; in vain on a full disk."""
+        import json
+
+        events: list[dict[str, Any]] = []
+        comma = "," if self._tracks else ""
+        beside, clock = comm.beside(), told[0][0]
+        for rank, (its_clock, spans) in enumerate(told):
+            process = comm.members[rank]
+            track = self._track(parallelizer, comm.host_of(process), process, events)
+            offset = (0.0 if process in beside else clock - its_clock) - self._zero
+            events += (self._event(span, offset, track, process) for span in spans)
+        added = f"{comma}\n" + ",\n".join(map(json.dumps, events))
+        if self._path is None:
+            return
+        try:
+            with open(self._path, "r+") as file:  # noqa: PTH123
+                file.seek(os.fstat(file.fileno()).st_size - len(self._END))
+                file.write(added + self._END)
+        except OSError as why:
+            _logger().warning(
+                "the trace %s cannot be written, and is given up: %s", self._path, why
+            )
+            self._path = None
+
+    def _track(
+        self, parallelizer: Parallelizer, host: str, rank: int, events: list[dict[str, Any]]
+    ) -> int:
+        """The number of a parallelizer's ranks on a host; they are named when they are new."""
+        key = parallelizer._key, host
+        number = self._tracks.setdefault(key, len(self._tracks) + 1)
+        if (number, rank) not in self._named:
+            self._named.add((number, rank))
+            names = {
+                "process_name": f"{type(parallelizer).__name__} on {host}",
+                "thread_name": f"rank {rank}" if rank else "rank 0 (main)",
+            }
+            events += (
+                {"name": kind, "ph": "M", "pid": number, "tid": rank, "args": {"name": name}}
+                for kind, name in names.items()
+            )
+        return number
+
+    @staticmethod
+    def _event(span: Sequence[Any], offset: float, track: int, rank: int) -> dict[str, Any]:
+        name, begun, ended, details = span
+        return {
+            "name": name, "ph": "X", "pid": track, "tid": rank,
+            "ts": round((begun + offset) * 1e6, 3), "dur": round((ended - begun) * 1e6, 3),
+            "args": details,
+        }  # fmt: skip
+
+
+@functools.cache
+def _shared_trace_file(path: str, on_main: bool) -> _TraceFile:
+    """The one that PARALLELIZER_TRACE names, for all parallelizers of this program."""
+    return _TraceFile(path if on_main else None)
+
+
+# ---------------------------------------------------------------------------------------------
 # Mapping, and its tasks
 # ---------------------------------------------------------------------------------------------
 #
@@ -4364,6 +4647,7 @@ class _Task:
         results: list[Any] = []
         error: Exception | None = None
         unfit = None
+        taken_up = time.perf_counter()
         try:
             if copied:
                 items, unfit = _private(items)
@@ -4386,6 +4670,7 @@ class _Task:
             comm.user.task_thread = task
             comm.mark_function(executing=function)
         comm.account.tasks += len(results)
+        comm.account.record("chunk", taken_up, first=start, items=len(results))
         if copied:
             try:
                 results = _as_sent(results)
@@ -4725,8 +5010,10 @@ def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
         (block,) = parallelizer.scatter(_blocks_for_workers(data, parallelizer))
     # Of no items at all, main's call says what an empty result looks like.
     wanted = len(block) > 0 or (parallelizer.on_main and len(data) == 0)
+    begun = time.perf_counter()
     with task.arithmetic, _UsersCode():
         own = [task.call(block)] if wanted else []
+    parallelizer._communicator().account.record("block", begun, items=len(block))
     results = parallelizer.gather(own, concatenate=False)
     if not parallelizer.on_main:
         return results
@@ -5566,8 +5853,8 @@ class _Done(NamedTuple):
 # Rounds: what processes say to each other
 # ---------------------------------------------------------------------------------------------
 #
-# The vocabulary of the protocol: words and the calls they stand for, mail (`Parcel`), what is
-# counted (`RankStats`), and the search for deadlocks (`_Watch`). What is done with it is written
+# The vocabulary of the protocol: words and the calls they stand for, mail (`Parcel`), and the
+# search for deadlocks (`_Watch`). What is done with it is written
 # in `Communicator`, in the next section: `_disagree` finds that two words do not go together.
 
 
@@ -5631,49 +5918,6 @@ def _verb_of(word: int) -> int:
 def _is_failed_exit(word: int) -> bool:
     """Whether it tells of an error by which a member leaves its group."""
     return word & 127 == _CODES["return"] << 1 | 1
-
-
-class RankStats(NamedTuple):
-    """What one process did in a run; times in seconds."""
-
-    seconds: float  # in the function, all of the following included
-    collectives: float  # in verbs, waiting included
-    waiting: float  # for other processes
-    bytes_sent: int  # what goes to several at once counts once, as it is copied once
-    tasks: int  # items of `map`, `starmap` and `imap`
-
-
-class RunStats(tuple[RankStats, ...]):
-    """`RankStats` by rank; as text, a line that shows an imbalance."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        longest = max(rank.seconds for rank in self)
-        busy = [rank.seconds - rank.waiting for rank in self]
-        least, most = min(busy), max(busy)
-        text = (
-            f"{len(self)} ranks, {longest:.3g} s: busy from {least:.3g} s (rank "
-            f"{busy.index(least)}) to {most:.3g} s (rank {busy.index(most)}), in collectives up to "
-            f"{max(rank.collectives for rank in self):.3g} s, "
-            f"{sum(rank.bytes_sent for rank in self) / 1e6:.3g} MB sent"
-        )
-        tasks = [rank.tasks for rank in self]
-        return f"{text}, tasks {' + '.join(map(str, tasks[:16]))}" if any(tasks) else text
-
-
-_REPORT = struct.Struct("<dddqq")  # the fields of `RankStats`
-
-
-class _Account:
-    """What goes into the `RankStats` of this process in the current run."""
-
-    def __init__(self) -> None:
-        self.collectives = self.waiting = 0.0
-        self.bytes_sent = self.tasks = 0
-
-    def report(self, seconds: float) -> bytes:
-        return _REPORT.pack(seconds, self.collectives, self.waiting, self.bytes_sent, self.tasks)
 
 
 class Call(NamedTuple):
@@ -6079,6 +6323,10 @@ class Communicator(abc.ABC):
     def beside(self) -> Sequence[int]:
         """Those of the members that run on this machine."""
         return self.members
+
+    def host_of(self, process: int) -> str:
+        """The name of the machine that it runs on."""
+        return _hostname()
 
     # -- what a transport provides ------------------------------------------------------------
 
@@ -6987,6 +7235,8 @@ class Communicator(abc.ABC):
             self.user.interruptible = self.user.executing
             raise self._run.final
         self._raise_failure()
+        if self.account.spans is not None:
+            self.account.begin_verb(verb)
         self.user.entered_at = time.perf_counter()
         if verb not in ("send", "receive"):
             depth, number, _ = self.call
@@ -7006,6 +7256,8 @@ class Communicator(abc.ABC):
         if error is not None and not (isinstance(error, Exception) or self._ends_own_run(error)):
             self._run.final = error
         self.account.collectives += time.perf_counter() - self.user.entered_at
+        if self.account.spans is not None:
+            self.account.end_verb(self.user.entered_at)
         self.user.entered_at = 0.0
         self.user.interruptible = self.user.executing
         if kind is None and (self.user.news or _CTRL_C.pending):
@@ -7061,7 +7313,7 @@ class Communicator(abc.ABC):
         finally:
             self._wake_up()
             self._watch.end()
-            self.account.waiting += time.perf_counter() - begun
+            self.account.add_wait(begun)
 
     def _heed_end_of_wait(self, *, in_round: bool) -> None:
         """Raise what ends a wait before it comes true."""
@@ -8110,7 +8362,8 @@ class BoardCommunicator(Communicator):
                 is_idle = bool(self._run.sitting)
                 self._wait_until(self._have_come, self._missing, idle=is_idle, tried=True)
         finally:
-            self.account.waiting += max(time.perf_counter() - begun, 0)
+            if begun < math.inf:
+                self.account.add_wait(begun)
 
     def _give_up_run(self, error: ContractError) -> None:
         super()._give_up_run(error)
@@ -9512,6 +9765,7 @@ def _worker_main(setup: _WorkerSetup) -> None:
     _leave_signals_to_main()
     setup = setup._replace(life=_die_with_main(setup.life))
     _stay_apart_from_the_mpi_job()
+    os.environ.pop("PARALLELIZER_TRACE", None)  # main writes it
     communicator = _WorkerEnd(setup)
     parallelizer = _loads(setup.parallelizer)
     parallelizer._become_worker(communicator)
@@ -10444,6 +10698,9 @@ class MPICommunicator(Communicator):
         machine = self._seats[self.process].machine
         return [one for one in self.members if self._seats[one].machine == machine]
 
+    def host_of(self, process: int) -> str:
+        return self._seats[process].host
+
     def watch_others(self) -> None:
         """Have the job ended where another rank of this machine dies and no launcher sees to it."""
         peers = {
@@ -10523,7 +10780,7 @@ class MPICommunicator(Communicator):
             raise
         finally:
             self._watch.end()
-            self.account.waiting += time.perf_counter() - begun
+            self.account.add_wait(begun)
 
     def _settle(self) -> None:
         """Wait for the end of a round that this rank has come to, and left alone.
@@ -10599,7 +10856,7 @@ class MPICommunicator(Communicator):
         self._raise_timeout(missing, "")
 
     def _told(self, process: int) -> str:
-        return f"{process} on {self._seats[process].host}"
+        return f"{process} on {self.host_of(process)}"
 
     def _or_cut_off(self, awaited: Iterable[int]) -> str:
         own = self._seats[self.process].host
