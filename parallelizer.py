@@ -1,7 +1,8 @@
 """Write a function once; run it serially, over multiprocessing, or over MPI.
 
 A function that takes the keyword ``parallelizer`` is handed a `SerialNonParallelizer`,
-a `MultiprocessingParallelizer` or an `MPIParallelizer` and gives the same result, bit for bit:
+a `MultiprocessingParallelizer` or an `MPIParallelizer`. With the same number of processes, it
+returns the same result on each of them, bit for bit:
 
 >>> import numpy as np
 >>> def run_job(parallelizer=None):
@@ -12,15 +13,15 @@ a `MultiprocessingParallelizer` or an `MPIParallelizer` and gives the same resul
 >>> SerialNonParallelizer().run(run_job)
 [1000]
 
-``MultiprocessingParallelizer(nprocs=15).run(run_job)`` gives ``[67] * 10 + [66] * 5``, and so does
-``MPIParallelizer().run(run_job)`` under ``mpiexec -n 15``.
+``MultiprocessingParallelizer(nprocs=15).run(run_job)`` returns ``[67] * 10 + [66] * 5``, and so
+does ``MPIParallelizer().run(run_job)`` on rank 0 under ``mpiexec -n 15``.
 
-How it is built, by the names of its classes::
+The classes, and what each of them is for::
 
                      your function(parallelizer=p)
                                  |
                             Parallelizer                  verbs, registry, decorators, `run`
-                                 |                        (a `_Reduction` or `_Task` for a call)
+                                 |                        (one `_Reduction` or `_Task` per call)
                               Message                     a pickle, and buffers beside it
                                  |
                             Communicator                  rounds, groups, mail, the end of a run
@@ -28,76 +29,87 @@ How it is built, by the names of its classes::
              |                   |                   |
     SerialCommunicator   BoardCommunicator    MPICommunicator
                                  |                   |
-                      _Board, what all see    _CardsByAllgather, what all see
-                      _Rings, mail            _Letters, mail
-                      _Doorbell, to wake      _Bulk, what is large
+                      _Board, seen by all     _CardsByAllgather, seen by all
+                      _Rings, for mail        _Letters, for mail
+                      _Doorbell, to wake      _Bulk, for large data
                       _ChunkQueue, for `map`         |
                                  |                mpi4py
                       _Workers, the processes,
-                      and _Guard, their end
+                      and _Guard, which ends them
 
-The words of the field, as they are used here. *Main* is the process that the program runs on,
-rank 0; the others are *workers*. A *run* is one call of a function on all of them, which are its
-*members*. A *verb* is what the function calls on its parallelizer. All members call a collective
-verb together, and begin it by a *round*, one meeting of all; `send` and `receive` are called by
-one, and begin none. What each shows in a round is its *word*; what it brings beside it lies in
-its *slot* on the board, or on its *card* under MPI. *Mail* goes to one process alone: by a *ring*
-on the board, or as a *letter* under MPI. A *group* is the members of a ``run(comm=...)`` within a
-run; the others *sit out* its rounds.
+The terms that the file uses. *Main* is the process of rank 0; with multiprocessing, it is the one
+that your program runs in. The others are *workers*. A *run* is one call of a function on a set of
+processes, the *members* of the run. A *verb* is a method that the function calls on its
+parallelizer. All members call a *collective* verb together, and the call begins with a *round*, a
+meeting of all members. `send` and `receive` are called by one process and begin no round. In a
+round, each member shows a *word*, which says what it calls. The data that it brings lies in its
+*slot* on the *board*, which is memory that all processes share; under MPI, on its *card*. *Mail*
+goes to one process only: through a *ring* on the board, or as a *letter* under MPI. A *group* is
+the members of a ``run(comm=...)`` inside a run; the other members *sit out* its rounds.
 
-What becomes of a ``gather`` of 8 bytes on three processes. `Parallelizer.gather` begins a call
-(`Communicator.enter`) and packs the array: its dtype and shape as a short pickle, its memory as
-it is. A worker lays both into its slot; then it shows its word, that of round 17, call 3, gather.
-Main shows the same, and looks at the words until all three are alike. Now main finds dtype and
-shape of all in their slots, makes an array for the result, and copies each part to its place in
-that. Under MPI what a worker lays goes on its card of 512 bytes, and one `Iallgather` carries the
-cards of all to all. Of an array of 64 MiB, the slot holds the first 2 MiB, and the last bit of
-the word announces that more follows: all come to one further round for each 2 MiB, and main reads
-each stretch to its place while the worker writes the next. Under MPI the card holds the sizes,
-and the array follows by `Isend` and `Irecv` from where it lies to its place in the result.
+The path of a ``gather`` of 8 bytes on three processes. `Parallelizer.gather` begins a call
+(`Communicator.enter`) and packs the array: dtype and shape become a short pickle, and the memory
+stays as it is. A worker writes both into its slot. Then it shows its word: round 17, call 3,
+gather. Main shows the same word, and looks at the board until all three words agree. It then finds
+the dtype and shape of each array in the slots, allocates the result, and copies each array to its
+place there. Under MPI, a worker writes the same to its card of 512 bytes, and one nonblocking
+allgather takes all cards to all ranks (with more than 32 ranks, after an allreduce:
+`_CardsByAllreduce`). If each array has 64 MiB, a slot holds the first 2 MiB, and the last bit of
+the word says that more follows. All members then come to one more round for each further 2 MiB, and
+main copies one stretch to its place while the worker writes the next. Under MPI, the card holds the
+sizes, and `Isend` and `Irecv` move the array from where it lies to its place in the result.
 
-What happens when a rank fails. On processes, a worker tells main by mail, with its exception;
-main calls the run off by a word on the board, and a signal makes those who compute look at it.
-All others raise `RunEnded` wherever they are, which unwinds their function, and `run` raises the
-exception on main; who has not left within a second is killed. That a worker has died, main
-notices by a handle that becomes ready then (`_MainEnd._on_handle`), whenever it waits; on Linux a
-signal interrupts what it computes. The dead are replaced before the next run. Under MPI, where
-nobody can be interrupted, the rank comes to the next round and shows there that it leaves; all
-see it in that round, at their next verb, and `run` raises its exception on every rank. That
-processes have called different verbs shows in their words, and all raise `ContractError`; those
-who wait for each other in a circle find that out by asking around (`_Watch`).
+What happens when a rank fails. With multiprocessing, a worker mails its exception to main. Main
+calls the run off by a word on the board, and sends a signal that makes processes which are
+computing look at it. All other members raise `RunEnded` wherever they are, which unwinds their
+function, and `run` raises the exception on main. A worker that has not left the run within a
+second is killed. Main notices the death of a worker whenever it waits, because a handle becomes
+ready then (`_MainEnd._on_handle`); on Linux, a signal also interrupts main while it computes. Dead
+workers are replaced before the next run. Under MPI, no process can be interrupted, so a rank that
+fails comes to the next round and shows there that it leaves. The others see this in the same round,
+at their next verb, and `run` raises the exception on every rank. If processes call different verbs,
+their words show it, and all members raise `ContractError`. Processes that wait for each other in a
+circle discover this by asking each other what they wait for (`_Watch`).
 
-What this file does to your process, and how to do without:
+What this file does to your process, and how to avoid it:
 
 =================  ===============================================================================
-imports            nothing but definitions: no process, thread, handler or hook
-SIGINT             while a pool is opened or closed and while a run goes on, a Ctrl-C waits for
-                   the end of a step of the protocol; then your handler is called, and it is put
-                   back in the end. Under MPI, one that waits for a second in a round ends the job.
-                   Only on the main thread: call `run` on another one, and no handler is touched
-SIGURG             on processes, while a pool is up: it tells a process that computes that the run
-                   is over. Your handler is called as well, also for those
-other signals      SIGTERM, SIGHUP and other requests (`_requests`) end no worker: main acts on them
-`atexit`           closes a pool that is still up, and under MPI ends the job; use ``with``
-forks              a child of yours that is forked in a run takes no part in it; streams are
-                   flushed before (`os.register_at_fork`, from the first parallelizer on)
-environment        while a pool is up, OMP_NUM_THREADS and the like, for what is loaded later, if
-                   none of them was set; set one, or give ``threads_per_process``. While workers
-                   start under an MPI launcher, MPI4PY_RC_INITIALIZE. Read are these, PARALLELIZER,
-                   what launchers and Slurm set (`_launched_ranks`, `_cpus_of_job`), and PATH
-threads of BLAS    limited in a run to this process's share of the CPUs, by threadpoolctl; as above
-random numbers     the global generators of Python and numpy begin anew on each worker, and are not
-                   touched on main; use `Parallelizer.rng`
-stdout             under MPI, line buffered from the first parallelizer on
-threads            under MPI on Linux, one that waits for the end of other ranks of this machine;
-                   with ``timeout=``, one more during each large transfer
+importing          only makes definitions: no process, thread, handler or hook
+SIGINT             while a pool is opened or closed, and during a run, a Ctrl-C waits until the
+                   current step of the protocol is done; then your handler is called. It is put
+                   back at the end. Under MPI, a Ctrl-C that has waited in a round for a second
+                   ends the job. All this concerns the main thread only: if you call `run` on
+                   another thread, no handler is touched
+SIGURG             with multiprocessing, while a pool is up: tells a process which is computing
+                   that the run is over. Your handler is called, too, even for these signals
+other signals      SIGTERM, SIGHUP and other requests (`_requests`) do not end workers: main acts
+                   on them. ``map(item_timeout=...)`` takes SIGALRM while an item is computed
+`atexit`           closes a pool that is still up (use ``with``). Under MPI, waits for the other
+                   ranks to end their programs, or ends the job if this program has failed
+forks              a child that you fork during a run takes no part in it. Before such a fork,
+                   stdout and stderr are flushed (`os.register_at_fork`, from the first
+                   parallelizer on)
+environment        OMP_NUM_THREADS and similar variables are set, for libraries that are loaded
+                   later, while a pool is up; under MPI, from the first parallelizer on. They are
+                   left alone if you have set one of them: do so, or choose the number by
+                   ``threads_per_process``. MPI4PY_RC_INITIALIZE is set while workers start under
+                   an MPI launcher. The file reads all these, PARALLELIZER, what launchers and
+                   Slurm set (`_launched_ranks`, `_cpus_of_job`), and PATH
+threads of BLAS    limited at the same times to this process's share of the CPUs, by
+                   threadpoolctl. Where that is not installed, neither is done
+random numbers     on each worker of a pool, the global generators of Python and numpy start from
+                   fresh entropy; on main, they are not touched. Use `Parallelizer.rng`
+stdout             under MPI, line-buffered from the first parallelizer on
+threads            `imap` may read its items on a thread of main's. Under MPI on Linux, one thread
+                   waits for other ranks of this machine to end; with ``timeout=``, there is one
+                   more during each large transfer
 `sys.excepthook`   under MPI, if a launcher has started several ranks: an exception that ends the
-                   program ends the job (until Python 3.12 by `sys.excepthook`, from then on by
-                   `sys.monitoring`, and `sys.exit` is wrapped); end it yourself by
-                   ``MPI.COMM_WORLD.Abort``, which comes first
+                   program ends the job. From Python 3.12 on, this is done by `sys.monitoring`;
+                   before, `sys.excepthook` and `sys.exit` are replaced. If you end the job by
+                   ``MPI.COMM_WORLD.Abort``, that comes first
 =================  ===============================================================================
 
-The file has two parts: what you call, and how it works. Each section begins with what it does.
+The file has two parts: what you call, and how it works. Each section begins with a summary.
 
 MIT License
 
@@ -209,38 +221,56 @@ _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 # Errors
 # ---------------------------------------------------------------------------------------------
 #
-# What this module raises on its own account. An exception of your function is raised as it is,
-# with the traceback of the process it comes from as its cause.
+# The exceptions that this module raises itself. An exception that your function raises keeps its
+# type; its cause is a `RemoteTraceback` if it comes from another process.
 
 
 class ParallelizerError(RuntimeError):
-    """Head of the errors that this module raises on its own account."""
+    """Base class of the errors that this module raises itself.
+
+    Examples
+    --------
+    >>> issubclass(ContractError, ParallelizerError)
+    True
+    """
 
 
 class WorkerError(ParallelizerError):
-    """A remote exception that could not be pickled; its text and traceback are in the message."""
+    """Stands for an exception of another process that cannot be pickled.
+
+    Its message holds the text and the traceback of that exception.
+    """
 
 
 class WorkerDied(ParallelizerError):
-    """A process ended without a word: killed, crashed, out of memory, or ``os._exit``."""
+    """A process ended without notice: killed, crashed, out of memory, or by ``os._exit``.
+
+    The message gives the rank, the process id, the exit code or signal, and the likely cause.
+    Under MPI, the death of a rank ends the job; with multiprocessing, main raises this error.
+    """
 
 
 class ContractError(ParallelizerError):
-    """Processes disagree about the next collective, or a verb is called where it cannot work."""
+    """Processes disagree about the next collective verb, or a verb is called where it cannot work.
+
+    Examples are a collective verb outside `Parallelizer.run`, `receive` from a rank that has
+    returned, and processes that wait for each other in a circle. The message says which rank has
+    called what.
+    """
 
 
 class PackingError(ParallelizerError):
-    """An object cannot be pickled at the sender, or not be unpickled at the receiver."""
+    """An object cannot be pickled by its sender, or cannot be unpickled by its receiver."""
 
 
 class WaitTimeout(ParallelizerError, TimeoutError):
-    """A wait took longer than the parallelizer's ``timeout``; the message names who was missing."""
+    """A wait took longer than the parallelizer's ``timeout``; the message names who is missing."""
 
 
 class RemoteTraceback(Exception):
     """The ``__cause__`` of an exception that was raised on another process.
 
-    Its text names rank, host and process id, and carries the traceback of that process. Its own
+    Its text gives the rank, host and process id, and the traceback from that process. Its own
     ``__cause__`` and ``__context__`` are those that the exception had there.
     """
 
@@ -253,11 +283,11 @@ class RemoteTraceback(Exception):
 
 
 class RunEnded(BaseException):
-    """Unwinds a function whose run has failed on another process; nobody needs to catch it.
+    """Unwinds a function whose run has failed on another process; do not catch it.
 
-    Not an `Exception`, so that the function's own ``except Exception`` lets it pass: the run is
-    over, whatever the function thinks of it. It names the communicator whose run has ended, since
-    it may have to unwind runs of other parallelizers that the function has begun.
+    It is not an `Exception`, so that ``except Exception`` in the function lets it pass: the run is
+    over in any case. It holds the communicator whose run has ended, because it may first have to
+    unwind runs of other parallelizers that the function has begun.
     """
 
     def __init__(self, communicator: Communicator | None = None) -> None:
@@ -269,16 +299,17 @@ class RunEnded(BaseException):
 # The Parallelizer: every verb, once
 # ---------------------------------------------------------------------------------------------
 #
-# `Parallelizer` is what your function is given. A verb checks what it is passed, packs it, and
-# calls the communicator; none of them knows the backend. To add one: a name in `_VERBS`, which is
-# the word that is shown; a method here that enters a call by `_calling`, a line in README, and a
-# check in `_contract` of the self-test. If it moves bytes in a new way, it takes a method of
-# `Communicator`, and of each transport if the bytes may not fit beside the word (`_large_...`).
-# What one process calls alone must be named in `Communicator.enter`, since it is not counted.
+# Your function is given a `Parallelizer`. A verb checks its arguments, packs them, and calls the
+# communicator; no verb knows the backend. A new verb needs a name in `_VERBS`, which its word
+# refers to, a method here that enters the call by `_calling`, a line in README, and a check in
+# `_contract` of the self-test. If it moves bytes in a new way, it also needs a method of
+# `Communicator`, and one of each transport if the bytes may not fit beside the word (`_large_...`).
+# A verb that one process calls alone must be named in `Communicator.enter`, because such calls are
+# not counted.
 
 
 class _Context(contextlib.AbstractContextManager[_T, None]):
-    """What `_context` makes."""
+    """The context manager that a function decorated with `_context` returns."""
 
     def __init__(self, steps: Any) -> None:
         self._steps = steps
@@ -296,10 +327,10 @@ class _Context(contextlib.AbstractContextManager[_T, None]):
 def _context(
     steps: Callable[_P, Iterator[_T]],
 ) -> Callable[_P, contextlib.AbstractContextManager[_T, None]]:
-    """As `contextlib.contextmanager`, where what follows the ``yield`` stands in a ``finally``.
+    """Like `contextlib.contextmanager`; code that must follow the ``yield`` needs a ``finally``.
 
-    The one of the standard library sets an attribute of the exception that passes, which that
-    may refuse: a frozen dataclass does.
+    The standard library's version sets an attribute of the exception that passes through it. An
+    exception can refuse that, as one that is a frozen dataclass does.
     """
 
     @functools.wraps(steps)
@@ -309,7 +340,7 @@ def _context(
     return begin
 
 
-_UNSET = object()  # stands for what was not given, or is not there, where None means something
+_UNSET = object()  # means "not given" or "not there" where None has a meaning of its own
 
 
 class _Elsewhere(enum.Enum):
@@ -327,7 +358,7 @@ class _Elsewhere(enum.Enum):
     __str__ = __repr__
 
 
-# What programs that were written for a `multiprocessing.Pool` miss, and how that is done here.
+# Methods that programs written for a `multiprocessing.Pool` look for, and what to use instead.
 _INSTEAD_OF_POOLS = {
     "apply_async": "; results as they come are given by imap_unordered(f, items)",
     "map_async": "; results as they come are given by imap(f, items)",
@@ -342,29 +373,49 @@ def _takes_parallelizer(func: Callable[..., object]) -> bool:
         inspect.signature(func).bind_partial(parallelizer=None)
     except TypeError:
         return False
-    except ValueError:  # of a builtin function, which may not tell
+    except ValueError:  # some builtin functions have no signature
         return True
     return True
 
 
 class Parallelizer:
-    """What a function that takes the keyword ``parallelizer`` is fed: who am I, and the verbs.
+    """What a function gets as the keyword ``parallelizer``: the rank of its process, and the verbs.
 
     Parameters
     ----------
     timeout : float, optional
-        Seconds that any wait for another process may take before it ends in a `WaitTimeout`.
+        Seconds that any wait for another process may take. A longer one raises `WaitTimeout`. By
+        default, there is no limit.
+
+    Raises
+    ------
+    ValueError
+        If `timeout` is not a positive number.
 
     Notes
     -----
-    `run` calls a function on every process at once (SPMD); main, ``id == 0``, takes part. Inside,
-    all processes call the same collective verbs in the same order: `broadcast`, `scatter`,
-    `gather`, `allgather`, `reduce`, `allreduce`, `wait`, `map`, `starmap`. A function that raises
-    on any process ends the run on every process, and main gets the exception.
+    `run` calls a function on every process at once (SPMD); main, ``id == 0``, takes part. Inside
+    the function, all processes call the same collective verbs in the same order: `broadcast`,
+    `scatter`, `gather`, `allgather`, `alltoall`, `reduce`, `allreduce`, `wait`, `share`, `map`,
+    `starmap`, `imap`, `imap_unordered`. A function that raises on any process ends the run on every
+    process, and `run` raises the exception on main (under MPI, on every rank).
+
+    Besides the errors that its own documentation lists, every verb raises `ContractError` where the
+    processes call different verbs or wait for each other in a circle, `WaitTimeout` after
+    `timeout`, `PackingError` for data that cannot be pickled or unpickled, and `RunEnded` where the
+    run has failed on another process.
+
+    Examples
+    --------
+    >>> def total(parallelizer):
+    ...     block = parallelizer.scatter(range(10))
+    ...     return parallelizer.reduce(sum(block))
+    >>> SerialNonParallelizer().run(total)
+    45
     """
 
-    # Whether the others always wait for commands, so that main calls alone what is outside a run;
-    # and whether the processes may be on several machines.
+    # Whether the other processes always wait for commands, so that main alone makes the calls
+    # outside a run; and whether the processes may be on several machines.
     _drives_workers = False
     _spans_hosts = False
 
@@ -383,19 +434,21 @@ class Parallelizer:
                 f"timeout must be a positive number of seconds or None, not {timeout!r}"
             )
         self.timeout = timeout
-        self._comm: Communicator | None = None  # through which the verbs speak, where they may
+        self._comm: Communicator | None = None  # None until the processes are up
         self._entered = 0
-        # A run at a time. That of an `imap` of main alone may end on another thread than it began.
+        # Held during a run, so that there is one at a time. It has no owner, because an `imap` that
+        # main calls alone may end on another thread than it began on.
         self._lock = threading.Lock()
-        self._stream: Callable[[], _Stream | None] = lambda: None  # such an imap that goes on
+        self._stream: Callable[[], _Stream | None] = lambda: None  # such an `imap`, if one goes on
         self._reports: list[bytes] = []  # of the latest run, by rank
         self._trace: _TraceFile | None = None  # of the runs that are to come
-        # Whether it has come here without being known, and whether it can be held only.
+        # Whether it was unpickled on a process that did not know it; and whether it cannot be used
+        # here, but only held.
         self._stands_in = self._absent = False
         self._be_known_as(os.urandom(16).hex())
 
     def _be_known_as(self, key: str) -> None:
-        """Be what is unpickled under that key on this process."""
+        """Make unpickling under this key return this parallelizer on this process."""
         self._key = key
         self._living[key] = self
 
@@ -403,35 +456,84 @@ class Parallelizer:
 
     @property
     def id(self) -> int | Any:
-        """Rank of this process, main's is 0; None before multiprocessing's processes are up."""
+        """Rank of this process, from 0 (main) to ``nprocs - 1``.
+
+        With multiprocessing, it is None before the processes are up. Inside ``run(comm=...)``, it
+        counts the members of the group.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().id
+        0
+        """
         return None if self._comm is None else self._comm.rank
 
     @property
     def nprocs(self) -> int | Any:
-        """Number of processes, main included; None before multiprocessing's are up."""
+        """Number of processes, main included.
+
+        With multiprocessing, it is None before the processes are up. Inside ``run(comm=...)``, it
+        is the number of members of the group.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().nprocs
+        1
+        """
         return None if self._comm is None else self._comm.size
 
     @property
     def size(self) -> int | Any:
-        """As `nprocs`: what programs ask a pool for."""
+        """The same as `nprocs`, under the name that programs expect of a pool."""
         return self.nprocs
 
-    _processes = size  # as samplers ask a `multiprocessing.Pool`
+    _processes = size  # the attribute of `multiprocessing.Pool` that samplers ask for
 
     @property
     def local_id(self) -> int | Any:
-        """Rank among the `local_size` processes of this machine: which of its GPUs is mine."""
+        """Rank among the `local_size` processes of this machine, from 0.
+
+        It can tell, for one thing, which GPU of the machine a process is to use. With
+        multiprocessing, it is None before the processes are up.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().local_id
+        0
+        """
         comm = self._comm
         return None if comm is None else comm.beside().index(comm.process)
 
     @property
     def local_size(self) -> int | Any:
-        """Number of processes on this machine; as `nprocs`, of those that the current run is on."""
+        """Number of processes on this machine.
+
+        Like `nprocs`, it counts the members of the current run, and with multiprocessing, it is
+        None before the processes are up.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().local_size
+        1
+        """
         return None if self._comm is None else len(self._comm.beside())
 
     @property
     def on_main(self) -> bool:
-        """Whether this is the process that `run` returns its result on."""
+        """Whether this process is main, which `run` returns the function's result on.
+
+        It is True, too, before the processes of multiprocessing are up.
+
+        Raises
+        ------
+        ContractError
+            If this parallelizer was pickled on other processes, and this one has no part in it.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().on_main
+        True
+        """
         self._refuse_if_absent()
         return self.id in (0, None)
 
@@ -439,7 +541,7 @@ class Parallelizer:
         return f"{type(self).__name__}(id={self.id}, nprocs={self.nprocs})"
 
     def __enter__(self: _Self) -> _Self:
-        """Bring the processes up, and be what ``lookup(None)`` finds. Re-entrant."""
+        """Start the processes, and make ``lookup(None)`` find this parallelizer. Re-entrant."""
         self._refuse_if_absent()
         before = self._entered
         try:
@@ -450,7 +552,7 @@ class Parallelizer:
                 self._entered += 1
                 return self
         except BaseException:
-            if self._entered > before:  # then a Ctrl-C has come amid this
+            if self._entered > before:  # a Ctrl-C has come after all was done
                 self.__exit__()
             raise
 
@@ -460,80 +562,85 @@ class Parallelizer:
             with _CTRL_C.governed_by(None):
                 self._leave()
         except BaseException:
-            if self._entered == before:  # because a Ctrl-C has come first
+            if self._entered == before:  # a Ctrl-C has come before anything was done
                 self._leave()
             raise
 
     def _leave(self) -> None:
         self._entered = max(self._entered - 1, 0)  # a forked child has never entered
-        with contextlib.suppress(ValueError):  # a worker's are its own
+        with contextlib.suppress(ValueError):  # a worker has a list of its own
             self._open.remove(weakref.ref(self))
         if self._entered == 0:
             try:
                 self._end_stream()
-            finally:  # whatever a stream may raise
+            finally:  # the processes must stop even if the stream raises
                 self._stop()
 
     def close(self) -> None:
-        """Let the processes go, however often this has been entered.
+        """Stop the processes, however often this parallelizer has been entered.
 
-        A run that goes on in another thread comes to its end first; an imap that goes on raises a
-        `ContractError` when it is asked for more. As `terminate` and `join`, it is for programs
-        that were written for `multiprocessing.Pool`; others use ``with``.
+        If a run goes on in another thread, they stop at its end. An `imap` that goes on raises
+        `ContractError` at its next result. Like `terminate` and `join`, this method is for programs
+        that were written for `multiprocessing.Pool`; other programs use ``with``.
+
+        Raises
+        ------
+        ContractError
+            Inside a run of this parallelizer.
         """
         if self._runs_here():
             raise ContractError("a parallelizer cannot be closed inside its own run")
         while self._entered > (self._lock.locked() and self._stream() is None):
-            self.__exit__()  # but for the one time by the run of another thread
+            self.__exit__()  # except for the entry by a run of another thread, which exits itself
 
     def terminate(self) -> None:
-        """As `close`, but a run that goes on in another thread fails with a `ContractError`.
+        """Like `close`, but a run that goes on in another thread fails with `ContractError`.
 
-        That is so where workers are processes of main's own, which are killed; elsewhere the run
-        comes to its end.
+        It does so with multiprocessing, where main kills its workers. On the other backends, the
+        run ends by itself first.
         """
         if not self._runs_here() and self._comm is not None and self._lock.locked():
             self._comm.kill_others()
         self.close()
 
     def join(self) -> None:
-        """Return at once, as `close` has waited for the processes.
+        """Return at once, because `close` has waited for the processes.
 
         Raises
         ------
         ValueError
-            As of a Pool, if it has not been closed.
+            If this parallelizer has not been closed; a `multiprocessing.Pool` does the same.
         """
         if self._entered > 0:
             raise ValueError("this parallelizer is still open: call close() before join()")
 
     def _start(self) -> None:
-        """Bring the processes up."""
+        """Start the processes."""
 
     def _stop(self) -> None:
-        """Let the processes go."""
+        """Stop the processes."""
 
     @_context
     def _others_serving(self) -> Iterator[None]:
-        """On main, while the other processes `serve`."""
+        """Within, on main, the other processes `serve`."""
         yield
 
     def _options(self) -> dict[str, Any]:
-        """Keywords that make another parallelizer like this one."""
+        """Keywords of the constructor that make another parallelizer like this one."""
         return {"timeout": self.timeout}
 
     def _here(self) -> Parallelizer:
-        """What `lookup` and unpickling make of it: where processes are threads, this one's."""
+        """What `lookup` and unpickling return; where ranks are threads, the one of this thread."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """On the processes that take part in it, it is the one that each of them has."""
+        """Pickle the key, by which each process that takes part finds its own parallelizer."""
         up = self._absent or (self._comm is not None and self._comm.world_size > 1)
         return _restored, (type(self), self._key, self._options(), up)
 
     @classmethod
     def _stand_in(cls: type[_Self], key: str, options: dict[str, Any]) -> _Self:
-        """What a pickled one is where its key is not known: a closed one with the same options."""
+        """A closed parallelizer with the same options, for a process that does not know the key."""
         found = cls(**options)
         found._stands_in = True
         found._be_known_as(key)
