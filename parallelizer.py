@@ -671,29 +671,50 @@ class Parallelizer:
     ) -> _R:
         """Call ``func(*args, parallelizer=self, **kwargs)`` on every process.
 
-        Brings the processes up for this one call where no ``with`` holds them. Called by a
-        function that runs already, it is a plain call.
+        If no ``with`` statement keeps the processes up, they are started for this one call. Inside
+        a run, it is a plain call of the function, unless `comm` is given.
 
         Parameters
         ----------
         func : callable
-            Must accept the keyword `parallelizer`, and be picklable for multiprocessing.
+            Must accept the keyword `parallelizer`. For multiprocessing, it must be picklable.
+        *args, **kwargs
+            Passed to `func` on every process. With multiprocessing, workers get copies of them.
         comm : sequence of int, optional
-            The ranks that take part, 0 among them; inside, their ids count from 0. The others
-            get `InWorkerProcess`. Where they call it, too, inside a run or under MPI, they wait
-            until those that take part are through. An exception that leaves the function of one
-            of these leaves that of all, in the same call.
+            The ranks that take part, 0 among them, each once; inside, their ids count from 0. By
+            default, all take part. Inside a run and under MPI, every rank calls `run` with the same
+            `comm`; ranks that are not in it get `InWorkerProcess` when the group has finished. An
+            exception that leaves the function on one member of the group is raised by this call on
+            all its members. On one process, ranks that do not exist are ignored.
         main_kwargs : mapping, optional
             Further keywords for main's call only; they never leave main.
 
         Returns
         -------
-        On main its own call's result. Under MPI every rank gets the result of its own call.
+        object
+            On main, the result of its own call. Under MPI, every rank gets the result of its own
+            call.
 
         Raises
         ------
-        The exception of the lowest rank that raised one, caused by a `RemoteTraceback` where
-        that was not this process; `WorkerDied`, `ContractError`, `PackingError`, `WaitTimeout`.
+        Exception
+            What `func` raised: of several ranks, the exception of the lowest. If that is another
+            process, the cause is a `RemoteTraceback`. Under MPI, it is raised on every rank.
+        WorkerDied
+            If a worker was killed or crashed. The next run replaces it.
+        ContractError, PackingError, WaitTimeout
+            See `Parallelizer`. Such an error is raised only if no rank's `func` raised one of its
+            own and no worker died, because it is mostly a consequence of those.
+        TypeError, ValueError
+            If `func` is not callable, `kwargs` has the keyword parallelizer, or `comm` names ranks
+            that do not exist. Nothing is called then.
+
+        Examples
+        --------
+        >>> def power(base, exponent, parallelizer=None):
+        ...     return f"rank {parallelizer.id}: {base**exponent}"
+        >>> SerialNonParallelizer().run(power, 2, exponent=3)
+        'rank 0: 8'
         """
         if not callable(func):
             raise TypeError(f"run needs a function, not {_describe(func)}")
@@ -720,7 +741,24 @@ class Parallelizer:
             return self._execute(communicator, ranks, own)  # type: ignore[no-any-return]
 
     def apply(self, func: Callable[..., _R], /, *args: Any, **kwargs: Any) -> _R:
-        """`run` on a parallelizer that is already up; else a `ContractError`."""
+        """Like `run`, but for a parallelizer that is up already.
+
+        Raises
+        ------
+        ContractError
+            If this parallelizer is not up.
+        TypeError
+            If `func` does not take the keyword `parallelizer`, as what `Pool.apply` calls mostly
+            does not.
+
+        Examples
+        --------
+        >>> def rank(parallelizer):
+        ...     return parallelizer.id
+        >>> with SerialNonParallelizer() as parallelizer:
+        ...     parallelizer.apply(rank)
+        0
+        """
         if self._entered == 0 and not self._runs_here():
             raise ContractError(
                 f"apply needs a parallelizer that is up, but {self!r} is not: use run, or open it "
@@ -734,7 +772,7 @@ class Parallelizer:
             )
         return self.run(func, *args, **kwargs)
 
-    if not TYPE_CHECKING:  # for which there would be no unknown attributes
+    if not TYPE_CHECKING:  # type checkers would take any attribute for known
 
         def __getattr__(self, name: str) -> NoReturn:
             instead = _INSTEAD_OF_POOLS.get(name, "")
@@ -743,7 +781,7 @@ class Parallelizer:
             )
 
     def _refuse_on_worker(self, what: str) -> None:
-        """Outside its runs, a worker has nobody to drive."""
+        """Raise an error on a worker, which outside its runs has no processes to drive."""
         if self._drives_workers and self._comm is not None and self._comm.process > 0:
             raise ContractError(
                 f"{what} was called on a worker outside a run, as by its initializer or by a "
@@ -752,7 +790,7 @@ class Parallelizer:
 
     @_context
     def _reserved(self, what: str) -> Iterator[None]:
-        """Within, nothing else is run: by no other thread, nor by an imap that goes on."""
+        """Within, nothing else is run: neither by another thread nor by an `imap` that goes on."""
         self._refuse_on_worker(what)
         if self._comm is not None:
             _Reader.refuse(self._comm)
@@ -762,7 +800,7 @@ class Parallelizer:
                 f"{what} was called while an imap goes on, which keeps the workers busy; let "
                 f"that come to its end first, or close() it"
             )
-        lock = self._lock  # not that of a child which is forked within
+        lock = self._lock  # kept, because in a child that is forked within, it is replaced
         timeout = min(self.timeout or math.inf, threading.TIMEOUT_MAX)
         if not (
             lock.acquire(blocking=False) or _CTRL_C.allow(lambda: lock.acquire(timeout=timeout))
@@ -778,7 +816,7 @@ class Parallelizer:
 
     @_context
     def _running(self) -> Iterator[None]:
-        """Within, the processes are up, and this thread is the one that runs."""
+        """Within, the processes are up, and the run belongs to this thread."""
         with _CTRL_C.governed_by(None), self._reserved("run"), self:
             communicator = self._communicator()
             with communicator.limiting(), _CTRL_C.governed_by(communicator):
@@ -794,19 +832,20 @@ class Parallelizer:
         return self._comm is not None and self._comm.user.thread == threading.get_ident()
 
     def _leads(self, communicator: Communicator) -> bool:
-        """Whether the others wait for what this process, main, has them do."""
+        """Whether the other processes wait for commands of this one, which is main."""
         return self._drives_workers or communicator.drives_others
 
     def _command(
         self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
     ) -> None:
-        """Have these ranks take part in a run, where they wait to be told."""
+        """Call these ranks to a run, if they wait for commands."""
         if self._leads(communicator):
             what = "the function that is run or mapped, or its arguments"
             sent = (_arithmetic_of_caller(), work)
-            communicator.start_others()  # first, as how they start decides how it is packed
+            communicator.start_others()  # first, because packing depends on how they start
             packed = _for_each(_pack(sent, what), sent, what, communicator, len(ranks) - 1 or 1)
-            # All can read whom it is meant for, and by which names main is registered.
+            # Every rank reads this head, even one that takes no part. It says who does, and by
+            # which names this parallelizer is registered; the function stays packed in it.
             threads = communicator.limit and communicator.limit.changed_numbers()
             heads = [
                 pickle.dumps(
@@ -820,8 +859,8 @@ class Parallelizer:
     def _execute(
         self, communicator: Communicator, ranks: Sequence[int], work: Callable[..., Any]
     ) -> Any:
-        """Take this process's part in a run, and in its end on all of them."""
-        communicator.timeout = self.timeout  # of one that several parallelizers may share
+        """Take this process's part in a run, and in ending it on all processes."""
+        communicator.timeout = self.timeout  # several parallelizers may share the communicator
         with communicator.restricted_to(ranks):
             try:
                 communicator.begin_run()
@@ -833,7 +872,7 @@ class Parallelizer:
                 finally:
                     communicator.mark_function(executing=False)
                 self._finish_run(communicator, begun)
-            except BaseException as error:  # whatever it is, the others must hear of it
+            except BaseException as error:  # the others must hear of it, whatever it is
                 _raise_final(communicator, error)
         return result
 
@@ -845,8 +884,18 @@ class Parallelizer:
     def stats(self) -> RunStats | None:
         """What each rank did in the latest run that ended well; None before the first.
 
-        A tuple of `RankStats` by rank, on main; its text is one line. Under MPI, the other ranks
-        have one of their own alone.
+        On main, it is a tuple with a `RankStats` for each rank, with times in seconds; as text, it
+        is one line. Under MPI, each of the other ranks has a tuple of its own `RankStats` alone.
+
+        Examples
+        --------
+        >>> def job(parallelizer):
+        ...     return parallelizer.map(abs, [-1, 2])
+        >>> parallelizer = SerialNonParallelizer()
+        >>> parallelizer.run(job)
+        [1, 2]
+        >>> [rank.tasks for rank in parallelizer.stats]
+        [2]
         """
         if not self._reports:
             return None
@@ -891,16 +940,22 @@ class Parallelizer:
         return _shared_trace_file(path, self.on_main)
 
     def _end_stream(self) -> None:
-        """Give up an `imap` that has not come to its end."""
+        """Close an `imap` that has not reached its end."""
         stream = self._stream()
         if stream is not None:
             stream.close(why="this parallelizer was closed before its map was at its end")
 
     def serve(self) -> None:
-        """Run what main asks for until it closes: a worker's main loop.
+        """Run what main asks for until main is done: a worker's main loop.
 
-        Under MPI, `ClientServerRunner` calls it on every rank but 0; main then uses `map`,
-        `starmap` and `run` alone. Main's own call returns at once.
+        Under MPI, `ClientServerRunner` calls this on every rank but 0, and main then calls `map`,
+        `starmap`, `imap`, `imap_unordered`, `share` and `run` alone. An exception that one of these
+        ends with is raised on main; a worker goes on to serve. On main, the call returns at once.
+
+        Raises
+        ------
+        ContractError
+            On a worker inside `run`; on main if this parallelizer is not up.
         """
         communicator = self._communicator()
         if communicator.process == 0:
@@ -918,7 +973,7 @@ class Parallelizer:
                     self._obey(communicator, message)
                 except MemoryError as error:
                     communicator.fail_run(error)
-                del message  # the arguments are in it, and the next command may be long in coming
+                del message  # it holds the arguments, and the next command may take long to come
         finally:
             communicator.user.thread, _SHARED.obeys = runner, obeyed
             if not obeyed:
@@ -933,15 +988,15 @@ class Parallelizer:
         work = functools.partial(_run_packed, Message(pickled, message.buffers), threads)
         if self._initializer is not None:
             work = functools.partial(self._initializer.call_first, work)
-        # Main has been told of a failure and raises it; a worker goes on to serve.
+        # Main has heard of a failure and raises it; a worker goes on to serve.
         with contextlib.suppress(BaseException):
             if communicator.process in ranks:
                 self._execute(communicator, ranks, work)
             else:
                 communicator.sit_out(ranks)
 
-    _initializer: _Initializer | None = None  # of a worker, if it has any
-    main_computes = True  # whether main computes items of a map, too, or only deals them
+    _initializer: _Initializer | None = None  # on a worker, if its pool has one
+    main_computes = True  # whether main computes items of a map, too, or only deals them out
 
     def _names(self) -> list[str]:
         return [name for name, held in self._registry.items() if held is self]
@@ -953,7 +1008,7 @@ class Parallelizer:
         return self._comm
 
     def _speaking(self, verb: str) -> Communicator:
-        """The communicator, for a verb that all processes call together."""
+        """The communicator, for a verb that all processes call together; an error elsewhere."""
         if self._comm is not None and self._comm.size > 1 and self._in_task():
             raise ContractError(
                 f"{verb} was called by a function that map calls for an item, where not all "
@@ -969,9 +1024,12 @@ class Parallelizer:
         return self._comm
 
     def _calling(self, verb: str) -> contextlib.AbstractContextManager[Communicator, None]:
-        """The same, as the context of the call; one process need not keep in step with itself."""
+        """The communicator of `_speaking`, as the context of the call.
+
+        A single process need not keep in step with others, so its calls are not counted.
+        """
         comm = self._comm
-        # What mostly holds is asked for here, because each call costs as much as a small message.
+        # The usual case is tested here, because a function call costs as much as a small message.
         if (
             comm is None
             or comm.user.thread != threading.get_ident()
@@ -984,11 +1042,31 @@ class Parallelizer:
     # -- messages -----------------------------------------------------------------------------
 
     def broadcast(self, data: _T) -> _T:
-        """Main's `data` on every process; what workers pass is ignored.
+        """Send main's `data` to every process.
+
+        Parameters
+        ----------
+        data : object
+            Only main's counts; workers may pass anything, such as None.
 
         Returns
         -------
-        On main `data` itself, on workers a copy of their own.
+        object
+            On main `data` itself, on each worker a copy of its own. An array in it that is not
+            contiguous is laid out row by row, on main as well, where a copy is returned then.
+
+        Raises
+        ------
+        PackingError
+            On every process, if main's `data` cannot be pickled; on a worker, if it cannot be
+            unpickled there.
+
+        Examples
+        --------
+        >>> def job(parallelizer):
+        ...     return parallelizer.broadcast("woop" if parallelizer.on_main else None)
+        >>> SerialNonParallelizer().run(job)
+        'woop'
         """
         with self._calling("broadcast") as comm:
             return _from_main(comm, lambda: data if comm.size > 1 else _laid_out(data))
@@ -998,23 +1076,34 @@ class Parallelizer:
 
         Parameters
         ----------
-        data : array, or sequence with slices, or iterator
-            Split along axis 0. Only main's counts.
+        data : array of shape (n, ...), sequence with slices, or iterator
+            Split along axis 0. Only main's counts; workers may pass anything, such as None.
 
         Returns
         -------
-        This process's block, of the type of what was split (an iterator's is a list), its own
-        to write to; on main a view where that is possible. Blocks are as even as can be, the
-        first ``len(data) % nprocs`` are one longer, and they may be empty.
+        array of shape (m, ...), sequence or list
+            The block of this process, of the same type as `data` (of an iterator, a list). The
+            process may write to it. On main, it is a view of `data` where that is possible. Blocks
+            are as even as possible: the first ``n % nprocs`` have one item more than the others.
+            They may be empty.
 
         Raises
         ------
         TypeError
-            On every process, where main's `data` is a scalar, a mapping, None or a 0-d array.
+            On every process, if main's `data` is a scalar, a mapping, None or a 0-d array.
+        PackingError
+            On every process, if a block cannot be pickled.
 
         Notes
         -----
-        On three processes the blocks of ``range(10)`` have four, three and three items.
+        On three processes, the blocks of ``range(10)`` have four, three and three items.
+
+        Examples
+        --------
+        >>> def job(parallelizer):
+        ...     return parallelizer.scatter(np.arange(3) if parallelizer.on_main else None)
+        >>> SerialNonParallelizer().run(job)
+        array([0, 1, 2])
         """
         with self._calling("scatter") as comm:
             if comm.size == 1:
@@ -1037,25 +1126,36 @@ class Parallelizer:
         Parameters
         ----------
         data : object
-            Arrays of one trailing shape are concatenated along axis 0, their dtypes promoted as
-            numpy does, empty blocks never standing in the way; anything else makes a list in
-            rank order.
+            Arrays of shapes ``(n, ...)`` that differ in ``n`` at most are concatenated along axis
+            0. Their dtypes are promoted by numpy's rules, and the shape and dtype of empty blocks
+            do not matter. Anything else makes a list in rank order.
         concatenate : bool, optional
-            False asks for the list in any case, True for a ValueError where they don't fit.
+            False returns the list in any case. True raises an error if the values do not fit.
 
         Returns
         -------
-        On main the array or list, on workers `InWorkerProcess`.
+        array, list or InWorkerProcess
+            On main the array or list, on workers `InWorkerProcess`.
 
         Raises
         ------
         ValueError
-            With `concatenate=True`, on main, where the values do not fit.
+            On main, with ``concatenate=True``, if the values do not fit.
+        PackingError
+            On the process whose `data` cannot be pickled, before anything is sent; or on main, if
+            it cannot be unpickled.
 
         Notes
         -----
-        On three processes ``gather(id)`` is ``[0, 1, 2]``, and ``gather(np.arange(2))`` is
+        On three processes, ``gather(id)`` is ``[0, 1, 2]``, and ``gather(np.arange(2))`` is
         ``array([0, 1, 0, 1, 0, 1])``.
+
+        Examples
+        --------
+        >>> def job(parallelizer):
+        ...     return parallelizer.gather(np.arange(2)), parallelizer.gather("text")
+        >>> SerialNonParallelizer().run(job)
+        (array([0, 1]), ['text'])
         """
         with self._calling("gather") as comm:
             return self._gather(comm, data, concatenate)
@@ -1063,7 +1163,7 @@ class Parallelizer:
     def _gather(
         self, comm: Communicator, data: Any, concatenate: bool | None, *, is_sent: bool = False
     ) -> Any:
-        """See `gather`; main's data may already be what another process would get."""
+        """Do `gather`; `is_sent` says that main's data is already as if it had been sent."""
         data = _own(data)
         if comm.size == 1:
             return _combine([_laid_out(data)], concatenate)
@@ -1083,7 +1183,36 @@ class Parallelizer:
         return _combine([data if is_sent else _as_sent(data), *others], concatenate)
 
     def allgather(self, data: Any, *, concatenate: bool | None = None) -> Any:
-        """As `gather`, with the result on every process."""
+        """Collect every process's `data` on every process.
+
+        Parameters
+        ----------
+        data, concatenate
+            See `gather`.
+
+        Returns
+        -------
+        array or list
+            What `gather` returns on main, on every process.
+
+        Raises
+        ------
+        ValueError
+            On every process, with ``concatenate=True``, if the values do not fit.
+        PackingError
+            See `gather`; each process unpickles what the others bring.
+
+        Notes
+        -----
+        On three processes, ``allgather(id)`` is ``[0, 1, 2]`` on each of them.
+
+        Examples
+        --------
+        >>> def job(parallelizer):
+        ...     return parallelizer.allgather(parallelizer.id)
+        >>> SerialNonParallelizer().run(job)
+        [0]
+        """
         with self._calling("allgather") as comm:
             if comm.size == 1:
                 return self._gather(comm, data, concatenate)
@@ -1103,33 +1232,43 @@ class Parallelizer:
     def _allgather(
         comm: Communicator, data: Any, what: str, plan: GatherPlan
     ) -> list[Message] | None:
-        """Everybody's message; None where one is for a single receiver."""
+        """The messages of all ranks; None if one of them is packed for a single receiver."""
         packed = _pack(data, what)
         messages = comm.allgather(_OTHERWISE if packed.kept else packed, plan)
         return None if any(one.pickled == _OTHERWISE.pickled for one in messages) else messages
 
     def alltoall(self, data: Any) -> list[Any]:
-        """Send an item to each process, and get one from each.
+        """Send an item to each process, and receive one from each.
 
         Parameters
         ----------
-        data : sequence
-            As many items as there are processes; each goes to the rank at its place.
+        data : iterable
+            `nprocs` items. Each process passes its own; item ``n`` goes to rank ``n``.
 
         Returns
         -------
-        What the others, and this process itself, have sent here, in rank order: a list of `nprocs`
-        objects, each a copy of one's own but for the item that this process keeps.
+        list
+            The items that all processes have sent to this one, its own among them: `nprocs` objects
+            in rank order. Those of other processes are copies.
 
         Raises
         ------
         ValueError, TypeError
-            On every process, where one of them brings another number of items, or no sequence.
+            On every process, if one of them passes another number of items, or nothing iterable.
+        PackingError
+            On every process, if an item cannot be pickled.
 
         Notes
         -----
         On three processes, ``alltoall([10 * id + n for n in range(3)])`` is ``[1, 11, 21]`` on
         rank 1.
+
+        Examples
+        --------
+        >>> def job(parallelizer):
+        ...     return parallelizer.alltoall([f"for {n}" for n in range(parallelizer.nprocs)])
+        >>> SerialNonParallelizer().run(job)
+        ['for 0']
         """
         with self._calling("alltoall") as comm:
             refused: Exception | None = None
@@ -1138,7 +1277,7 @@ class Parallelizer:
                 own = items[comm.rank] = _laid_out(items[comm.rank])
                 if comm.size == 1:
                     return items
-                items[comm.rank] = None  # which need not travel
+                items[comm.rank] = None  # because it need not travel
                 what = f"what rank {comm.rank} sends by alltoall"
                 messages = [_pack(item, what, comm) for item in items]
                 own = _as_sent(own)
@@ -1159,20 +1298,40 @@ class Parallelizer:
 
         Parameters
         ----------
-        data : object
+        data : array or object
+            Each process passes its own. For a named `op`, the values of all ranks have one shape.
         op : {"sum", "prod", "min", "max"} or callable
-            Applied in rank order, so that the result does not depend on timing. A word asks for
-            values of one shape on all ranks, and goes by numpy's rules: the sum of arrays of bool
-            is their "or", small integers wrap around, and NaN wins in "min" and "max".
+            The same on every process. It is applied in rank order, so that the result does not
+            depend on timing. The named ones go by numpy's rules: the sum of arrays of bool is their
+            "or", small integers wrap around, and NaN wins in "min" and "max". A callable ``f(a,
+            b)`` is called on main.
 
         Returns
         -------
-        On main the result, on workers `InWorkerProcess`.
+        array, object or InWorkerProcess
+            On main the result, of the shape of `data`; on workers `InWorkerProcess`.
 
         Raises
         ------
         ValueError
-            On every process, where `op` is another word, or shapes differ.
+            If `op` is another word, on the process that passes it; if shapes differ, on every one.
+        Exception
+            On every process, what a callable `op` raises on main.
+        PackingError
+            See `gather`.
+
+        Notes
+        -----
+        On three processes, ``reduce(id)`` is ``3``, and ``reduce(np.full(2, id), "max")`` is
+        ``array([2, 2])``.
+
+        Examples
+        --------
+        >>> def job(parallelizer):
+        ...     block = parallelizer.scatter(range(10))
+        ...     return parallelizer.reduce(sum(block)), parallelizer.reduce(max(block), max)
+        >>> SerialNonParallelizer().run(job)
+        (45, 9)
         """
         _reduction(op)
         with self._calling("reduce") as comm:
@@ -1180,7 +1339,34 @@ class Parallelizer:
             return result if comm.rank == 0 else Parallelizer.InWorkerProcess
 
     def allreduce(self, data: Any, op: str | Callable[[Any, Any], Any] = "sum") -> Any:
-        """As `reduce`, with the result on every process."""
+        """Fold every process's `data` on every process, in rank order.
+
+        Parameters
+        ----------
+        data, op
+            See `reduce`.
+
+        Returns
+        -------
+        array or object
+            What `reduce` returns on main, on every process, with the same bits.
+
+        Raises
+        ------
+        ValueError, PackingError
+            See `reduce`.
+
+        Notes
+        -----
+        On three processes, ``allreduce(id)`` is ``3`` on each of them.
+
+        Examples
+        --------
+        >>> def job(parallelizer):
+        ...     return parallelizer.allreduce(np.array([1.0, 2.0]))
+        >>> SerialNonParallelizer().run(job)
+        array([1., 2.])
+        """
         _reduction(op)
         with self._calling("allreduce") as comm:
             return _reduced(comm, data, op, range(comm.size))
@@ -1188,21 +1374,38 @@ class Parallelizer:
     def send(self, data: Any, loc: int, tag: int = 0) -> None:
         """Send `data` to rank `loc`, which must `receive` it under the same `tag`.
 
-        Returns when `data` may be changed; large data waits until the receiver takes it in,
-        which it also does while it waits for something else.
+        The call returns when `data` may be changed. For large data, it waits until the receiver
+        takes the data in, which the receiver also does while it waits for something else. What is
+        sent to a process that has returned from the function is lost.
 
         Parameters
         ----------
         data : object
+            What to send.
         loc : int
-            A rank; one's own, too.
+            The rank of the receiver, from 0 to ``nprocs - 1``; it may be the sender's own.
         tag : int
             From 0 to 2**31 - 1. Messages from one rank under one tag keep their order.
 
         Raises
         ------
-        ValueError, PackingError
-            Before anything is sent.
+        ValueError
+            If there is no such rank or tag. Nothing has been sent.
+        PackingError
+            If `data` cannot be pickled. Nothing has been sent.
+
+        Notes
+        -----
+        On three processes, after ``send(10 * id, (id + 1) % 3)``, ``receive((id - 1) % 3)`` is
+        ``20``, ``0`` and ``10`` on ranks 0, 1 and 2.
+
+        Examples
+        --------
+        >>> def job(parallelizer):
+        ...     parallelizer.send("hello", loc=0)
+        ...     return parallelizer.receive(loc=0)
+        >>> SerialNonParallelizer().run(job)
+        'hello'
         """
         with self._calling("send") as comm:
             loc, tag = _checked_address(loc, tag, comm.size)
@@ -1210,54 +1413,107 @@ class Parallelizer:
             comm.send(_pack(data, f"what rank {comm.rank} sends", receiver), loc, tag)
 
     def receive(self, loc: int, tag: int = 0) -> Any:
-        """The oldest message that rank `loc` has sent here under `tag`; waits for it.
+        """Wait for the oldest message that rank `loc` has sent here under `tag`.
+
+        Parameters
+        ----------
+        loc : int
+            The rank of the sender, from 0 to ``nprocs - 1``.
+        tag : int
+            The `tag` that was given to `send`.
+
+        Returns
+        -------
+        object
+            What was sent, a copy of this process's own. See `send` for an example.
 
         Raises
         ------
+        ValueError
+            If there is no such rank or tag.
         ContractError
-            Where it can never come: that rank has returned, or waits in turn for this one.
+            If the message can never come: rank `loc` has returned, or waits in turn for this one.
+        WaitTimeout
+            If it has not come after `timeout` seconds.
+        PackingError
+            If it cannot be unpickled here.
         """
         with self._calling("receive") as comm:
             loc, tag = _checked_address(loc, tag, comm.size)
             return _unpack(comm.receive(loc, tag), f"what rank {loc} sent")
 
     def wait(self) -> None:
-        """Return when every process has called it: a barrier."""
+        """Return when every process has called it: a barrier.
+
+        Raises
+        ------
+        ContractError
+            If another process calls another verb, or returns from the function.
+        WaitTimeout
+            If a process has not called it after `timeout` seconds.
+
+        Examples
+        --------
+        >>> def job(parallelizer):
+        ...     parallelizer.print("before")
+        ...     parallelizer.wait()
+        ...     parallelizer.print("after every rank's 'before'")
+        >>> SerialNonParallelizer().run(job)
+        before
+        after every rank's 'before'
+        """
         with self._calling("wait") as comm:
             if comm.size > 1:
                 comm.barrier()
 
     def share(self, obj: Any, *, writable: bool = False) -> Any:
-        """One copy of main's `obj` per machine, for all processes there, which is sent once.
+        """Put one copy of main's `obj` on each machine, for all processes there; it is sent once.
 
-        Inside `run` every process calls it, and only main's `obj` counts; outside, main alone.
+        Inside `run`, every process calls it, and only main's `obj` counts. Outside, main calls it
+        alone.
 
         Parameters
         ----------
         obj : array, list, number, dict, or any object that can be pickled and weakly referenced
-            Arrays and memmaps, numbers, and lists of these become an array; all else stays what it
-            is, but for its arrays, which are read-only views of the shared memory.
+            Arrays, memmaps, numbers, and lists of these become an array. Anything else stays what
+            it is, except that its arrays become read-only views of the shared memory.
         writable : bool
-            Of an array: all processes of the machine may write to the same memory. What one has
-            written, others see after `wait`.
+            For an array only: all processes of the machine may write to the same memory. What one
+            process has written, the others see after `wait`.
 
         Returns
         -------
-        The array, read-only where it is not `writable`; or the object, of which there is one for
-        each process. Pass it to `run` and `map`, close over it, put it into objects, map its
-        methods: it, and views of arrays, travel as handles. What is computed from it, and copies
-        of arrays, are ordinary. It is released when the last reference to it goes, on main and on
-        those it was sent to: what a forked worker has inherited without being sent it, as a global
-        variable, must not be used any more then. A dict or a list comes back as an instance of a
-        subclass. On one process, an array is a view of `obj`.
+        array or object
+            An array, read-only unless it is `writable`; or the object, of which each process has
+            one of its own. A dict or list is returned as an instance of a subclass. On one process,
+            an array is a view of `obj`.
 
         Raises
         ------
         TypeError
-            On every process that calls it, for what cannot be weakly referenced (a tuple, text,
-            None), or belongs to one process; with `writable`, for what is no array.
+            On every process that calls it, if `obj` cannot be weakly referenced (a tuple, text,
+            None), or holds what belongs to one process, such as a lock; with `writable`, if it is
+            not an array.
         ParallelizerError
-            With `writable`, where the processes are on several machines.
+            On every process, with `writable`, if the processes are on several machines.
+
+        Notes
+        -----
+        Pass the result to `run` and `map`, close over it, put it into objects, map its methods: the
+        result itself, and views of a shared array, are sent as handles. Whatever is computed from
+        it, and copies of arrays, are ordinary objects.
+
+        The memory is released when the last reference to it is gone, on main and on the processes
+        that it was sent to. A forked worker that has only inherited it, for example as a global
+        variable, must not use it after that.
+
+        Examples
+        --------
+        >>> def job(parallelizer):
+        ...     table = parallelizer.share(np.arange(3.0) if parallelizer.on_main else None)
+        ...     return float(table.sum()), table.flags.writeable
+        >>> SerialNonParallelizer().run(job)
+        (3.0, False)
         """
         if self._main_is_alone():
             if self._spans_hosts:
@@ -1268,14 +1524,30 @@ class Parallelizer:
     def print(
         self, *args: Any, where: Literal["both", "main", "worker"] = "both", **kwargs: Any
     ) -> None:
-        """Print as `print` does, a worker's lines headed by its rank.
+        """Print as the builtin `print` does; a worker's lines begin with its rank.
+
+        It is not collective: any process may call it. The text of one call is written in one piece.
 
         Parameters
         ----------
-        where : {"both", "main", "worker"}
-            Who prints.
         *args, **kwargs
-            As `print` takes them.
+            Passed to `print`.
+        where : {"both", "main", "worker"}
+            Which processes print; on the others, the call does nothing.
+
+        Raises
+        ------
+        ValueError
+            If `where` is another word.
+
+        Notes
+        -----
+        On rank 2, ``print("done")`` writes ``[rank 2] done``.
+
+        Examples
+        --------
+        >>> SerialNonParallelizer().print("done")
+        done
         """
         if where not in ("both", "main", "worker"):
             raise ValueError(f"where must be 'both', 'main' or 'worker', not {where!r}")
@@ -1289,20 +1561,32 @@ class Parallelizer:
         print(*args, file=lines, **kwargs)
         lines.seek(0)
         head = "" if self.on_main else f"[rank {self.id}] "
-        # In one write, so that the lines of several processes do not mix; at once, as under MPI
-        # another rank may end this one.
+        # In one write, so that the lines of several processes do not mix. Flushed at once, because
+        # under MPI, another rank may end this one.
         file.write("".join(head + line for line in lines))
         if flush or (self.nprocs or 1) > 1:
             file.flush()
 
     def rng(self, seed: Any = None) -> np.random.Generator:
-        """A random generator of this process's own, independent of the other processes'.
+        """Make a random generator for this process, independent of those of other processes.
 
         Parameters
         ----------
         seed : int or numpy.random.SeedSequence, optional
-            The same seed and number of the process give the same stream; None takes fresh
-            entropy. For numbers that do not depend on the number of processes, see `map`.
+            The same seed gives the same stream on the same rank, and another stream on each rank.
+            None takes fresh entropy. For numbers that do not depend on the number of processes, use
+            the `seed` of `map`.
+
+        Returns
+        -------
+        numpy.random.Generator
+            A new one for each call, at the beginning of its stream.
+
+        Examples
+        --------
+        >>> parallelizer = SerialNonParallelizer()
+        >>> bool(parallelizer.rng(seed=1).random() == parallelizer.rng(seed=1).random())
+        True
         """
         return _spawned_rng(seed, _RANK_STREAMS, 0 if self.on_main else self.id)
 
