@@ -1610,65 +1610,78 @@ class Parallelizer:
         checkpoint: str | os.PathLike[str] | None = None,
         item_timeout: float | None = None,
     ) -> Any:
-        """``[func(x, *extra_args, **extra_kwargs) for x in data]``, on all processes.
+        """Compute ``[func(x, *extra_args, **extra_kwargs) for x in data]`` on all processes.
 
-        Inside `run` every process calls it; outside, main alone (under MPI while the others
-        `serve`). Of everything but `func`, only what main passes counts. The work is balanced:
-        processes that finish early take more of it.
+        Inside `run`, every process calls it. Outside, main calls it alone and drives the workers
+        (under MPI, while they `serve`). Each process uses its own `func`; of everything else, only
+        what main passes counts. The work is balanced: processes that finish early take more of it.
 
         Parameters
         ----------
         func : callable
+            Called once for each item, or for each block with `vectorized`. Outside `run`, it is
+            sent to the workers, so it must be picklable.
         data : iterable
+            The items. Workers may pass anything, such as None.
         extra_args : tuple, optional
-            Further arguments of every call. An int in this place is `chunksize`, as in
+            Further arguments of every call. An int here is taken as `chunksize`, as in
             `multiprocessing.pool.Pool.map`.
         extra_kwargs : mapping, optional
             Further keywords of every call.
         vectorized : bool
-            `func` gets a block of `data` per process (see `scatter`; empty ones are left out)
-            and returns an array or a list; these are concatenated.
+            Call `func` with one block of `data` on each process (see `scatter`; empty blocks are
+            left out). It returns an array or a list, and these are concatenated.
         concatenate : bool, optional
-            With `vectorized`: False asks for the list of the blocks' results in rank order, True
-            for a ValueError where they are not arrays that fit (see `gather`).
+            With `vectorized`: False returns the list of the blocks' results in rank order. True
+            raises ValueError if they are not arrays that fit (see `gather`).
         chunksize : int, optional
-            Items to take at once; by default many at first and ever fewer towards the end.
+            Number of items that a process takes at once. By default, chunks are large at first and
+            become smaller towards the end.
         callback : callable, optional
-            Called on main with each result, in order, as soon as it is there.
+            Called on main with each result, in the order of `data`, as soon as it is there. With
+            `vectorized`, there is one result of all blocks.
         seed : int or numpy.random.SeedSequence, optional
-            Each item's call gets the keyword ``rng``, a `numpy.random.Generator` of its own,
-            the same whatever the backend and the number of processes.
+            Each item's call gets the keyword ``rng``, a `numpy.random.Generator` of its own. Its
+            numbers depend neither on the backend nor on the number of processes.
         progress : bool
             Show a bar on main (needs tqdm).
         on_error : {"raise", "return"}
-            With "return", an item whose call raises an exception costs no more than itself: its
-            result is that exception, caused by a `RemoteTraceback`, and all others are computed.
+            With "return", the result of an item whose call raises is the exception, caused by a
+            `RemoteTraceback`; all other items are computed.
         retries : int
-            So many deaths of workers cost no more than the chunks that were being computed, which
-            are computed again, the dead being replaced. One more raises `WorkerDied`, whose
-            message names the item that the worker was at. Where main drives, outside `run`; under
-            MPI, the death of a rank ends the job.
+            How many deaths of workers the map survives. After each, the worker is replaced, and
+            only the chunks that were being computed are computed again. One more death raises
+            `WorkerDied`, whose message names the item that the worker was computing. Only where
+            main drives; under MPI, the death of a rank ends the job.
         checkpoint : path, optional
             A file to which results are appended as they come. The next call with the same function
-            (by its name), number of items and `seed` takes those from there, whatever has ended
-            this one, and computes the rest. Where main drives. It holds pickles, which can execute
-            anything when they are loaded: do not open one that you do not trust.
+            (by its name), number of items and `seed` reads them from there, whatever ended this
+            call, and computes the rest. Only where main drives. The file holds pickles, which can
+            execute anything when they are loaded: do not use a file that you do not trust.
         item_timeout : float, optional
-            Seconds after which an item that is not done raises TimeoutError, amid its call; a
-            process that does not heed that within a second, because it is stuck in compiled code,
-            ends, which `retries` may survive. Main computes nothing then, unless it is alone.
-            Where main drives, on POSIX; it takes SIGALRM.
+            Seconds after which an item's call is interrupted by TimeoutError. A process that does
+            not react within another second, because it is stuck in compiled code, is killed, which
+            `retries` may survive. Main computes no items then, unless it is the only process. Only
+            where main drives, and on POSIX, because it needs SIGALRM.
 
         Returns
         -------
-        On main the list of results in the order of `data`; with `vectorized` what the blocks'
-        results concatenate to. On workers `InWorkerProcess`.
+        list, array or InWorkerProcess
+            On main, the list of results in the order of `data`; with `vectorized`, the
+            concatenation of the blocks' results. On workers, `InWorkerProcess`.
 
         Raises
         ------
-        The exception of the lowest process whose `func` raised one; see `run`.
+        Exception
+            What `func` raised: of several processes, the exception of the lowest rank; see `run`.
         TypeError, ValueError
-            On every process, for `data` or options of main's that cannot be used.
+            On every process, if main's `data` or options cannot be used.
+        ContractError
+            If `retries`, `checkpoint` or `item_timeout` is given where main does not drive.
+        WorkerDied
+            If a worker died, once more than `retries` allows.
+        PackingError
+            If an item or a result cannot be pickled.
 
         Examples
         --------
@@ -1701,7 +1714,9 @@ class Parallelizer:
         checkpoint: str | os.PathLike[str] | None = None,
         item_timeout: float | None = None,
     ) -> Any:
-        """As `map`, but each item of `data` holds the first arguments: ``func(*x, ...)``.
+        """Like `map`, but each item of `data` holds several arguments: ``func(*x, ...)``.
+
+        Parameters, results and errors are those of `map`.
 
         Examples
         --------
@@ -1726,20 +1741,43 @@ class Parallelizer:
         progress: bool = False,
         on_error: Literal["raise", "return"] = "raise",
     ) -> Iterator[_R]:
-        """As `map`, but yields each result in turn as soon as it is there.
+        """Like `map`, but yield each result, in the order of `data`, as soon as it is there.
 
-        `data` may be endless: it is read only a few chunks ahead of what has been yielded. Where
-        there are several processes, all but lists, tuples, ranges, texts and arrays are read by a
-        thread of main's, so that the next item may wait for results. To that thread belongs, then,
-        what can be used by one thread alone, as a cursor of a database: open it in the generator
-        that reads it. If it waits for an item that never comes, it stays to the end of the program,
-        and pools that are started meanwhile do not fork. What an item or `data` raises comes in its
-        place, behind the results of what is before it.
+        Parameters
+        ----------
+        func, data, extra_args, extra_kwargs, seed, progress, on_error
+            See `map`. `data` may be endless: only a few chunks are read ahead of the results that
+            have been yielded.
+        chunksize : int
+            Number of items that are sent together.
 
-        The iterator that main gets must be exhausted or closed before anything else is run on this
-        parallelizer; to leave its loop early closes it. Any thread may do these, as one of asyncio
-        does by ``loop.run_in_executor(None, next, results)``. On the workers the iterator is empty.
-        See `map` for the parameters; `chunksize` is the number of items that travel together.
+        Returns
+        -------
+        iterator
+            On main, of the results. On workers, it is empty; there, the call returns when this
+            process has computed its part.
+
+        Raises
+        ------
+        Exception
+            From the iterator: what `func` or `data` raised, after the results of all items before.
+        ContractError
+            If anything else is run on this parallelizer before the iterator is exhausted or closed;
+            and from the iterator, if its run has ended meanwhile.
+        TypeError, ValueError
+            See `map`.
+
+        Notes
+        -----
+        The iterator must be exhausted or closed before anything else is run on this parallelizer.
+        Leaving its loop early closes it. Any thread may take results from it or close it, for
+        example one of asyncio's: ``loop.run_in_executor(None, next, results)``.
+
+        On several processes, a thread of main's reads `data` unless that is a list, tuple, range,
+        text or array, so that the next item may wait for results. Whatever only one thread can use,
+        such as a cursor of a database, must then be opened in the generator that reads it. If the
+        generator waits for something that never comes, the thread lives until the program ends, and
+        pools that are started meanwhile do not fork.
 
         Examples
         --------
@@ -1764,7 +1802,9 @@ class Parallelizer:
         progress: bool = False,
         on_error: Literal["raise", "return"] = "raise",
     ) -> Iterator[_R]:
-        """As `imap`, in the order in which the results come.
+        """Like `imap`, but yield the results in the order in which they come.
+
+        Parameters, results and errors are those of `imap`.
 
         Examples
         --------
@@ -1777,7 +1817,7 @@ class Parallelizer:
         return self._imap(func, data, make, ordered=False)
 
     def _main_is_alone(self) -> bool:
-        """Whether main calls what all processes call inside `run`."""
+        """Whether main calls alone, outside `run`, what all processes call inside it."""
         if self._comm is not None:
             _Reader.refuse(self._comm)
         if self._runs_here():
@@ -1788,7 +1828,7 @@ class Parallelizer:
         return self._comm is not None and self._comm.user.task_thread == threading.get_ident()
 
     def _map(self, func: Callable[..., Any], data: Any, make_task: Callable[..., _Task]) -> Any:
-        if self._in_task():  # this process's own affair
+        if self._in_task():  # inside an item, a map concerns this process alone
             quiet = functools.partial(make_task, progress=False)
             return SerialNonParallelizer()._map(func, data, quiet)
         if not self._main_is_alone() and self.nprocs != 1:
@@ -1800,7 +1840,7 @@ class Parallelizer:
             return _map_in_run(_function_laid_out(func), lambda: task, data, parallelizer=self)
         task.choose_who_computes(self.main_computes, self.nprocs)
         if task.is_stream():
-            # Not inside a run, where a callback that calls a verb would wait for ever.
+            # By an imap, because inside a run, a callback that calls a verb would wait for ever.
             data = _Source(data)
             task.choose_chunksize(data.hint, self.nprocs or 1)
             return _call_back(task, self._imap(func, data, lambda: task, ordered=True))
@@ -1825,7 +1865,7 @@ class Parallelizer:
             return work(make_task, data, parallelizer=self)
         task = make_task()
         data = data if isinstance(data, _Source) else _Source(data)
-        itself: list[Callable[[], Any]] = []  # weakly, so that who leaves its loop closes it
+        itself: list[Callable[[], Any]] = []  # a weak reference, so that leaving its loop closes it
         stream = _Stream(self._imap_alone(work, lambda: task, data, itself))
         itself.append(weakref.ref(stream))
         return stream
@@ -1837,8 +1877,8 @@ class Parallelizer:
         data: Any,
         itself: list[Callable[[], Any]],
     ) -> Generator[Any, None, None]:
-        """A run whose function, on main, is interrupted by what the user does with the results."""
-        # Not to keep open what its own `with` statement closes.
+        """A run whose function pauses, on main, while the user works with the results."""
+        # If a `with` statement holds the processes, it also ends them.
         opened = contextlib.nullcontext() if self._entered else self
         with self._reserved("imap"), opened, self._communicator().limiting():
             self._stream = itself[0]
@@ -1856,8 +1896,8 @@ class Parallelizer:
                     with tracing if is_traced else contextlib.nullcontext():
                         yield from work(make_task, data, parallelizer=self)
                     self._finish_run(communicator, begun)
-                except BaseException as error:  # of the user's loop, too
-                    if not communicator.is_running():  # as the program has ended meanwhile
+                except BaseException as error:  # or an early end of the user's loop
+                    if not communicator.is_running():  # because the program has ended meanwhile
                         raise
                     _raise_final(communicator, error)
                 finally:
@@ -1867,26 +1907,33 @@ class Parallelizer:
 
     @staticmethod
     def lookup(key: Any = None, *, default: Any = _UNSET, **options: Any) -> Parallelizer:
-        """The parallelizer that `key` means.
+        """Find or make the parallelizer that `key` stands for.
 
         Parameters
         ----------
         key : Parallelizer, None, str or mapping
-            A parallelizer passes through. None is the innermost open one, else what the
-            environment variable PARALLELIZER names ("multiprocessing:8" gives the number of
-            processes, too), else a `SerialNonParallelizer`. A string is a registered name, a
-            backend's name ("serial", "multiprocessing", "mpi"), or "auto": MPI where an MPI
-            launcher has started more than one rank, else multiprocessing where there is more
-            than one CPU, else serial. A mapping is ``{"mode": backend's name, **options}``.
+            A parallelizer is returned as it is. None stands for the innermost open parallelizer,
+            else for what the environment variable PARALLELIZER names ("multiprocessing:8" also
+            gives the number of processes), else for a `SerialNonParallelizer`. A string is a
+            registered name, the name of a backend ("serial", "multiprocessing", "mpi"), or "auto":
+            MPI if an MPI launcher has started more than one rank, else multiprocessing if there is
+            more than one CPU, else serial. A mapping is ``{"mode": name of a backend, **options}``.
         default : optional
-            What to look up instead where the name is unknown.
+            A `key` to look up instead if the name is unknown.
         **options
-            For a backend's constructor.
+            Passed to the backend's constructor.
+
+        Returns
+        -------
+        Parallelizer
+            If it is a new one of multiprocessing, it is not up yet.
 
         Raises
         ------
         LookupError
-            For an unknown name without a `default`; the message lists the known ones.
+            If the name is unknown and there is no `default`; the message lists the known names.
+        TypeError
+            If `key` is something else, or `options` are given without the name of a backend.
 
         Examples
         --------
@@ -1919,7 +1966,24 @@ class Parallelizer:
 
     @staticmethod
     def from_config(mode: str = "auto", **options: Any) -> Parallelizer:
-        """Make a parallelizer of a backend's name and what its constructor takes.
+        """Make a parallelizer from the name of a backend and options of its constructor.
+
+        Parameters
+        ----------
+        mode : {"serial", "multiprocessing", "mpi", "auto"}
+            See `lookup`.
+        **options
+            Passed to the backend's constructor.
+
+        Returns
+        -------
+        Parallelizer
+            A new one.
+
+        Raises
+        ------
+        LookupError
+            If `mode` is another word.
 
         Examples
         --------
@@ -1938,7 +2002,14 @@ class Parallelizer:
         return backends[mode](**options)
 
     def register(self: _Self, name: str) -> _Self:
-        """Be what ``lookup(name)`` finds. ValueError where another one has the name.
+        """Make ``lookup(name)`` find this parallelizer, and return it.
+
+        Workers find it by that name in its runs, too.
+
+        Raises
+        ------
+        ValueError
+            If another parallelizer has that name, or it is the name of a backend.
 
         Examples
         --------
@@ -1957,7 +2028,13 @@ class Parallelizer:
 
     @staticmethod
     def unregister(name: str) -> None:
-        """Forget a registered name. LookupError where there is none. See `register`."""
+        """Forget a registered name; see `register`.
+
+        Raises
+        ------
+        LookupError
+            If the name is not registered; the message lists the registered ones.
+        """
         if name not in Parallelizer._registry:
             raise LookupError(
                 f"{name!r} is not registered; registered are "
@@ -1967,7 +2044,10 @@ class Parallelizer:
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Give a script's command line ``--backend`` and ``--nprocs``.
+        """Add the options ``--backend`` and ``--nprocs`` to the command line of a script.
+
+        ``--backend`` is "serial", "multiprocessing", "mpi" or "auto", its default; see `lookup`.
+        ``--nprocs`` is the number of processes of multiprocessing. See `from_arguments`.
 
         Examples
         --------
@@ -1986,9 +2066,26 @@ class Parallelizer:
 
     @staticmethod
     def from_arguments(namespace: argparse.Namespace) -> Parallelizer:
-        """The parallelizer that a command line with these arguments asks for.
+        """Make the parallelizer that a command line with the options of `add_arguments` asks for.
 
-        See `add_arguments`.
+        Parameters
+        ----------
+        namespace : argparse.Namespace
+            What the parser returned. Its ``nprocs`` counts for multiprocessing only.
+
+        Returns
+        -------
+        Parallelizer
+            A new one.
+
+        Examples
+        --------
+        >>> import argparse
+        >>> parser = argparse.ArgumentParser()
+        >>> Parallelizer.add_arguments(parser)
+        >>> arguments = parser.parse_args(["--backend", "multiprocessing", "--nprocs", "4"])
+        >>> Parallelizer.from_arguments(arguments)
+        MultiprocessingParallelizer(id=None, nprocs=None)
         """
         mode = _automatic_mode() if namespace.backend == "auto" else namespace.backend
         options = {"nprocs": namespace.nprocs} if mode == "multiprocessing" else {}
@@ -1998,9 +2095,10 @@ class Parallelizer:
 
     @staticmethod
     def main_restricted(func: Callable[..., _R]) -> Callable[..., _R]:
-        """Decorate a function or method that takes ``parallelizer=`` to run on main only.
+        """Decorate a function or method that takes ``parallelizer=``, so that it runs on main only.
 
-        Elsewhere it returns `InWorkerProcess`. ``parallelizer=None`` means ``lookup(None)``.
+        On workers, the decorated function returns `InWorkerProcess`, which is falsy.
+        ``parallelizer=None`` stands for ``lookup(None)``.
 
         Examples
         --------
@@ -2014,7 +2112,19 @@ class Parallelizer:
 
     @staticmethod
     def worker_restricted(func: Callable[..., _R]) -> Callable[..., _R]:
-        """As `main_restricted`, for workers only; main gets `InMainProcess`."""
+        """Decorate a function or method that takes ``parallelizer=``, to run on workers only.
+
+        On main, the decorated function returns `InMainProcess`, which is falsy.
+        ``parallelizer=None`` stands for ``lookup(None)``.
+
+        Examples
+        --------
+        >>> @Parallelizer.worker_restricted
+        ... def work(*, parallelizer=None):
+        ...     return "worked"
+        >>> work()
+        <InMainProcess: this is main; the value is on the workers>
+        """
         return _restricted(func, on_main=False)
 
 
@@ -2032,7 +2142,7 @@ def _restricted(func: Callable[..., _R], *, on_main: bool) -> Callable[..., _R]:
 
 
 def _opened() -> list[Parallelizer]:
-    """Those that are open on this process, innermost first."""
+    """Return the parallelizers that are open on this process, innermost first."""
     return [found for reference in Parallelizer._open if (found := reference()) is not None]
 
 
@@ -2040,7 +2150,7 @@ def _checked_ranks(comm: Sequence[int] | None, size: int) -> list[int]:
     if comm is None:
         return list(range(size))
     ranks = [operator.index(rank) for rank in comm]
-    if size == 1:  # so that a serial run needs no code of its own
+    if size == 1:  # other ranks are ignored, so that a serial run needs no code of its own
         ranks = [rank for rank in ranks if rank < 1]
     outside = [rank for rank in ranks if not 0 <= rank < size]
     if 0 not in ranks or outside or len(set(ranks)) < len(ranks):
