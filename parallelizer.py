@@ -177,7 +177,7 @@ from typing import (
 
 import numpy as np
 
-# What is slow to import, or seldom needed, is imported where it is used.
+# Modules that are slow to import, or seldom needed, are imported where they are used.
 if TYPE_CHECKING:
     import argparse
     import logging
@@ -327,7 +327,7 @@ class _Context(contextlib.AbstractContextManager[_T, None]):
 def _context(
     steps: Callable[_P, Iterator[_T]],
 ) -> Callable[_P, contextlib.AbstractContextManager[_T, None]]:
-    """Like `contextlib.contextmanager`; code that must follow the ``yield`` needs a ``finally``.
+    """Like `contextlib.contextmanager`, for functions with a ``finally`` after their ``yield``.
 
     The standard library's version sets an attribute of the exception that passes through it. An
     exception can refuse that, as one that is a frozen dataclass does.
@@ -2173,13 +2173,27 @@ def _checked_address(loc: int, tag: int, size: int) -> tuple[int, int]:
 # The backends
 # ---------------------------------------------------------------------------------------------
 #
-# What is particular to each: its options, how its processes come up and go, and which of them is
-# the default here. Below it, what this machine and this program allow: start methods, CPUs,
-# launchers.
+# What is particular to each backend: its options, and how its processes start and end. Beside the
+# classes stands what this machine and this program allow: start methods, MPI libraries, launchers;
+# and at the end, which backend is the default here.
 
 
 class SerialNonParallelizer(Parallelizer):
-    """Runs everything in this process; no verb copies or costs anything."""
+    """Runs everything in this process, the only one: main.
+
+    Verbs cost next to nothing, and mostly copy nothing. An array that is not contiguous is copied,
+    because the other backends deliver it laid out row by row, and results must have the same bits.
+
+    Parameters
+    ----------
+    timeout : float, optional
+        Accepted as for the other backends; there is nobody to wait for.
+
+    Examples
+    --------
+    >>> SerialNonParallelizer().map(abs, [-1, 2])
+    [1, 2]
+    """
 
     def __init__(self, *, timeout: float | None = None) -> None:
         super().__init__(timeout=timeout)
@@ -2187,33 +2201,48 @@ class SerialNonParallelizer(Parallelizer):
 
 
 class MultiprocessingParallelizer(Parallelizer):
-    """Runs on this machine, on `nprocs` processes, of which this one is main.
+    """Runs on `nprocs` processes of this machine; main is the process that makes it.
 
     Parameters
     ----------
     nprocs : int, optional
-        By default the number of CPUs that this process may use.
+        Number of processes, main included. By default, the number of CPUs that this process may
+        use.
     start_method : {"fork", "forkserver", "spawn"}, optional
-        By default the platform's. Never fork where other threads run, those of a library such
-        as polars or OpenMP included, or MPI is up: forkserver takes its place, with a warning.
+        By default, the one that `multiprocessing` is set to, or the platform's. Where other threads
+        run, including those of libraries such as polars or OpenMP, or MPI is up, "fork" is not
+        safe: "forkserver" is used instead, with a warning.
     threads_per_process : int, optional
-        Threads of BLAS and OpenMP on each process, main included, while the processes are up.
-        By default their share of the CPUs, unless the environment sets OMP_NUM_THREADS or the
-        like. This takes threadpoolctl; without it a warning says that nothing is limited. While
-        the processes are up, main's environment has the number, for what is loaded later.
+        Threads of BLAS and OpenMP on each process, main included, while the processes are up. By
+        default, a process's share of the CPUs, unless the environment sets OMP_NUM_THREADS or a
+        similar variable. The limit needs threadpoolctl; without it, a warning says that nothing is
+        limited. While the processes are up, main's environment holds the number, for libraries that
+        are loaded later.
     initializer : callable, optional
-        Called as ``initializer(*initargs)`` on each worker when it is born, also on one that
-        replaces another. If it raises, the next run ends by that, and the one after calls it again.
+        Called as ``initializer(*initargs)`` on each worker when it starts, including a worker that
+        replaces another. If it raises, the next run fails with its exception, and the run after
+        that calls it again.
     initargs : tuple
-        Sent once to each worker.
+        Sent to each worker once.
     initialize_main : bool
-        Whether main calls it, too, when it opens.
+        Whether main calls `initializer`, too, when it starts the processes.
     main_computes : bool
-        False, if in `map` and its kin main is to deal the items and take in results, and compute
-        none itself: for functions that need a process of their own, or may crash. One alone
-        computes in any case.
+        If False, main only deals out the items of `map` and its kin and collects the results, and
+        computes no item: for functions that need a process of their own, or may crash. If main is
+        the only process, it computes in any case.
     timeout : float, optional
         See `Parallelizer`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described.
+
+    Notes
+    -----
+    The processes are up within its ``with`` statement, or else during each call of `run`, `map` and
+    the like. `ParallelizerError` is raised then if they cannot start: beyond a limit of the system,
+    or in a daemonic process. A worker gets copies of what it is sent.
 
     Examples
     --------
@@ -2239,7 +2268,7 @@ class MultiprocessingParallelizer(Parallelizer):
         super().__init__(timeout=timeout)
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be callable, not {_describe(initializer)}")
-        # Not among the options, which go along whenever an object that holds this one is sent.
+        # Not among the options, which are sent along with every object that holds this one.
         self.initializer, self.initargs = initializer, tuple(initargs)
         self._initialize_main = initialize_main
         self.main_computes = main_computes
@@ -2276,8 +2305,9 @@ class MultiprocessingParallelizer(Parallelizer):
         nprocs = self._nprocs or _available_cpus()
         workers = _Workers(self, nprocs, self._start_method)
         self._comm = communicator = _MainEnd(workers, self.timeout)
-        # Whichever comes first: the end of 'with', of this object, or of the interpreter; the
-        # last before multiprocessing's own exit handler, which would wait for the workers.
+        # Closed by whichever comes first: the end of 'with', of this object, or of the interpreter.
+        # In the last case, it must come before multiprocessing's own exit handler, which would wait
+        # for the workers.
         self._close = weakref.finalize(self, communicator.close)
         atexit.register(self._close)
 
@@ -2288,9 +2318,15 @@ class MultiprocessingParallelizer(Parallelizer):
             atexit.unregister(self._close)
 
     def restart(self) -> None:
-        """Replace all workers by new ones, where those that are up have grown too large, say.
+        """Replace all workers by new ones, for example because they have grown too large.
 
-        Between two runs. What they hold in global variables is gone; `initializer` is called anew.
+        Main calls it between two runs. What the workers held in global variables is gone, and
+        `initializer` is called again. If the processes are not up, nothing happens.
+
+        Raises
+        ------
+        ContractError
+            Inside a run, or while an `imap` goes on.
         """
         if self._runs_here():
             raise ContractError("the workers cannot be replaced inside a run")
@@ -2300,7 +2336,7 @@ class MultiprocessingParallelizer(Parallelizer):
                 self._start_workers()
 
     def _forget(self) -> None:
-        """In a forked child: be as if never opened."""
+        """In a forked child: become as if this parallelizer had never been opened."""
         self._comm, self._entered = None, 0
         self._lock = threading.Lock()
         self._stream = lambda: None
@@ -2311,7 +2347,7 @@ class MultiprocessingParallelizer(Parallelizer):
 
 
 def _start_methods() -> list[str]:
-    """Those of this platform, its default first."""
+    """Return the start methods of this platform, its default first."""
     import multiprocessing
 
     return multiprocessing.get_all_start_methods()
@@ -2324,22 +2360,22 @@ def _default_start_method() -> str:
 
 
 def _safe_start_method(method: str, nprocs: int) -> str:
-    """The one that is asked for, or another one, where that would do harm now."""
+    """Return the start method that is asked for, or another one if that would do harm now."""
     if method == "fork" and (why := _why_not_to_fork()):
         _warn_of_no_fork(why)
         method = "forkserver"
-    # A fork server takes at most 256 descriptors for a child, and its children are not born with
-    # an environment of their own, which they need under a launcher of MPI.
+    # A fork server takes at most 256 descriptors for a child. And its children do not start with an
+    # environment of their own, which they need under an MPI launcher.
     if method == "forkserver" and (nprocs > 240 or _launched_ranks() > 0):
         method = "spawn"
     return method
 
 
 def _why_not_to_fork() -> str:
-    """What is known to be harmed by a fork; empty where there is nothing.
+    """Return why a fork is known to do harm now; an empty string if it is not.
 
-    A child has none of the other threads of its parent, and what they had locked stays locked. Of
-    threads that Python does not know, the first fork tells: see `_Workers._start_all`.
+    A child has none of the other threads of its parent, and what they had locked stays locked. The
+    first fork shows whether there are threads that Python does not know: see `_Workers._start_all`.
     """
     if not _harmless_threads().issuperset(threading.enumerate()):
         return "other threads run"
@@ -2349,7 +2385,7 @@ def _why_not_to_fork() -> str:
 
 
 def _harmless_threads() -> set[threading.Thread]:
-    """The present one, and multiprocessing's, which hands out connections and expects forks."""
+    """The calling thread, and multiprocessing's, which hands out connections and expects forks."""
     sharer: Any = sys.modules.get("multiprocessing.resource_sharer")
     own = None if sharer is None else sharer._resource_sharer._thread
     return {threading.current_thread()} | ({own} if own is not None else set())
@@ -2365,23 +2401,23 @@ def _warn_of_no_fork(why: str) -> None:
 
 
 def _is_single_threaded() -> bool:
-    """Whether no thread runs beside this one, or just one that sleeps and blocks all signals.
+    """Whether no other thread runs, except for one at most that sleeps and blocks all signals.
 
-    Such a thread serves, and does not compute: it is that of `faulthandler.dump_traceback_later`,
-    which the tests of many projects run with, and which holds nothing that a child needs.
+    Such a thread does not compute. It is the one of `faulthandler.dump_traceback_later`, with which
+    the tests of many projects run, and it holds nothing that a child needs.
     """
     linux = sys.platform == "linux"
     others = {*os.listdir("/proc/self/task")} if linux else set()  # noqa: PTH208 - slow
     others -= {str(thread.native_id) for thread in _harmless_threads()}
-    others.discard(str(threading.get_native_id()))  # of which a forked child's `Thread` is wrong
+    others.discard(str(threading.get_native_id()))  # in a forked child, `Thread.native_id` is wrong
     serving = 0
     for task in others:
         with contextlib.suppress(OSError):
             state, *fields = _read_proc(f"self/task/{task}/stat").rpartition(b")")[2].split()
             flags, blocked = int(fields[5]), int(fields[28])
-            if flags & _PF_EXITING:  # it has been waited for, and is listed a little longer
+            if flags & _PF_EXITING:  # it has ended, but is listed a little longer
                 continue
-            # One that begins blocks all signals, too, but has yet to run.
+            # A thread that is starting also blocks all signals, but does not sleep.
             if state != b"S" or ~blocked & _BLOCKABLE:
                 return False
             serving += 1
@@ -2403,21 +2439,26 @@ class MPIParallelizer(Parallelizer):
     Parameters
     ----------
     comm : mpi4py.MPI.Intracomm, optional
-        By default ``COMM_WORLD``. All its ranks must make the parallelizer together.
+        By default, ``COMM_WORLD``. All its ranks must make the parallelizer together.
     timeout : float, optional
-        See `Parallelizer`.
-
-    Notes
-    -----
-    The ranks of `comm` agree on their number of threads of BLAS and OpenMP: the least of what
-    each has by its environment, or has as its share of the CPUs of its machine.
+        See `Parallelizer`. A wait in a round that takes longer makes this parallelizer unusable,
+        and a transfer of data that takes longer ends the job.
 
     Raises
     ------
     ModuleNotFoundError
-        Where mpi4py is not installed.
+        If mpi4py or an MPI library is not installed; the message says how to install them.
     ParallelizerError
-        Where a launcher has started several ranks, of which the MPI library sees one alone.
+        If a launcher has started several ranks, but the MPI library sees only one; or if MPI is not
+        initialized, or is finalized already.
+
+    Notes
+    -----
+    Every rank calls `run`, and gets the result of its own call. An exception that ends the program
+    of one rank ends the job.
+
+    The ranks of `comm` agree on the number of threads of BLAS and OpenMP. It is the smallest of
+    their numbers: what a rank's environment sets, or else its share of the CPUs of its machine.
 
     Examples
     --------
@@ -2438,13 +2479,14 @@ class MPIParallelizer(Parallelizer):
             _job_end().begin(mpi)
         communicator = _world(mpi) if comm is None else _connected(mpi, comm)
         self._comm = communicator
-        # The ranks make their parallelizers on a communicator in the same order.
+        # All ranks make their parallelizers on a communicator in the same order, so this key is the
+        # same on all of them.
         communicator.made += 1
         self._be_known_as(f"{communicator.key}-{communicator.made}")
 
     @classmethod
     def _stand_in(cls: type[_Self], key: str, options: dict[str, Any]) -> _Self:
-        """One on the same communicator; absent where that is not known, or MPI is not there."""
+        """One on the same communicator; if that is not known here, one that can only be held."""
         communicator = MPICommunicator.known.get(key.partition("-")[0])
         for opened in _opened():
             if isinstance(opened, cls) and opened._comm is communicator is not None:
@@ -2458,10 +2500,12 @@ class MPIParallelizer(Parallelizer):
 
     @property
     def comm(self) -> Any:
-        """The communicator of mpi4py whose ranks take part, for libraries that speak MPI, too.
+        """The mpi4py communicator whose ranks take part, for libraries that use MPI themselves.
 
-        This module speaks on copies of it, so that nobody's messages meet. A library's collective
-        calls need all ranks: call them inside `run`.
+        It is the one that was passed to the constructor, or ``COMM_WORLD``. This module sends its
+        own messages on copies of it, so they never mix with others. Collective calls of a library
+        need all ranks: make them inside `run`. The value is None where this parallelizer can only
+        be held.
         """
         return self._comm.users_comm if isinstance(self._comm, MPICommunicator) else None
 
@@ -2473,9 +2517,10 @@ class MPIParallelizer(Parallelizer):
 
     @_context
     def _others_serving(self) -> Iterator[None]:
-        """On main, while the other ranks `serve`."""
+        """Within, on main, the other ranks `serve`."""
         communicator = self._communicator()
-        # A client within a client, whose end is not theirs; inside run, they refuse to serve.
+        # In a client within a client, they serve already, and go on when it ends. Inside run, they
+        # would refuse to serve.
         if communicator.drives_others or self._runs_here():
             yield
             return
@@ -2505,10 +2550,10 @@ def _check_mpi_is_up(mpi: Any) -> None:
 
 
 def _world(mpi: Any) -> MPICommunicator:
-    """The communicator of all ranks."""
+    """Return the communicator of all ranks."""
     communicator = _connected(mpi, mpi.COMM_WORLD)
     if communicator.size == 1 and _launched_ranks() > 1:
-        if _launched_rank() > 0:  # rank 0 tells of it
+        if _launched_rank() > 0:  # rank 0 alone reports it
             time.sleep(_GRACE)
             sys.exit(1)
         raise ParallelizerError(
@@ -2538,10 +2583,10 @@ def _how_to_match_launcher(mpi: Any) -> str:
 
 
 def _connected(mpi: Any, comm: Any) -> MPICommunicator:
-    """The communicator of these ranks, at whose end the job is seen to.
+    """Return the `MPICommunicator` of these ranks, and arrange how their job ends.
 
-    It is kept as an attribute of `comm`, for other parallelizers there, as MPI libraries have but
-    some thousand communicators.
+    It is kept as an attribute of `comm` for other parallelizers on it, because MPI libraries allow
+    only some thousand communicators.
     """
     communicator: MPICommunicator | None = comm.Get_attr(_keyval(mpi))
     if communicator is None:
@@ -2557,7 +2602,7 @@ def _connected(mpi: Any, comm: Any) -> MPICommunicator:
 
 @functools.cache
 def _keyval(mpi: Any) -> int:
-    """Of that attribute; it is deleted by the `Free` of the communicator that has it."""
+    """Key of the attribute of `_connected`, which is deleted by `Free` of its communicator."""
 
     def disconnect(*attribute: Any) -> None:
         communicator = attribute[-1]
@@ -2571,7 +2616,7 @@ def _keyval(mpi: Any) -> int:
 
 @functools.cache
 def _finalize_keyval(mpi: Any) -> int:
-    """Of an attribute of COMM_SELF, as MPI_Finalize deletes these first, with MPI still up."""
+    """Key of an attribute of COMM_SELF; MPI_Finalize deletes these first, with MPI still up."""
     return mpi.Comm.Create_keyval(delete_fn=lambda *_: _job_end().on_finalize())  # type: ignore[no-any-return]
 
 
@@ -2590,7 +2635,7 @@ def _backends() -> dict[str, Callable[..., Parallelizer]]:
 
 @functools.lru_cache(1)
 def _named_by_environment(text: str) -> Parallelizer:
-    """Of PARALLELIZER=multiprocessing:8 and the like; the same one each time."""
+    """The parallelizer of PARALLELIZER=multiprocessing:8 and the like; the same one each time."""
     mode, _, nprocs = text.partition(":")
     if (nprocs and mode != "multiprocessing") or not (nprocs or "1").isdigit():
         raise LookupError(
@@ -2601,21 +2646,21 @@ def _named_by_environment(text: str) -> Parallelizer:
 
 
 def _launched_ranks() -> int:
-    """How many ranks an MPI launcher says that it has started; 0 without a launcher."""
+    """Number of ranks that an MPI launcher says it has started; 0 without a launcher."""
     names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"]
-    if "SLURM_STEP_ID" in os.environ:  # in salloc's shell, the second one counts those of the job
+    if "SLURM_STEP_ID" in os.environ:  # in salloc's shell, SLURM_NTASKS counts those of the job
         names += ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"]
     return next(iter(_numbers_of_environment(*names)), 0)
 
 
 def _launched_rank() -> int:
-    """Which of them this process is, as far as it is told."""
+    """Rank of this process among them, as far as the launcher tells; else 0."""
     names = ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"]
     return next(iter(_numbers_of_environment(*names)), 0)
 
 
 def _numbers_of_environment(*names: str) -> list[int]:
-    """What those of these variables say that are set to a number."""
+    """The values of those of these environment variables that are set to a number."""
     return [int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()]
 
 
@@ -2629,24 +2674,30 @@ def _automatic_mode() -> str:
 # Client and server
 # ---------------------------------------------------------------------------------------------
 #
-# `ClientServerRunner`, for programs in the style of MPI, in which main calls and the others serve.
+# `ClientServerRunner`, for programs in the style of MPI: main runs one function, and the other
+# processes run another one, or serve.
 
 
 class ClientServerRunner:
-    """MPI-style calling: main runs one function, every other process another.
+    """Runs one function on main and another one on every other process, in the style of MPI.
 
     Parameters
     ----------
     client_runner : callable
         Called on main as ``client_runner(parallelizer=p)``.
     server_runner : callable, optional
-        Called on every other process as ``server_runner(parallelizer=p)``. Without one, these
-        `Parallelizer.serve`: the client uses `map`, `starmap` and `run` alone.
+        Called on every other process as ``server_runner(parallelizer=p)``. Without one, the other
+        processes `Parallelizer.serve`, and the client calls `map`, `starmap`, `imap`,
+        `imap_unordered`, `share` and `run` alone.
     parallelizer : optional
         Anything that `Parallelizer.lookup` takes.
     main_computes : bool
-        False, if main is to compute no items of the client's maps, as in
-        `MultiprocessingParallelizer`.
+        If False, main computes no items of the client's maps; see `MultiprocessingParallelizer`.
+
+    Raises
+    ------
+    TypeError
+        If `client_runner` or `server_runner` is not callable.
 
     Examples
     --------
@@ -2673,7 +2724,20 @@ class ClientServerRunner:
         self.main_computes = main_computes
 
     def run(self) -> Any:
-        """What the client returns, on main; `InWorkerProcess` elsewhere (under MPI)."""
+        """Call the client on main, and the server on the other processes, until both return.
+
+        Returns
+        -------
+        object
+            On main, what the client returned; on the other ranks of MPI, `InWorkerProcess`.
+
+        Raises
+        ------
+        Exception
+            With a server, see `Parallelizer.run`. Without one, on main, what the client raised.
+        LookupError, TypeError
+            See `Parallelizer.lookup`.
+        """
         parallelizer = Parallelizer.lookup(self.parallelizer)
         before = parallelizer.main_computes
         parallelizer.main_computes = before and self.main_computes
