@@ -2772,39 +2772,39 @@ def _client_or_server(
 # Failures: errors on their way to other processes
 # ---------------------------------------------------------------------------------------------
 #
-# A `Failure` is what others are told of an exception: rank, traceback as text, a line, and the
-# exception itself where it can be pickled.
+# A `Failure` tells other processes about an exception: its rank, a one-line summary, the traceback
+# as text, and the exception itself if it can be pickled.
 
 
 class Failure(NamedTuple):
-    """What a process tells the others of the exception that ended its function."""
+    """What a process tells the others about the exception that ended its function."""
 
     rank: int
     summary: str
     traceback: str
     pickled: tuple[bytes, ...] = ()  # ways to make the exception again, the best first
-    causes: bytes | None = None  # apart, because it must arrive where they cannot be pickled
+    causes: bytes | None = None  # apart: the exception must arrive even if these cannot be pickled
     consequence: bool = False  # see `_is_consequence`
 
     @classmethod
     def in_words(cls: type[_F], error: BaseException, rank: int, size: int) -> _F:
-        """Of this process, which is `rank` of `size`; text alone."""
+        """Describe an error of this process, `rank` of `size`, by text alone."""
         told = f"{_headline(rank, size)}\n{_formatted(error)}"
         return cls(rank, _summary(error), told, consequence=_is_consequence(error))
 
     @classmethod
     def of(cls: type[_F], error: BaseException, rank: int, size: int) -> _F:
-        """With the exception itself."""
+        """Describe an error by text, and include the exception itself if it can be pickled."""
         return cls.in_words(error, rank, size).with_exception(error)
 
     def with_exception(self: _F, error: BaseException) -> _F:
-        """The same, with what makes `error` again, where that can be pickled."""
+        """Return the same failure, with pickles that make `error` again where that is possible."""
         return self._replace(pickled=_dumped_exception(error), causes=_dumped(_causes_of(error)))
 
     def exception(self) -> BaseException:
-        """The original exception, or a `WorkerError`, caused by its `RemoteTraceback`.
+        """Return the original exception, or a `WorkerError`, caused by a `RemoteTraceback`.
 
-        What caused the original stands below that, where it has come.
+        The causes of the original follow below the `RemoteTraceback`, if they have arrived.
         """
         loaded = (error for error in map(_loaded_exception, self.pickled) if error is not None)
         error = next(loaded, None)
@@ -2821,14 +2821,14 @@ class Failure(NamedTuple):
 
 
 def _is_consequence(error: Failure | BaseException) -> bool:
-    """Whether what another process raised is likely to be the cause of this."""
+    """Whether an exception on another process is likely to have caused this error."""
     if isinstance(error, Failure):
         return error.consequence
     return isinstance(error, (ContractError, PackingError, WaitTimeout))
 
 
 def _dumped_exception(error: BaseException) -> tuple[bytes, ...]:
-    """By what its class says of that, and by its parts, where that cannot be unpickled."""
+    """Pickle an exception as its class says, and by its parts in case that cannot be unpickled."""
     ways = (_reduce_by_its_class(error, {}), _reduce_to_parts(error, {}))
     dumped = (_dumped((type(error), way)) for way in ways if way is not None)
     return tuple(one for one in dumped if one is not None)
@@ -2866,12 +2866,12 @@ def _hostname() -> str:
 
 
 def _headline(rank: int, size: int) -> str:
-    """Heads a traceback of this process."""
+    """Return the line that stands above a traceback of this process."""
     return f"### rank {rank} of {size} on {_hostname()} (pid {os.getpid()})"
 
 
 def _formatted(error: BaseException) -> str:
-    """Traceback and text; what can be told, where the exception resists (whatever is in it)."""
+    """Return traceback and text of `error`, or as much of them as it allows to be formatted."""
     try:
         return "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except Exception:
@@ -2887,7 +2887,7 @@ def _summary(error: BaseException) -> str:
 
 
 def _add_note(error: BaseException, note: str) -> None:
-    """`BaseException.add_note`, also where Python 3.10 has none, or the notes are no list."""
+    """Add a note, even in Python 3.10, which has no `add_note`, or if the notes are not a list."""
     notes: Any = None
     with contextlib.suppress(Exception):  # whatever a user's __getattr__ may raise
         notes = getattr(error, "__notes__", None)
@@ -2897,11 +2897,12 @@ def _add_note(error: BaseException, note: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Blocks: arrays and sequences are split and combined
+# Blocks: splitting and combining arrays and sequences
 # ---------------------------------------------------------------------------------------------
 #
-# What `scatter` cuts and `gather` joins, without regard to how it travels. A `GatherPlan` says
-# where in the result each part belongs before it has come, so that it is written there at once.
+# How `scatter` cuts data and `gather` joins it, regardless of how the parts travel. A `GatherPlan`
+# says where each part belongs in the result before the part arrives, so that it is written there
+# directly.
 
 
 def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
@@ -2912,7 +2913,7 @@ def _block_bounds(length: int, parts: int) -> list[tuple[int, int]]:
 
 
 def _own(data: Any) -> Any:
-    """An array that lies in mapped or shared memory as an ordinary one, in memory of its own."""
+    """Return `data`, or, if it is an array in mapped or shared memory, an ordinary copy of it."""
     mapped = isinstance(data, np.memmap) or (type(data) is np.ndarray and _lies_in(data, _PLACES))
     return np.array(data, order="A") if mapped else data
 
@@ -2925,7 +2926,7 @@ def _describe(data: Any) -> str:
 
 
 def _split(data: Any, parts: int) -> list[Any]:
-    """Blocks of `data`; of arrays they are views where those could be sent as they are."""
+    """Split `data` into blocks; those of an array are views if views can be sent as they are."""
     data = list(data) if isinstance(data, Iterator) else data
     sized = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if not sized or isinstance(data, Mapping) or (isinstance(data, np.ndarray) and not data.ndim):
@@ -2933,31 +2934,31 @@ def _split(data: Any, parts: int) -> list[Any]:
             f"scatter splits arrays with a first axis, sequences with slices, and iterators, but "
             f"main passed {_describe(data)}; broadcast it instead, or put it in a list"
         )
-    # Of pandas' objects, plain slices may go by the labels of the index and not by position.
+    # Plain slices of pandas objects may go by the labels of the index instead of by position.
     slices = getattr(data, "iloc", data)
     blocks = [slices[start:stop] for start, stop in _block_bounds(len(data), parts)]
     return [_own_rows(b) for b in blocks] if isinstance(data, np.ndarray) else blocks
 
 
 def _own_rows(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The array itself where it can be written to and lies in memory row by row; else a copy."""
+    """Return the array itself if it is writable and lies in memory row by row; else a copy."""
     if block.flags.carray or (block.nbytes == 0 and block.flags.writeable):
         return block
     if _writes_to_file(block):
         return block
     if isinstance(block, np.memmap):
         return np.array(block, order="C")
-    # Of items without bytes, numpy copies the dtype U0 as U1; pickle does not.
+    # If items have no bytes, numpy's copy turns the dtype U0 into U1; pickle does not.
     return block.copy() if block.dtype.itemsize else pickle.loads(pickle.dumps(block))
 
 
 def _writes_to_file(array: np.ndarray[Any, Any]) -> bool:
-    """Whether what is written to it is meant for a mapped file, so that it must not be copied."""
+    """Whether writes to the array are meant for a mapped file, so that it must not be copied."""
     return array.flags.writeable and _reduce_mapped(array) is not None
 
 
 class _ArraySpec(NamedTuple):
-    """What is needed to make an array of raw bytes."""
+    """What is needed to make an array from raw bytes."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -2970,18 +2971,19 @@ class _ArraySpec(NamedTuple):
     def build(self, buffer: Any) -> np.ndarray[Any, Any]:
         if self.nbytes == 0:
             return np.empty(self.shape, self.dtype, self.order)
-        # Of a read-only array, pickle hands over a read-only view of what is this process's own.
+        # For a read-only array, pickle passes a read-only view, but the memory below belongs to
+        # this process, so the new array can be writable.
         own = buffer.obj if isinstance(buffer, memoryview) else buffer
         data: np.ndarray[Any, Any] = np.asarray(own).view(self.dtype)
         return data.reshape(self.shape, order=self.order)
 
 
 def _fitting(blocks: Sequence[Any]) -> tuple[Sequence[Any], np.dtype[Any], list[int]] | None:
-    """Which of some arrays, or specs, to concatenate, dtype and shape; None if they don't fit.
+    """Which arrays (or specs) to concatenate, the dtype and the shape; None if they don't fit.
 
-    Empty blocks never stand in the way: they count only where all blocks are empty, and then
-    the first one decides. Dtypes that differ are promoted as numpy does, so that it does not
-    depend on the number of blocks what they are combined to.
+    Empty blocks never get in the way: they count only if all blocks are empty, and then the
+    first one decides. Differing dtypes are promoted as numpy does, so that the dtype of the
+    result does not depend on the number of blocks.
     """
     if any(type(block) not in (np.ndarray, _ArraySpec) or not block.shape for block in blocks):
         return None
@@ -2993,13 +2995,13 @@ def _fitting(blocks: Sequence[Any]) -> tuple[Sequence[Any], np.dtype[Any], list[
     if any(other.dtype != dtype for other in others):
         try:
             dtype = np.result_type(*(block.dtype for block in filled))
-        except TypeError:  # numpy knows none that could hold them all
+        except TypeError:  # no dtype can hold them all
             return None
     return filled, dtype, [sum(block.shape[0] for block in filled), *trailing]
 
 
 def _combine(values: list[Any], concatenate: bool | None) -> Any:
-    """What `gather` makes of the values in rank order (see there)."""
+    """Combine the values, which are in rank order, as `gather` says."""
     if concatenate is False or (type(values[0]) in _ATOMS and not concatenate):
         return values
     arrays = [np.asarray(v) if isinstance(v, np.memmap) else v for v in values]
@@ -3008,7 +3010,7 @@ def _combine(values: list[Any], concatenate: bool | None) -> Any:
         if len(arrays) == 1:
             return _own_rows(_own(arrays[0]))
         filled, dtype, shape = fitting
-        # Into an array made for it, as concatenate would make the byte order native.
+        # Given no array to write to, concatenate would make the byte order native.
         return np.concatenate(filled, out=np.empty(shape, dtype) if dtype.itemsize else None)
     if concatenate:
         raise ValueError(
@@ -3021,7 +3023,7 @@ def _combine(values: list[Any], concatenate: bool | None) -> Any:
 class GatherPlan:
     """Decides, once all heads are known, where the buffers of a gather are to be written.
 
-    Arrays that fit go straight to their place in `result`; it stays None where they don't.
+    Arrays that fit together go straight to their places in `result`; otherwise it stays None.
     """
 
     def __init__(self, concatenate: bool | None) -> None:
@@ -3029,7 +3031,7 @@ class GatherPlan:
         self.result: np.ndarray[Any, Any] | None = None
 
     def place(self, pickles: Sequence[bytes]) -> list[_Bytes] | None:
-        """One target for the single buffer of each message, or None for fresh memory."""
+        """Return one target for the single buffer of each message, or None for fresh memory."""
         layout = None if self._concatenate is False else _layout_of(tuple(pickles))
         if layout is None:
             return None
@@ -3041,7 +3043,7 @@ class GatherPlan:
 
 @functools.lru_cache(maxsize=32)
 def _layout_of(pickles: tuple[bytes, ...]) -> tuple[list[int], Any, list[slice]] | None:
-    """Shape and dtype of an array that all of these go to, and which of its bytes is whose."""
+    """Shape and dtype of an array that can hold all of these, and the bytes of each in it."""
     if any(pickled[:1] != b"A" for pickled in pickles):
         return None
     specs = list(map(_unpacked_spec, pickles))
@@ -3056,34 +3058,34 @@ def _layout_of(pickles: tuple[bytes, ...]) -> tuple[list[int], Any, list[slice]]
 
 
 # ---------------------------------------------------------------------------------------------
-# Packing: an object becomes a small pickle and raw buffers
+# Packing: turning an object into a small pickle and raw buffers
 # ---------------------------------------------------------------------------------------------
 #
-# `_pack` makes a `Message` of an object, `_unpack` an object of that. Arrays anywhere in it stay
-# where they are: their memory is the message's buffers. Functions and classes go by reference, or
-# by value (cloudpickle) where that fails; in a notebook it is tried the other way round. What is
-# sent arrives compact, and since the last digits of a sum depend on how its operands lie in
-# memory, what stays is laid out alike (`_as_sent`).
+# `_pack` turns an object into a `Message`, and `_unpack` turns the message back into an object.
+# Arrays anywhere in the object stay where they are: their memory is the message's buffers.
+# Functions and classes go by reference, or by value (cloudpickle) if that fails; in a notebook,
+# by value is tried first. Arrays that are sent arrive compact. Because the last digits of a sum
+# depend on how its operands lie in memory, arrays that stay are laid out alike (`_as_sent`).
 
 
-# Heads the pickle of a bare array's `_ArraySpec`, or of what imports nothing when it is unpickled;
-# no pickle of protocol 2 or later begins so.
+# The first byte of a packed object: before the pickle of a bare array's `_ArraySpec`, and before a
+# pickle that imports nothing. No pickle of protocol 2 or later begins with either.
 _BARE_ARRAY, _ATOM = b"A"[0], b"P"[0]
 
-# Up to here, numpy pickles an array inside an object, as to move its buffer apart costs more.
+# Up to this size, numpy pickles an array inside an object, because a buffer apart costs more.
 _SMALL_BYTES = 1 << 12
 
 
 class Message(NamedTuple):
     """A packed object: a pickle, and the buffers that it refers to.
 
-    To pack a contiguous array copies nothing: its buffer *is* the array's memory.
+    Packing a contiguous array copies nothing: its buffer *is* the array's memory.
     """
 
     pickled: bytes
     buffers: Sequence[_Bytes]
     relaid: bool = False  # whether an array lies in memory in another order once it is unpacked
-    kept: Sequence[_Kept] = ()  # what stays here, and is packed otherwise to leave
+    kept: Sequence[_Kept] = ()  # objects that stay here; to be sent, they are packed differently
 
     @property
     def nbytes(self) -> int:
@@ -3091,12 +3093,12 @@ class Message(NamedTuple):
         return len(self.pickled) + sum(buffer.nbytes for buffer in self.buffers)
 
     def copy(self) -> Message:
-        """The same, with buffers of its own."""
+        """Return the same message with buffers of its own."""
         buffers = [buffer.copy() for buffer in self.buffers]
         return Message(self.pickled, buffers, self.relaid, self.kept)
 
     def head(self) -> bytes:
-        """Number and sizes of the buffers, then the pickle: what must arrive first."""
+        """Return what must arrive first: number and sizes of the buffers, then the pickle."""
         if not self.buffers:
             return _NO_BUFFERS + self.pickled
         sizes = [buffer.nbytes for buffer in self.buffers]
@@ -3115,7 +3117,7 @@ def _parse_head(head: bytes) -> tuple[list[int], bytes]:
 
 
 def _allocate(nbytes: int) -> _Bytes:
-    """Fresh memory; numpy's, as it asks for huge pages where they make the first touch cheap."""
+    """Fresh memory from numpy, which asks for huge pages where they make the first touch cheap."""
     return np.empty(nbytes, np.uint8)
 
 
@@ -3125,12 +3127,12 @@ def _as_bytes(data: Any) -> _Bytes:
 
 
 def _is_raw(array: np.ndarray[Any, Any]) -> bool:
-    """Whether the array's bytes say everything (no references in it, and bytes to speak of)."""
+    """Whether the bytes are all there is to the array: no references, and items that have bytes."""
     return not array.dtype.hasobject and array.dtype.itemsize > 0
 
 
 def _raw(array: np.ndarray[Any, Any]) -> tuple[_ArraySpec, np.ndarray[Any, Any]]:
-    """Spec and bytes (a view where the array is contiguous) of an array that `_is_raw`."""
+    """Spec and bytes (a view if the array is contiguous) of an array that `_is_raw`."""
     if not (array.flags.c_contiguous or array.flags.f_contiguous):
         array = np.ascontiguousarray(array)
     order: Literal["C", "F"] = "C" if array.flags.c_contiguous else "F"
@@ -3139,14 +3141,14 @@ def _raw(array: np.ndarray[Any, Any]) -> tuple[_ArraySpec, np.ndarray[Any, Any]]
 
 
 def _is_laid_out(array: np.ndarray[Any, Any]) -> bool:
-    """Whether the array lies in memory as it will on a process that it is sent to."""
+    """Whether the array lies in memory as it would on a process that receives it."""
     flags = array.flags
     return (flags.forc and flags.aligned) or array.nbytes == 0
 
 
 def _reduce_array(array: np.ndarray[Any, Any], small_bytes: int) -> Any:
-    """As bytes apart, also where numpy would pickle them (strided arrays, datetime64)."""
-    small = array.nbytes <= small_bytes and array.dtype.isnative  # as numpy makes all others
+    """Keep the bytes apart, even where numpy would pickle them (strided arrays, datetime64)."""
+    small = array.nbytes <= small_bytes and array.dtype.isnative  # numpy makes all others native
     if small or not _is_raw(array):
         return array.__reduce__()
     spec, data = _raw(array)
@@ -3154,7 +3156,7 @@ def _reduce_array(array: np.ndarray[Any, Any], small_bytes: int) -> Any:
 
 
 def _reduce_subclass(array: np.ndarray[Any, Any], small_bytes: int) -> Any:
-    """A matrix, a masked array and the like, with its numbers apart; None as numpy pickles it."""
+    """Keep the numbers of a matrix, masked array or the like apart; None to leave it to numpy."""
     kind = type(array)
     if array.nbytes <= small_bytes or array.dtype.hasobject:
         return None
@@ -3168,17 +3170,17 @@ def _reduce_subclass(array: np.ndarray[Any, Any], small_bytes: int) -> Any:
 
 
 def _masked_array(kind: Any, data: Any, mask: Any, state: dict[str, Any]) -> Any:
-    """Around these very arrays. No constructor runs but that of numpy, as when it unpickles."""
+    """A masked array around these very arrays; as in unpickling, only numpy's constructor runs."""
     mask = np.ma.nomask if mask is None else mask
     return np.ma.MaskedArray.__new__(kind, data, mask, copy=False, **state)
 
 
-# Pickle would call the class of an exception with its ``args``, which its constructor may not
-# take, or take for something else. So an exception is made by its builtin base, and its parts are
-# put back by their descriptors, whatever its class makes of attributes.
+# Pickle would call the class of an exception with its ``args``, which the constructor may reject
+# or mistake for something else. So an exception is made by its builtin base, and its parts are set
+# through their descriptors, no matter how its class handles attributes.
 _Reduced = tuple[Callable[..., Any], tuple[Any, ...], Any, None, None, Callable[..., Any]]
 
-_CAUSES = ("__cause__", "__context__", "__suppress_context__")  # to set the first sets the last
+_CAUSES = ("__cause__", "__context__", "__suppress_context__")  # setting the first sets the last
 
 
 def _is_builtin(kind: type) -> bool:
@@ -3186,7 +3188,7 @@ def _is_builtin(kind: type) -> bool:
 
 
 def _blank_exception(kind: type[BaseException], *arguments: Any) -> BaseException:
-    """An exception of that class, of which no constructor but a builtin one has run."""
+    """Return an exception of that class without running any constructor but a builtin one."""
     base: Any = kind
     while not _is_builtin(base):
         base = base.__base__
@@ -3199,16 +3201,16 @@ def _causes_of(error: BaseException) -> dict[str, Any]:
 
 
 def _set_causes(error: BaseException, causes: Mapping[str, Any]) -> None:
-    """Also where the class lets no attributes be set, as a frozen dataclass does."""
+    """Set the causes even if the class forbids setting attributes, as a frozen dataclass does."""
     for name, value in causes.items():
         vars(BaseException)[name].__set__(error, value)
 
 
 @functools.lru_cache(128)
 def _members(kind: type) -> list[tuple[type, str]]:
-    """Slots and builtin members, ``args`` and ``__dict__`` among them, and where they stand."""
+    """Slots and builtin members, ``args`` and ``__dict__`` among them, each with its class."""
     kinds = (types.MemberDescriptorType, types.GetSetDescriptorType)
-    # What `obj` refers to, an exception of Python's own leaves behind, too.
+    # Python's own pickle of an AttributeError leaves `obj` behind, too.
     others = {(BaseException, name) for name in (*_CAUSES, "__traceback__")}
     others.add((AttributeError, "obj"))
     return [
@@ -3223,7 +3225,7 @@ def _members(kind: type) -> list[tuple[type, str]]:
 def _part(error: BaseException, base: type, name: str) -> Any:
     try:
         return vars(base)[name].__get__(error)
-    except AttributeError:  # of a slot that is not set
+    except AttributeError:  # the slot is not set
         return _UNSET
 
 
@@ -3235,7 +3237,7 @@ def _set_parts(error: BaseException, state: tuple[Any, Any]) -> None:
 
 
 def _reduce_to_parts(error: BaseException, causes: Mapping[str, Any]) -> _Reduced | None:
-    """None for a class in C that hides some."""
+    """Reduce an exception to its parts; None for a class in C that hides some of them."""
     kind: Any = type(error)
     arguments: tuple[Any, ...] = ()
     group: Any = vars(builtins).get("BaseExceptionGroup")
@@ -3255,7 +3257,7 @@ def _reduce_to_parts(error: BaseException, causes: Mapping[str, Any]) -> _Reduce
 
 
 def _reduce_by_its_class(error: BaseException, causes: Mapping[str, Any]) -> _Reduced | None:
-    """As its ``__reduce__`` or copyreg says; None where nothing does, or it fails."""
+    """Reduce as ``__reduce__`` or copyreg says; None if neither says anything, or it fails."""
     kind, hooks = type(error), ("__reduce__", "__reduce_ex__")
     found = [next(base for base in kind.__mro__ if hook in vars(base)) for hook in hooks]
     if kind not in copyreg.dispatch_table and all(map(_is_builtin, found)):
@@ -3263,7 +3265,7 @@ def _reduce_by_its_class(error: BaseException, causes: Mapping[str, Any]) -> _Re
     reduce = copyreg.dispatch_table.get(kind, operator.methodcaller("__reduce_ex__", 5))
     try:
         reduced = reduce(error)
-    except Exception as why:  # whatever it may raise
+    except Exception as why:  # whatever a user's __reduce__ may raise
         _logger().debug("%s cannot be pickled its own way: %s", _describe(error), _summary(why))
         return None
     if not isinstance(reduced, tuple):
@@ -3287,9 +3289,9 @@ def _set_state(error: Any, state: tuple[Any, ...]) -> None:
 
 
 class _Kept:
-    """An object that belongs to this process: an open connection, what `share` lends on serial.
+    """An object of this process alone: an open connection, or what `share` lends on one process.
 
-    What holds it may be copied on this process, and the copy holds the same one.
+    If an object that holds it is copied on this process, the copy holds the very same object.
     """
 
     living: ClassVar[weakref.WeakValueDictionary[int, _Kept]] = weakref.WeakValueDictionary()
@@ -3304,20 +3306,20 @@ def _kept(key: int) -> object:
 
 
 def _pickles_itself(kind: type) -> bool:
-    """Whether a class says how its instances are pickled."""
+    """Whether a class defines how its instances are pickled."""
     names = ("__reduce__", "__reduce_ex__")
     return any(getattr(kind, name) is not getattr(object, name) for name in names)
 
 
 class _Pickler(pickle.Pickler):
-    """Says how the objects are pickled of which this module knows better than they do.
+    """A pickler with this module's own ways for arrays, exceptions, shared objects and handles.
 
-    It packs what `comm` sends to one receiver, or what stays on this process.
+    It packs an object that `comm` sends to one receiver, or, without `comm`, one that stays here.
     """
 
-    by_value: ClassVar = False  # whether functions and classes travel, too, and not their names
+    by_value: ClassVar = False  # whether functions and classes travel themselves, not their names
     small_bytes = _SMALL_BYTES
-    is_lasting = False  # whether what is pickled outlives this process, and its memory
+    is_lasting = False  # whether the pickle outlives this process and its memory
 
     def __init__(
         self, stream: Any, comm: Communicator | None = None, *, with_causes: bool = True
@@ -3327,7 +3329,7 @@ class _Pickler(pickle.Pickler):
         self.kept: list[_Kept] = []  # likewise
         self._stream = stream
         self._comm = comm
-        self._with_causes = with_causes  # else those of exceptions are told in text
+        self._with_causes = with_causes  # otherwise, the causes of exceptions travel as text
         self.has_causes = False
         super().__init__(stream, 5, buffer_callback=self.buffers.append)
 
@@ -3346,7 +3348,7 @@ class _Pickler(pickle.Pickler):
 
     def _reduce_array(self, obj: np.ndarray[Any, Any]) -> Any:
         mapped = None if self.is_lasting else _reduce_mapped(obj)
-        if mapped is not None:  # which stays where it lies
+        if mapped is not None:
             return mapped
         if isinstance(obj, np.memmap) and self.is_lasting:
             obj = np.array(obj)
@@ -3358,12 +3360,12 @@ class _Pickler(pickle.Pickler):
         reduced = _reduce_subclass(obj, self.small_bytes)
         if reduced is not None:
             return reduced
-        # As numpy pickles it, it arrives in the receiver's order of bytes.
+        # An array that numpy pickles arrives in the receiver's byte order.
         self.relaid = self.relaid or not obj.dtype.isnative
         return NotImplemented
 
     def _refuse_if_unknown_to_workers(self, obj: Any) -> None:
-        """A function or class of `__main__`, which by name would be another one there, or none."""
+        """Refuse a function or class of `__main__` whose name means another one there, or none."""
         of_main = getattr(obj, "__module__", "") == "__main__"
         if of_main and not self.by_value and any(workers.lack_main for workers in _POOLS):
             raise pickle.PicklingError(
@@ -3390,7 +3392,7 @@ class _Pickler(pickle.Pickler):
     def _reduce_by_multiprocessing(self, obj: Any) -> Any:
         kind, reducer = type(obj), _known_to_multiprocessing()[type(obj)]
         itself = _pickles_itself(kind)
-        ordinary = itself and reducer.__module__.startswith("multiprocessing.")  # as are methods
+        ordinary = itself and reducer.__module__.startswith("multiprocessing.")  # methods, for one
         if ordinary or reducer is copyreg.dispatch_table.get(kind):
             return NotImplemented
         if self._comm is None:
@@ -3400,7 +3402,7 @@ class _Pickler(pickle.Pickler):
             return reducer(obj)
         if itself:
             return NotImplemented
-        # Plainly pickled it may be no more than a number, which means something else there.
+        # A plain pickle of it may hold just a number, which means something else elsewhere.
         raise PackingError(
             f"a {kind.__name__} belongs to this machine's processes and cannot travel to another "
             f"MPI rank: nothing was sent. Send what is read from it, or open one on each rank"
@@ -3413,15 +3415,15 @@ class _Pickler(pickle.Pickler):
 
 
 def _known_to_multiprocessing() -> Mapping[type, Callable[[Any], Any]]:
-    """How it sends what belongs to a process: connections, sockets, what libraries register."""
-    reduction: Any = sys.modules.get("multiprocessing.reduction")  # which is slow to import
-    # The table itself, because to make a pickler for its public copy takes microseconds each time.
+    """The reducers of multiprocessing: for connections, sockets, and what libraries register."""
+    reduction: Any = sys.modules.get("multiprocessing.reduction")  # it is slow to import
+    # The private table, because making a pickler to get its public copy takes microseconds.
     return {} if reduction is None else reduction.ForkingPickler._extra_reducers
 
 
 @functools.cache
 def _by_value_pickler() -> type[_Pickler]:
-    """For functions that cannot be found by name: lambdas, closures, a notebook's."""
+    """A pickler for functions that cannot be found by name: lambdas, closures, a notebook's."""
     cloudpickle: Any = importlib.import_module("cloudpickle")
 
     def reducer_override(self: Any, obj: Any) -> Any:
@@ -3430,14 +3432,14 @@ def _by_value_pickler() -> type[_Pickler]:
             return reduced
         return cloudpickle.Pickler.reducer_override(self, obj)
 
-    # The constructor is `_Pickler`'s, which calls that of cloudpickle as the next one.
+    # The constructor is that of `_Pickler`, whose `super().__init__` is that of cloudpickle.
     bases = (_Pickler, cloudpickle.Pickler)
     members = {"reducer_override": reducer_override, "by_value": True}
     return type("_ByValuePickler", bases, members)
 
 
 def _advice_on_cloudpickle(whose: str) -> str:
-    """Of use where it is not installed."""
+    """Advice to install cloudpickle; nothing if it is installed."""
     try:
         _by_value_pickler()
     except ImportError:
@@ -3446,24 +3448,24 @@ def _advice_on_cloudpickle(whose: str) -> str:
 
 
 def _children_import_main() -> bool:
-    """Whether processes that are spawned import, as `__main__`, what is that here."""
-    if getattr(sys, "frozen", False):  # they run all of it
+    """Whether spawned processes import the program that is `__main__` on this process."""
+    if getattr(sys, "frozen", False):  # they run the whole program
         return True
     from multiprocessing import spawn
     from pathlib import Path
 
     told = spawn.get_preparation_data("")
-    # These are not tried: they seldom ask whether they are `__main__`.
+    # Nobody imports a package's `__main__`, because it seldom checks whether it is the program.
     if "init_main_from_name" in told:
         return str(told["init_main_from_name"]).rpartition(".")[2] != "__main__"
-    # No file is standard input, a pipe, or what has been deleted.
+    # There is no file for standard input, for a pipe, or once it has been deleted.
     path = Path(told.get("init_main_from_path", ""))
     return path.is_file() and path.stem != "ipython"
 
 
 @_context
 def _without_main() -> Iterator[None]:
-    """Processes that are spawned within do not die because they cannot find the main program."""
+    """Within, spawned processes do not die because they cannot find the main program."""
     main = vars(sys.modules["__main__"])
     file = main.pop("__file__", _UNSET)
     try:
@@ -3474,7 +3476,7 @@ def _without_main() -> Iterator[None]:
 
 
 def _main_is_lost_to_others() -> bool:
-    """Whether this is a notebook or the like, whose functions others cannot find by name."""
+    """Whether this is a notebook or the like, whose functions no other process finds by name."""
     main, process = sys.modules["__main__"], sys.modules.get("multiprocessing.process")
     from_a_file = hasattr(main, "__file__") or getattr(main, "__spec__", None) is not None
     return not from_a_file and (process is None or process.parent_process() is None)
@@ -3483,9 +3485,9 @@ def _main_is_lost_to_others() -> bool:
 def _pack(
     obj: Any, what: str, comm: Communicator | None = None, *, to_share: bool = False
 ) -> Message:
-    """Pack `obj` for one receiver, to whom `comm` sends it, or to stay on this process.
+    """Pack `obj` for one receiver, to which `comm` sends it, or, without `comm`, to stay here.
 
-    `what` names it in the `PackingError`. If it is `to_share`, all its arrays stay apart.
+    `what` names it in the `PackingError`. With `to_share`, even small arrays are kept apart.
     """
     if to_share:
         return _pickled_message(obj, what, comm, small_bytes=0)
@@ -3493,7 +3495,8 @@ def _pack(
         return Message(b"P" + pickle.dumps(obj, 5), ())
     if type(obj) is np.ndarray and _is_raw(obj) and not _lies_in(obj, _PLACES):
         spec, data = _raw(obj)
-        # Of other dtypes, some are equal that differ in what numpy does not compare.
+        # Other dtypes may be equal and still differ in ways that numpy does not compare, so their
+        # specs are not looked up in the cache.
         simple = spec.dtype.isbuiltin == 1 and spec.dtype.metadata is None
         packed = _packed_spec(spec) if simple else _packed_spec.__wrapped__(spec)
         return Message(packed, [data], not _is_laid_out(obj))
@@ -3508,7 +3511,7 @@ def _pickled_message(
     small_bytes: int = _SMALL_BYTES,
     is_lasting: bool = False,
 ) -> Message:
-    """Pack what is more than an array of numbers."""
+    """Pack anything that is more than an array of numbers."""
     failure: Exception | None = None
     tried: list[_Pickler] = []
     lost = _main_is_lost_to_others()
@@ -3522,8 +3525,8 @@ def _pickled_message(
             message = tried[-1].message(obj)
             if comm is None or not message.kept:
                 return message
-            # Not before it is known that all else can be pickled, because a receiver must take in
-            # what the reducers of multiprocessing hand out.
+            # Only now that everything else is known to be picklable, because a receiver must take
+            # in whatever the reducers of multiprocessing hand out.
             return kind(io.BytesIO(), comm, with_causes=with_causes).message(obj)
         except (PackingError, MemoryError):
             raise
@@ -3531,7 +3534,7 @@ def _pickled_message(
             if missing.name != "cloudpickle":
                 raise
         except Exception as why:  # whatever a user's __reduce__ may raise
-            # By value all functions and classes travel, so what fails then is something else.
+            # By value, all functions and classes can travel, so that failure has another reason.
             failure = why if failure is None or by_value else failure
     advice = (
         _advice_on_temporary_files()
@@ -3548,18 +3551,18 @@ def _pickled_message(
 def _for_each(
     message: Message, obj: Any, what: str, comm: Communicator, receivers: int
 ) -> list[Message]:
-    """A message for all receivers of `obj`, packed to stay here; or one for each of them.
+    """Return one message for all receivers of `obj`, or one for each of them.
 
-    The reducers of multiprocessing mostly make a handle that serves once: with a second receiver of
-    the same message, one of the two would get nothing.
+    `message` is `obj` packed to stay here. The reducers of multiprocessing mostly make a handle
+    that works once: if two receivers got the same message, one of them would get nothing.
     """
     if not message.kept:
         return [message]
     return [_pack(obj, what, comm) for _ in range(receivers if comm.passes_handles else 1)]
 
 
-# What comes again and again, to a solver for one, is not pickled anew each time, which takes longer
-# than to move a small array.
+# The same specs come again and again, in a solver for instance. They are cached because pickling
+# one takes longer than moving a small array.
 @functools.lru_cache(maxsize=256)
 def _packed_spec(spec: _ArraySpec) -> bytes:
     return b"A" + pickle.dumps(spec, 5)
@@ -3571,12 +3574,12 @@ def _unpacked_spec(packed: bytes) -> _ArraySpec:
     return spec
 
 
-# How this process unpickles: workers by `_loads_on_worker`.
+# How this process unpickles: the last entry counts. A worker appends `_loads_on_worker`.
 _LOADS: list[Callable[..., Any]] = [pickle.loads]
 
 
 def _unpack(message: Message, what: str) -> Any:
-    """The inverse of `_pack`; `what` names the object in the `PackingError`."""
+    """Undo `_pack`; `what` names the object in the `PackingError`."""
     try:
         pickled, buffers = message.pickled, message.buffers
         if pickled[0] == _ATOM:
@@ -3596,7 +3599,7 @@ def _unpack(message: Message, what: str) -> Any:
 
 _ATOMS = frozenset([int, float, complex, bool, str, bytes, type(None)])
 
-# A process that receives one of these has just what its sender has, whatever was done to it.
+# A process that receives an object of these types has exactly what the sender has.
 _PLAIN_TYPES = _ATOMS.union(
     [range],
     (kind for kind in np.sctypeDict.values() if not issubclass(kind, (np.void, np.object_))),
@@ -3604,7 +3607,7 @@ _PLAIN_TYPES = _ATOMS.union(
 
 
 def _is_of_atoms(value: Any) -> bool:
-    """Whether it is a short list, tuple or dict that holds nothing else."""
+    """Whether `value` is a short list, tuple or dict that holds nothing but atoms."""
     kind = type(value)
     if (kind is not dict and kind is not list and kind is not tuple) or len(value) > 64:
         return False
@@ -3614,7 +3617,7 @@ def _is_of_atoms(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether `value`, or all that a list, tuple or dict holds, stays just what it is when sent."""
+    """Whether `value`, or all that a list, tuple or dict holds, arrives exactly as it is."""
     parts: Iterable[Any] = (value,)
     if type(value) is dict:
         parts = (*value, *value.values())
@@ -3632,32 +3635,32 @@ def _is_plain(value: Any) -> bool:
 
 
 def _sent(value: Any) -> Any:
-    """A copy of `value`, as another process would get it."""
+    """Return a copy of `value`, as another process would get it."""
     return _unpack(_pack(value, "what this process keeps").copy(), "what this process has kept")
 
 
 def _as_sent(value: Any) -> Any:
-    """What another process would get: `value` itself, where that is the same."""
+    """Return what another process would get: `value` itself if that is the same."""
     return value if type(value) in _ATOMS or _is_plain(value) else _sent(value)
 
 
 def _laid_out(value: Any) -> Any:
-    """`value`; or a copy, where an array in it would lie otherwise on a process it is sent to.
+    """Return `value`, or a copy if a receiver would have an array in it laid out differently.
 
     The last digits of a sum, a product or a transform depend on the order in which its operands
-    lie in memory. What is sent arrives compact, so what stays here has to be made alike.
+    lie in memory. Arrays that are sent arrive compact, so arrays that stay here must be, too.
     """
     if _is_plain(value):
         return value
     search = _LayoutSearch()
-    with contextlib.suppress(Exception):  # what cannot be pickled cannot be anywhere else
+    with contextlib.suppress(Exception):  # what cannot be pickled is on no other process
         search.dump(value)
         return _sent(value) if search.relaid else value
     return value
 
 
 class _LayoutSearch(_Pickler):
-    """Finds whether arrays would be laid out anew, by a pickle that is not kept."""
+    """Finds out whether arrays would be laid out anew, by a pickle that is thrown away."""
 
     def __init__(self) -> None:
         super().__init__(_Nowhere())
@@ -3665,8 +3668,8 @@ class _LayoutSearch(_Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray):
             return super().reducer_override(obj)
-        # Functions may not be picklable, and the arrays of other libraries, all of which speak
-        # dlpack, would be copied. None of them lies otherwise elsewhere.
+        # Functions may not be picklable, and the arrays of other libraries, which all speak
+        # dlpack, would be copied. Neither is laid out differently on another process.
         if isinstance(obj, types.FunctionType) or hasattr(type(obj), "__dlpack__"):
             return int, ()
         return NotImplemented
@@ -3683,9 +3686,9 @@ def _with_arguments_laid_out(func: functools.partial[_R]) -> functools.partial[_
 
 
 def _function_laid_out(func: Callable[..., _R]) -> Callable[..., _R]:
-    """The same function, in whose arguments, object or closure arrays are laid out anew.
+    """Return the function with arrays in its arguments, object or closure laid out anew.
 
-    Where there are such, the object is a copy that holds the same things otherwise.
+    An object with such arrays is copied; the copy holds all its other attributes unchanged.
     """
     if isinstance(func, functools.partial):
         inner = functools.partial(_function_laid_out(func.func), *func.args, **func.keywords)
@@ -3710,7 +3713,7 @@ def _function_laid_out(func: Callable[..., _R]) -> Callable[..., _R]:
 def _cell_laid_out(cell: types.CellType) -> types.CellType:
     try:
         content = cell.cell_contents
-    except ValueError:  # it is empty
+    except ValueError:  # the cell is empty
         return cell
     laid_out = _laid_out(content)
     return cell if laid_out is content else types.CellType(laid_out)
@@ -3729,8 +3732,8 @@ def _attributes_laid_out(holder: Any) -> Any:
 
 
 def _dumps(obj: Any, *, is_lasting: bool = False) -> bytes:
-    """Pack in one piece: for what is small or seldom."""
-    # In a list, so as to be no bare array; and for anybody, so that nothing is kept here.
+    """Pack into one piece, for objects that are small or rare."""
+    # Packed as for another process, so that nothing is kept on this one.
     message = _pickled_message([obj], "an object", SerialCommunicator(), is_lasting=is_lasting)
     return pickle.dumps((message.pickled, [bytearray(buffer) for buffer in message.buffers]))
 
