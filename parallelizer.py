@@ -3748,55 +3748,55 @@ def _loads(data: bytes) -> Any:
 # Mapped memory: an array that lies in a file travels as its place there
 # ---------------------------------------------------------------------------------------------
 #
-# A `numpy.memmap` and what `share` returns are sent as a `_Handle`, and mapped by who receives it.
+# A `numpy.memmap` and what `share` returns are sent as a `_Handle`, which the receiver maps.
 
 
-# Such an array is known by the memory that it lies in, and not by its type: what `share` returns is
-# a plain array, so that whatever is computed from it is what the original would give, and a view of
-# a `numpy.memmap` is found to be one, whatever has been made of it. Who gets it maps the same file,
-# so that rows which a worker writes are in the file.
+# Such an array is recognized by the memory that it lies in, not by its type. So `share` can return
+# a plain array, from which computations give what they would give from the original, and a view of
+# a `numpy.memmap` is recognized whatever type it has been given. The receiver maps the same file,
+# so the rows that a worker writes are in the file.
 class _Handle(NamedTuple):
-    """Where memory is to be found that is mapped from a file."""
+    """Where to find memory that is mapped from a file."""
 
     host: str
     path: str
     device: int
-    inode: int  # of the file, as its path may come to mean another one
+    inode: int  # of the file, because its path may come to mean another file
     nbytes: int
     offset: int = 0  # in the file
-    mode: str = ""  # of a `numpy.memmap`, "r" or "r+"; of what is shared empty, or "+" to write
+    mode: str = ""  # "r" or "r+" for a `numpy.memmap`; "" for shared memory, "+" if it is writable
 
     @property
     def is_shared(self) -> bool:
         return self.mode in ("", "+")
 
 
-# The maps of this process that can be found by others: each is made once, and has one handle.
+# The maps of this process that other processes can find. Each is made once and has one handle.
 _MAPS: weakref.WeakValueDictionary[_Handle, mmap.mmap] = weakref.WeakValueDictionary()
 _HANDLES: weakref.WeakKeyDictionary[mmap.mmap, _Handle] = weakref.WeakKeyDictionary()
 
 
 def _bases(array: np.ndarray[Any, Any]) -> Iterator[Any]:
-    """The array, what it is a view of, and so on to what owns the memory."""
+    """Yield the array, what it is a view of, and so on, down to the owner of the memory."""
     owner: Any = array
     while owner is not None:
         yield owner
-        # Between a view and the array that it was made of, numpy may put an object of its own.
+        # Between a view and the array that it was made from, numpy may put an object of its own.
         has_base = isinstance(owner, np.ndarray) or hasattr(owner, "__array_interface__")
         owner = getattr(owner, "base" if has_base else "obj", None)
 
 
 def _owner_of_memory(array: np.ndarray[Any, Any]) -> Any:
-    """The array itself, or what it is in the end a view of."""
+    """Return the array itself, or what it is ultimately a view of."""
     *_, owner = _bases(array)
     return owner
 
 
 class _Lent:
-    """What `share` makes of an array on one process: the same memory, to be read.
+    """The memory of an array, read-only: what `share` lends if there is only one process.
 
-    Because it stands at the end of their bases, views are known to be of something shared. So they
-    keep their strides, as on other backends, where an ordinary array would be laid out anew.
+    It stands at the end of the bases of a view, which shows that the view is of a shared array.
+    Such a view keeps its strides, as on other backends; an ordinary array would be laid out anew.
     """
 
     def __init__(self, content: _Bytes) -> None:
@@ -3811,12 +3811,12 @@ _PLACES = (mmap.mmap, _Lent)
 
 
 def _lies_in(array: np.ndarray[Any, Any], places: Any) -> bool:
-    """Whether the memory of an array, or of what it is a view of, is of such a kind."""
+    """Whether an array is a view of memory that is an instance of `places`."""
     return array.base is not None and isinstance(_owner_of_memory(array), places)
 
 
 def _reduce_mapped(array: np.ndarray[Any, Any]) -> tuple[Any, ...] | None:
-    """An array in a map that others can find as its place there; None where it must be copied."""
+    """Reduce an array to its place in a map that others can find; None if it must be copied."""
     if array.base is None or array.dtype.hasobject or not _is_pickled_by_numpy(type(array)):
         return None
     mapped = _owner_of_memory(array)
@@ -3830,13 +3830,13 @@ def _reduce_mapped(array: np.ndarray[Any, Any]) -> tuple[Any, ...] | None:
     place = (array.shape, array.dtype, offset, array.strides, array.flags.writeable)
     told = {}
     if isinstance(array, np.memmap):
-        mode = "r+" if array.mode == "w+" else array.mode  # because the file is there by now
+        mode = "r+" if array.mode == "w+" else array.mode  # because the file exists by now
         told = {"filename": array.filename, "offset": array.offset, "mode": mode}
     return _mapped_array, (type(array), handle, place, told)
 
 
 def _handle_of_memmap(array: np.ndarray[Any, Any], mapped: mmap.mmap) -> _Handle | None:
-    """Of a file that others can open to see the same; None for a file of any other kind."""
+    """Return the handle of a file that others can open to see the same; None for other files."""
     whole: Any = [owner for owner in _bases(array) if isinstance(owner, np.memmap)][-1:]
     if not whole or whole[0].filename is None or whole[0].mode not in ("r", "r+", "w+"):
         return None
@@ -3859,10 +3859,11 @@ def _handle_of_memmap(array: np.ndarray[Any, Any], mapped: mmap.mmap) -> _Handle
 
 
 def _is_mapped_from(path: str, inode: int, address: int) -> bool:
-    """Whether the file that is mapped there is still the one of this path, and not its predecessor.
+    """Whether the file that is mapped there is still the one at this path, not its predecessor.
 
-    Linux tells; elsewhere it is believed. A file system in layers, such as a container's, may give
-    a file another inode here, and one that knows no paths another path, so that either will do.
+    Linux tells; on other systems the answer is yes. In Linux's list of maps, a layered file system,
+    such as a container's, may show a different inode, and a file system that knows no paths may
+    show a different path, so a match of either will do.
     """
     try:
         for line in _read_proc("self/maps").rstrip(b"\n").split(b"\n"):
@@ -3876,7 +3877,7 @@ def _is_mapped_from(path: str, inode: int, address: int) -> bool:
 
 
 def _is_in_place(handle: _Handle) -> bool:
-    """Whether a memmap's file has neither been deleted since nor been replaced by another."""
+    """Whether a memmap's file has since been neither deleted nor replaced by another."""
     if handle.is_shared:
         return True
     try:
@@ -3887,18 +3888,18 @@ def _is_in_place(handle: _Handle) -> bool:
 
 
 def _is_pickled_by_numpy(kind: type[np.ndarray[Any, Any]]) -> bool:
-    """Whether this kind of array is no more, to pickle, than its type and its numbers."""
+    """Whether all that is pickled of this kind of array is its type and its numbers."""
     return _is_pickled_like(kind, np.ndarray)
 
 
 def _is_pickled_like(kind: type, base: type) -> bool:
-    """Whether it has the methods of `base` by which it is pickled."""
+    """Whether `kind` inherits from `base` all methods that pickle uses."""
     names = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
     return all(getattr(kind, name, None) is getattr(base, name, None) for name in names)
 
 
 def _address(array: np.ndarray[Any, Any]) -> int:
-    """Where in memory the first item lies."""
+    """Return where in memory the first item lies."""
     return int(array.__array_interface__["data"][0])
 
 
@@ -3912,7 +3913,7 @@ def _mapped_array(
     place: tuple[Any, ...],
     told: Mapping[str, Any],
 ) -> np.ndarray[Any, Any]:
-    """The inverse of `_reduce_mapped`; `told` are the attributes of a memmap."""
+    """Undo `_reduce_mapped`; `told` are the attributes of a memmap."""
     shape, dtype, offset, strides, writeable = place
     mapped = _attach(handle)
     # The constructor of a subclass does not run, as in numpy's own pickles.
@@ -3925,8 +3926,8 @@ def _mapped_array(
 
 
 def _attach(handle: _Handle) -> mmap.mmap:
-    """The map of that handle in this process; it is made once."""
-    known = _MAPS.get(handle)  # still mapped, so that no other file has its inode
+    """Return this process's map of that handle, which is made once."""
+    known = _MAPS.get(handle)  # still mapped, so no other file can have its inode
     if known is not None:
         return known
     here = _hostname() == handle.host
@@ -3935,7 +3936,7 @@ def _attach(handle: _Handle) -> mmap.mmap:
             file = os.open(handle.path, os.O_RDONLY if handle.mode == "r" else os.O_RDWR)
             stack.callback(os.close, file)
             found = os.fstat(file)
-            # Other machines number the devices of a file system that they share in their own way.
+            # Each machine numbers the devices of a shared file system in its own way.
             device = found.st_dev if here or handle.is_shared else handle.device
             if (device, found.st_ino) != (handle.device, handle.inode):
                 raise FileNotFoundError(f"{handle.path} is another file here")
@@ -3944,7 +3945,7 @@ def _attach(handle: _Handle) -> mmap.mmap:
             mapped = _Hold.map(handle, file)
             stack.pop_all()  # the file stays open
             return mapped
-    except (OSError, ValueError) as why:  # the latter of a file that has become shorter
+    except (OSError, ValueError) as why:  # a ValueError if the file has become shorter
         raise ParallelizerError(_describe_loss(handle, why)) from why
 
 
@@ -3975,11 +3976,11 @@ def _remember(mapped: mmap.mmap, handle: _Handle) -> mmap.mmap:
 
 
 def _shared_copy(parts: Sequence[_Bytes], *, writable: bool = False) -> mmap.mmap:
-    """A copy in a file in memory without a name of its own, mapped to be read, or written to.
+    """Copy `parts` to a nameless file in memory, and map it to be read, or to be written to.
 
-    The process that made it keeps the file open; the others on its machine reach that by
-    /proc (Linux), or by the name of a temporary file elsewhere. Nothing is left behind when the
-    processes end, however they end, but for such a temporary file after a crash.
+    The process that made the file keeps it open. The others on its machine reach it through /proc
+    on Linux; on other systems it is a temporary file, which they reach by its name. Nothing is left
+    when the processes end, however they end, except such a temporary file after a crash.
     """
     if sys.platform == "linux" and hasattr(os, "memfd_create"):
         file = os.memfd_create("parallelizer-share")
@@ -4019,17 +4020,17 @@ def _release_file(file: int, path: str) -> None:
 
 
 def _has_locks(handle: _Handle) -> bool:
-    """Whether this is of a file in memory (Linux), whose users are told by their locks."""
+    """Whether this is a file in memory (Linux), which is locked by those who use it."""
     return handle.is_shared and handle.path.startswith("/proc/")
 
 
 class _Hold:
-    """Says by a lock, on an open file of this process's own, that it uses a shared array.
+    """A lock on an open file of this process, which says that the process uses a shared array.
 
-    A forked worker has inherited the maps of main with frames that it can never leave, and so would
-    keep their memory for as long as it lives. Therefore the last process to let go, as the locks
-    tell, cuts the file to nothing, and a worker begins without a hold on what it has inherited: it
-    gets one when it is sent the array. Any other child of a fork inherits a hold, too.
+    A forked worker inherits main's maps along with frames that it can never leave, so it would
+    keep the memory for as long as it lives. Therefore the last process to let go, as the locks
+    tell, truncates the file to nothing. A worker begins without holds on what it has inherited; it
+    gets one when the array is sent to it. Any other forked child gets holds of its own at once.
     """
 
     living: ClassVar[set[_Hold]] = set()
@@ -4041,16 +4042,16 @@ class _Hold:
 
     @classmethod
     def map(cls, handle: _Handle, file: int) -> mmap.mmap:
-        """The map of a file, which is held until that goes."""
-        _lock_shared(file)  # an error where the last user is just letting go
+        """Map a file, and hold it until the map goes."""
+        _lock_shared(file)  # raises if the last user is just letting go
         mapped = _map(handle, file)
-        # Not at the end of the program, when it may still be touched.
+        # Not released at the end of the program, when the map may still be used.
         weakref.finalize(mapped, cls(file).release).atexit = False
         _hold_across_forks()
         return mapped
 
     def release(self) -> None:
-        """Let go; nothing happens the second time."""
+        """Let go; a second call does nothing."""
         if self not in self.living:
             return
         self.living.remove(self)
@@ -4059,12 +4060,12 @@ class _Hold:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self.file, 0)
         except BlockingIOError:  # there are other users
-            fcntl.flock(self.file, fcntl.LOCK_UN)  # of what a child has inherited, too
+            fcntl.flock(self.file, fcntl.LOCK_UN)  # a child may have inherited this lock
         os.close(self.file)
 
     def before_fork(self) -> None:
         """Open and lock a file for the child, because this process may let go before it can."""
-        with contextlib.suppress(OSError):  # where too many files are open
+        with contextlib.suppress(OSError):  # too many files are open
             self._child_file = os.open(f"/proc/self/fd/{self.file}", os.O_RDWR)
             _lock_shared(self._child_file)
 
@@ -4101,7 +4102,7 @@ def _hold_across_forks() -> None:
 
 
 def _forget_shared() -> None:
-    """In a forked worker: let go of what main has shared, which comes anew where it is sent."""
+    """In a forked worker, let go of what main has shared; it is opened anew when it is sent."""
     for hold in list(_Hold.living):
         hold.release()
     for handle in [handle for handle in _MAPS if handle.is_shared]:
@@ -4110,19 +4111,19 @@ def _forget_shared() -> None:
 
 
 class _Shared(NamedTuple):
-    """An object that is shared, as this process has it."""
+    """A shared object, as this process has it."""
 
     obj: weakref.ref[Any]
-    token: bytes  # by which all processes know it
-    content: np.ndarray[Any, Any]  # in shared memory: the object, packed
+    token: bytes  # by which all processes know the object
+    content: np.ndarray[Any, Any]  # the packed object, in shared memory
 
 
 class _SharedObjects:
-    """What this process has of the objects that are shared: each once."""
+    """The shared objects that this process has, each of them once."""
 
     def __init__(self) -> None:
-        self.by_id: dict[int, _Shared] = {}  # as an object need not be hashable
-        # Of arrays, the memory. Main tells others, with each run, which of these there still are.
+        self.by_id: dict[int, _Shared] = {}  # because an object need not be hashable
+        # An array is represented by its memory. With each run, main tells others what is left.
         self.living: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()
         self._kept: dict[bytes, Any] = {}  # on a process that obeys main: while main has them
         self.obeys = False
@@ -4132,7 +4133,7 @@ class _SharedObjects:
         return found if found is not None and found.obj() is obj else None
 
     def enter(self, token: bytes, obj: Any, content: np.ndarray[Any, Any]) -> None:
-        """An object has been opened here."""
+        """Record an object that has been opened here."""
         number, by_id = id(obj), self.by_id
         forget = weakref.ref(obj, lambda _: by_id.pop(number, None))
         by_id[number] = _Shared(forget, token, content)
@@ -4144,7 +4145,7 @@ class _SharedObjects:
             self._kept[token] = obj
 
     def forget_all_but(self, tokens: Iterable[bytes]) -> None:
-        """Main has no others any more."""
+        """Let go of all other objects, because main no longer has them."""
         for token in self._kept.keys() - set(tokens):
             del self._kept[token]
 
@@ -4153,7 +4154,7 @@ _SHARED = _SharedObjects()
 
 
 def _open_shared(token: bytes, content: np.ndarray[Any, Any]) -> Any:
-    """The object of that token in this process, from what lies in shared memory."""
+    """Return this process's object of that token; the first time, unpack it from `content`."""
     obj = _SHARED.living.get(token)
     if obj is None:
         count, *sizes = struct.unpack_from(f"<Q{content[:8].view(np.uint64)[0]}Q", content)
@@ -4171,18 +4172,18 @@ def _aligned(nbytes: int) -> int:
 
 
 class _SharedDict(dict[Any, Any]):
-    """A dict that is shared: one that can be weakly referenced."""
+    """A shared dict, which can be weakly referenced."""
 
     __slots__ = ("__weakref__",)
 
 
 class _SharedList(list[Any]):
-    """A list that is shared: one that can be weakly referenced."""
+    """A shared list, which can be weakly referenced."""
 
     __slots__ = ("__weakref__",)
 
 
-# Of what the numbers and the text say everything, so that it is shared as an array.
+# Types of values that are nothing but numbers and text, so that they are shared as an array.
 _ARRAY_TYPES = frozenset([np.ndarray, np.memmap, list, *_PLAIN_TYPES]) - {type(None), range}
 
 
@@ -4203,7 +4204,7 @@ def _consists_of_numbers(value: Any) -> bool:
 
 
 def _keeps_its_items(data: np.ndarray[Any, Any], items: Any) -> bool:
-    """Whether an array that was made of a list holds what that holds: no number as text or such."""
+    """Whether an array made from a list holds the same items: no number turned to text or such."""
     if type(items) is not list:
         return data.dtype.kind not in "US" or bool(data.tolist() == np.asarray(items).tolist())
     if len(items) == 0 or data.ndim == 0:
@@ -4215,7 +4216,7 @@ def _keeps_its_items(data: np.ndarray[Any, Any], items: Any) -> bool:
 
 
 def _to_share(value: Any, *, writable: bool) -> Any:
-    """What is shared in place of `value`; or an error."""
+    """Return what is shared in place of `value`; raise if it cannot be shared."""
     if _is_array_to_share(value):
         return np.asarray(value)
     if writable:
@@ -4238,7 +4239,7 @@ def _to_share(value: Any, *, writable: bool) -> Any:
 
 def _share(value: Any, *, lent: bool = False, writable: bool = False, token: bytes = b"") -> Any:
     if _SHARED.find(value) is not None:
-        return value  # as it is shared already
+        return value  # it is shared already
     value = _to_share(value, writable=writable)
     token = token or os.urandom(16)
     if not (type(value) in (np.ndarray, np.memmap) and _is_raw(value)):
@@ -4279,7 +4280,7 @@ def _memory_of_shared(value: Any) -> mmap.mmap:
 
 
 def _machine() -> str:
-    """Where processes can map each other's memory: a host, as it runs, or a container on it."""
+    """A name for where processes can map each other's memory: a boot of a host, or a container."""
     told = [_hostname()]
     with contextlib.suppress(OSError):
         told += [_read_proc("sys/kernel/random/boot_id").decode(), os.readlink("/proc/self/ns/pid")]  # noqa: PTH115 - pathlib is slow to import
@@ -4287,11 +4288,11 @@ def _machine() -> str:
 
 
 def _share_in_run(value: Any = None, writable: bool = False, *, parallelizer: Parallelizer) -> Any:
-    """On each machine the lowest rank makes the copy, and the others attach to it."""
+    """On each machine, the lowest rank makes the copy, and the others attach to it."""
     machines: Any = None
 
     def prepare() -> tuple[list[str], bool, bytes, tuple[bytes, ...]]:
-        _to_share(value, writable=writable)  # or it is refused on every rank
+        _to_share(value, writable=writable)  # an error here is raised on every rank
         if writable and len(set(machines)) > 1:
             raise ParallelizerError(
                 "share(..., writable=True) is memory that all processes write to, which those on "
@@ -4317,10 +4318,10 @@ def _share_in_run(value: Any = None, writable: bool = False, *, parallelizer: Pa
     shared = _loads(copies[machines.index(machines[comm.rank])][0])
     mapped = _memory_of_shared(shared)
     if type(shared) is np.ndarray and machines[comm.rank] != machines[0]:
-        _SHARED.keep(token, mapped)  # or main's handle would have no meaning here
-    for leader in leaders:  # the handle of another machine's copy means the one here
+        _SHARED.keep(token, mapped)  # otherwise, main's handle would have no meaning here
+    for leader in leaders:  # here, the handle of another machine's copy means this machine's copy
         _MAPS[copies[leader][1]] = mapped
-    parallelizer.wait()  # before it is attached to, nobody may let go
+    parallelizer.wait()  # nobody may let go before all have attached
     return shared
 
 
