@@ -4326,19 +4326,19 @@ def _share_in_run(value: Any = None, writable: bool = False, *, parallelizer: Pa
 
 
 # ---------------------------------------------------------------------------------------------
-# Reductions: values of all processes are folded in rank order
+# Reductions: folding the values of all processes in rank order
 # ---------------------------------------------------------------------------------------------
 #
-# One `_Reduction` is one call of `reduce` or `allreduce`. All tell how they would fold, and what,
-# if it is small. If they agree, each folds all by itself, or a segment of the arrays; else main
-# folds.
+# One `_Reduction` is one call of `reduce` or `allreduce`. Each process tells the others how it
+# would fold, and its value if that is small. If they agree, each process folds all values by
+# itself, or one segment of the arrays; otherwise, main folds.
 
 
 class _Segments:
-    """How flat arrays are cut to be folded: into portions, and each of them by the ranks.
+    """How flat arrays are cut to be folded: into portions, and those into one segment per rank.
 
-    A segment begins at a multiple of 64 items, and so do vector instructions: each item is folded
-    by the same ones as in a whole array, of which some tell -0.0 from 0.0 and others do not.
+    A segment begins at a multiple of 64 items, and so do vector instructions. So each item is
+    folded by the same instructions as in a whole array; some tell -0.0 from 0.0, others do not.
     """
 
     def __init__(self, own: np.ndarray[Any, Any], ranks: int, portion_bytes: int) -> None:
@@ -4347,12 +4347,12 @@ class _Segments:
         self.length = 64 * min(most, -(-own.size // (64 * ranks)))
         self.width = self.length * ranks
         self.portions = -(-own.size // self.width)
-        self.error: Exception | None = None  # that folding has raised on this rank
+        self.error: Exception | None = None  # what folding has raised on this rank
 
     def fold(
         self, fold: np.ufunc, arrays: Sequence[np.ndarray[Any, Any]], out: np.ndarray[Any, Any]
     ) -> None:
-        """Fold a segment. What numpy is told to raise is told in the end, as the others go on."""
+        """Fold a segment. Keep what numpy raises for the end, because the other ranks go on."""
         try:
             _fold_alike(fold, arrays, out)
         except Exception as why:
@@ -4366,9 +4366,9 @@ class _Segments:
 def _fold_alike(
     fold: np.ufunc, arrays: Sequence[np.ndarray[Any, Any]], out: np.ndarray[Any, Any] | None = None
 ) -> np.ndarray[Any, Any]:
-    """Fold arrays of one shape and dtype one after the other.
+    """Fold arrays of one shape and dtype, one after the other.
 
-    Never in place, where numpy folds some complex numbers in another way, to other bits.
+    Never in place, because numpy then folds some complex numbers differently, to other bits.
     """
     *earlier, last = arrays
     return fold(functools.reduce(fold, earlier), last, out=out)  # type: ignore[no-any-return]
@@ -4377,7 +4377,7 @@ def _fold_alike(
 def _extreme(
     of_arrays: Callable[[Any, Any], Any], of_two: Callable[[Any, Any], Any]
 ) -> Callable[[Any, Any], Any]:
-    """Of two values, the smaller or the greater one; what is not a number wins, as in arrays."""
+    """Make a function that returns the extreme of two values; NaN and the like win, as in numpy."""
 
     def extreme(a: Any, b: Any) -> Any:
         if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
@@ -4388,7 +4388,7 @@ def _extreme(
 
 
 def _is_no_number(value: Any) -> bool:
-    """Whether this is NaN, NaT or the like: what does not even equal itself."""
+    """Whether this is NaN, NaT or the like: a value that does not even equal itself."""
     differs = value != value
     return isinstance(differs, (bool, np.bool_)) and bool(differs)
 
@@ -4400,8 +4400,9 @@ _REDUCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "max": _extreme(np.maximum, max),
 }
 
-# What these do with arrays of numbers.
-_LARGEST_ITEM = 32  # bytes of one, as of a complex number of two long doubles
+_LARGEST_ITEM = 32  # bytes of the largest number, which is complex and of two long doubles
+
+# How numpy does the same with arrays of numbers.
 _FOLDS = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maximum}
 
 
@@ -4435,7 +4436,7 @@ def _shape(value: Any) -> Any:
     return getattr(value, "shape", ())
 
 
-# Stands in an allgather for what cannot be sent to all in this way.
+# Stands in an allgather for a message that cannot be sent to all by an allgather.
 _OTHERWISE = Message(b"otherwise", [])
 
 
@@ -4448,20 +4449,21 @@ def _reduced(
     return _Reduction(comm, data, op, receivers).result()
 
 
-# How a process would reduce what it brings: a letter for each word, a small one where it shows
-# its value, which all fold by themselves.
+# How a process would reduce its value: a letter for each `op`. A lowercase letter means that it
+# shows its value, and that each process folds all values by itself; an uppercase letter, that
+# each process folds a segment.
 _LETTERS = {"sum": b"s", "prod": b"p", "min": b"n", "max": b"x"}
 _OPS = {letter: op for op, letter in _LETTERS.items()}
 _ALL_FOLD = frozenset(_OPS)
 _MAIN_FOLDS = b"-"
-_MOST_TO_ALL = 8192  # bytes of a value that is shown to all
+_MOST_TO_ALL = 8192  # the most bytes of a value that is shown to all
 
 
 class _Reduction:
-    """One call of `reduce` or `allreduce` in this process.
+    """One call of `reduce` or `allreduce` on this process.
 
-    What is small, each process shows to all, and all fold it. Of arrays that are alike, each
-    process folds a segment. All else main folds, a value at a time.
+    Each process shows a small value to all, and all fold all of them. Of arrays that are alike,
+    each process folds one segment. Everything else is folded by main, one value at a time.
     """
 
     def __init__(
@@ -4476,7 +4478,7 @@ class _Reduction:
         self._packed = _pack(data, self._what)
 
     def result(self) -> Any:
-        """The result on the receivers, and perhaps on others; an error on all."""
+        """Return the result on the receivers, and perhaps on others; raise an error on all."""
         packed, room = self._packed, None
         way = self._proposal()
         if way == _MAIN_FOLDS:
@@ -4486,7 +4488,7 @@ class _Reduction:
         else:
             shown = Message(way + packed.pickled, ())
             if self._comm.rank in self._receivers:
-                room = _allocate(packed.buffers[0].nbytes)  # or an error before all begin
+                room = _allocate(packed.buffers[0].nbytes)  # any error comes before all begin
         told = self._comm.show_all(shown)
         alike = len({one.pickled for one in told}) == 1
         if alike and way.isupper():
@@ -4507,7 +4509,7 @@ class _Reduction:
         return _MAIN_FOLDS
 
     def _is_of_numbers(self) -> bool:
-        """Whether it is an array that numpy folds to one of the same dtype, in native bytes."""
+        """Whether this is an array of native numbers, which numpy folds to the same dtype."""
         if self._packed.pickled[0] != _BARE_ARRAY or not self._data.ndim:
             return False
         dtype = self._data.dtype
@@ -4524,7 +4526,7 @@ class _Reduction:
         op = _OPS[told[0].pickled[:1]]
         if alike and self._is_of_numbers():
             spec = _unpacked_spec(self._packed.pickled)
-            # Copied, as numpy is slow with what is not aligned.
+            # Copied, because numpy is slow with unaligned arrays.
             values = [one.buffers[0].copy().view(spec.dtype) for one in told]
             return spec.build(_fold_alike(_FOLDS[op], values))
         messages = [Message(one.pickled[1:], one.buffers) for one in told]
@@ -4540,12 +4542,12 @@ class _Reduction:
         if len(self._receivers) > 1:
             return _from_main(comm, lambda: self._folded_on_main(messages))
         results: list[Any] = []
-        # What is told to all is no more than that main could fold.
+        # The others are told only that main could fold.
         _from_main(comm, lambda: results.append(self._folded_on_main(messages)))
         return results[0] if results else None
 
     def _folded_on_main(self, messages: Generator[Message, None, None]) -> Any:
-        """Of main's own value and the others'."""
+        """Fold main's own value and the others'."""
         with contextlib.closing(messages):
             others = (
                 _unpack(message, f"what rank {rank} reduces")
@@ -4558,8 +4560,8 @@ class _Reduction:
 # What verbs have in common
 # ---------------------------------------------------------------------------------------------
 #
-# What main makes and others wait for may fail: then a `_Refusal` is sent in its place, so that all
-# raise the same, and are still in step.
+# Main may fail to make a value that others wait for. Then it sends a `_Refusal` instead, so that
+# all raise the same error and stay in step.
 
 
 class _Refusal(Failure):
@@ -4585,7 +4587,7 @@ def _one_for_each(data: Any, comm: Communicator) -> list[Any]:
 
 
 def _from_main(comm: Communicator, make: Callable[[], _T]) -> _T:
-    """What main makes, on every process; where main cannot, its exception on every one."""
+    """Return what main makes on every process; if main cannot, raise its exception on every one."""
     if comm.size == 1:
         return make()
     if comm.rank > 0:
@@ -4601,7 +4603,7 @@ def _from_main(comm: Communicator, make: Callable[[], _T]) -> _T:
         if comm.is_in_step():
             comm.broadcast(_refuse(why, comm))
         raise
-    if len(messages) > 1:  # where a receiver cannot tell the two from each other
+    if len(messages) > 1:  # a receiver cannot tell a scatter from a broadcast
         comm.scatter([message, *messages])
     else:
         comm.broadcast(messages[0])
@@ -4616,7 +4618,7 @@ def _accept(message: Message) -> Any:
 
 
 def _raise_final(communicator: Communicator, error: BaseException) -> NoReturn:
-    """End the run on every process because of `error`, and raise what is to be raised here."""
+    """End the run on every process because of `error`, and raise what this process has to raise."""
     final = communicator.fail_run(error)
     try:
         if final is error:
@@ -4634,16 +4636,16 @@ def _unpacked(messages: Iterable[Message], done: str) -> list[Any]:
 # Running a function elsewhere: with whose modules, random numbers and arithmetic
 # ---------------------------------------------------------------------------------------------
 #
-# What of main's state goes along with a function, as it would if the function were called there.
+# The parts of main's state that go along with a function, so that it runs as it would on main.
 
 
 class _Imports:
-    """Within, what is imported leaves the global generators of random numbers as they are.
+    """Within, imports leave the global random number generators as they are.
 
-    A script or module that seeds them is imported by each worker, so all would draw the same
-    numbers; and a function that has seeded them itself keeps what it has set. To read their states
-    takes some 20 us, so that is left until something is imported: this is a finder of modules, too,
-    which is asked first and finds none.
+    If a script or module seeds them, each worker imports it, and all would draw the same numbers.
+    And a function that has seeded them itself keeps what it has set. Reading their states takes
+    some 20 us, so it is put off until something is imported: this object is also a module finder,
+    which is asked first and finds nothing.
     """
 
     def __enter__(self) -> None:
@@ -4666,7 +4668,7 @@ def _loads_on_worker(*args: Any, **kwargs: Any) -> Any:
 
 
 def _random_states() -> dict[str, Any]:
-    """Of the global generators that are loaded, by the names of their modules."""
+    """States of the global generators that are loaded, by the names of their modules."""
     states: dict[str, Any] = {}
     if "random" in sys.modules:
         states["random"] = sys.modules["random"].getstate()
@@ -4676,7 +4678,7 @@ def _random_states() -> dict[str, Any]:
 
 
 def _set_random_states(states: Mapping[str, Any]) -> None:
-    """Those of which none is given begin anew, by fresh entropy."""
+    """Set these states; a generator without one begins anew, from fresh entropy."""
     if "random" in states:
         sys.modules["random"].setstate(states["random"])
     elif "random" in sys.modules:
@@ -4693,7 +4695,7 @@ def _run_packed(
     comm = parallelizer._communicator()
     with comm.undisturbed():
         settings, work = _unpack(packed, "the function of a run, or its arguments,")
-    # Now, because unpacking has imported the modules of the function.
+    # Only now, because unpacking has imported the function's modules, and libraries with them.
     limit = comm.limit
     if limit is not None:
         _take_thread_numbers(threads or limit.state.numbers)
@@ -4702,11 +4704,11 @@ def _run_packed(
 
 
 class _Arithmetic:
-    """How numpy and decimal compute for who calls `run`, `map` or their kin.
+    """The settings of numpy and decimal that the caller of `run`, `map` or their kin has.
 
-    Within its ``with``, this process computes so, too. Otherwise a worker would compute as main
-    did when it was forked, or as its imports or an earlier function have left it; and main, as
-    the last item that it happened to take.
+    Within its ``with``, this process computes with them. Otherwise, a worker would compute with
+    those that main had when it forked the worker, or that imports or an earlier function have
+    left there; and main, with those left by the last item that it happened to take.
     """
 
     def __init__(self, settings: tuple[Any, Any] | None) -> None:
@@ -4737,13 +4739,13 @@ class _Arithmetic:
 
 
 def _arithmetic_of_caller() -> tuple[Any, Any] | None:
-    """None, which costs least to send, where all is as numpy and decimal have it by default."""
+    """The caller's settings; None, which costs least to send, if all of them are the defaults."""
     ufuncs, decimal = _ufunc_settings(), _decimal_context()
     return None if ufuncs is None and decimal is None else (ufuncs, decimal)
 
 
 def _decimal_context() -> Any:
-    """The caller's, without its flags; None for the default one, or where decimal is not in use."""
+    """The caller's context without its flags; None if it is the default, or decimal not in use."""
     if "decimal" not in sys.modules:
         return None
     import decimal
@@ -4757,23 +4759,24 @@ def _decimal_context() -> Any:
 
 @functools.cache
 def _default_decimal_context() -> Any:
-    """As Python has it, because ``decimal.DefaultContext`` may have been changed."""
+    """Python's own default, because ``decimal.DefaultContext`` may have been changed."""
     import decimal
 
     traps = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow]
     return decimal.Context(28, decimal.ROUND_HALF_EVEN, -999999, 999999, 1, 0, [], traps)
 
 
-# numpy's settings for its ufuncs: what they do about errors, whom they call then, and the size of
-# their buffers, which decides the order in which some sums are taken. To read and to set them one
-# by one takes some 20 us, as long as to deal out a chunk of items; but all are one object.
+# numpy's settings for its ufuncs: what they do about errors, which function they call then, and
+# the size of their buffers, which decides the order in which some sums are taken. Reading and
+# setting them one by one takes some 20 us, as long as dealing out a chunk of items; but numpy
+# keeps them all in one object.
 _DEFAULT_UFUNCS = (
     {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}, None, 8192
 )  # fmt: skip
 
 
 class _UfuncVariable:
-    """Where numpy 1 keeps that object, with the methods of a `contextvars.ContextVar`."""
+    """Where numpy 1 keeps its ufunc settings, with the methods of a `contextvars.ContextVar`."""
 
     def get(self, _: object = None) -> Any:
         return vars(np)["geterrobj"]()[:]
@@ -4789,7 +4792,7 @@ class _UfuncVariable:
 
 @functools.cache
 def _ufunc_variable() -> _UfuncVariable | contextvars.ContextVar[Any]:
-    """Where numpy keeps that object; numpy 2 in the variable that its own context manager sets."""
+    """Where numpy keeps its ufunc settings; in numpy 2, the variable that `numpy.errstate` sets."""
     before = contextvars.copy_context()
     with np.errstate():
         within = contextvars.copy_context()
@@ -4798,7 +4801,7 @@ def _ufunc_variable() -> _UfuncVariable | contextvars.ContextVar[Any]:
 
 
 def _ufunc_settings() -> tuple[Any, ...] | None:
-    """The caller's; None for the defaults."""
+    """The caller's ufunc settings; None for the defaults."""
     if _ufunc_variable().get(None) is None:
         return None  # nothing has ever been set
     errors, size = np.geterr(), np.getbufsize()
@@ -4808,7 +4811,7 @@ def _ufunc_settings() -> tuple[Any, ...] | None:
 
 
 def _ufunc_state(errors: Any, handler: Any, size: int) -> Any:
-    """What numpy makes of such settings."""
+    """Return the object in which numpy keeps such settings."""
     with np.errstate(**errors, call=handler):
         before = np.setbufsize(size)
         try:
@@ -4825,10 +4828,10 @@ def _default_ufunc_state() -> Any:
 def _restored(
     kind: type[Parallelizer], key: str, options: dict[str, Any], up: bool = False
 ) -> Parallelizer:
-    """What a pickled parallelizer is on this process: itself, or a stand-in, never another one.
+    """Return what a pickled parallelizer is here: itself, or a stand-in, never another one.
 
-    It is told by its key, as two may be alike in all else and be of other processes. One that comes
-    within a run, and was up where it was pickled, has processes of its own, elsewhere.
+    Its key identifies it, because two may be alike in all else and have different processes. One
+    that arrives in a run, and was up where it was pickled, has processes of its own elsewhere.
     """
     found = Parallelizer._living.get(key)
     if found is None:
@@ -5080,12 +5083,12 @@ def _shared_trace_file(path: str, on_main: bool) -> _TraceFile:
 # Mapping, and its tasks
 # ---------------------------------------------------------------------------------------------
 #
-# A `_Task` is the function of a map, with what it needs, as each process has it. Outside `run`,
-# main drives the others (`_map_in_run`, `_imap_in_run` are then the function of a run of its own).
+# A `_Task` is the function of a map with all that it needs; each process has one. Outside `run`,
+# main drives the others: then `_map_in_run` or `_imap_in_run` is the function of a separate run.
 
 
 class _Faults:
-    """What becomes of a map when an item fails, takes too long, or ends its process."""
+    """What happens to a map when an item fails, takes too long, or ends its process."""
 
     def __init__(
         self,
@@ -5116,16 +5119,16 @@ class _Faults:
         self.item_timeout = item_timeout
 
     def are_outlived(self) -> bool:
-        """Whether what has been computed is kept where something ends the map."""
+        """Whether what has been computed is kept when something ends the map."""
         return self.retries > 0 or not (self.checkpoint is None and self.item_timeout is None)
 
 
 class _Task:
     """What main wants done with the items of `map`: the same on every process."""
 
-    func: Callable[..., Any]  # each process's own, and not among what main says
-    pace: float | None = None  # seconds that an item has taken here of late
-    tag = 0  # of the messages that belong to it
+    func: Callable[..., Any]  # each process's own, which it sets itself
+    pace: float | None = None  # seconds that an item has recently taken here
+    tag = 0  # of this map's messages
     main_computes = True
 
     def __init__(
@@ -5170,19 +5173,19 @@ class _Task:
         self.callback = callback
         self._has_callback = callback is not None
         self.starred = starred
-        self.is_numbered = False  # whether items, and results, come in pairs with their numbers
+        self.is_numbered = False  # whether items and results come in pairs with their numbers
         self.arithmetic = _Arithmetic(_arithmetic_of_caller())
 
     def __getstate__(self) -> dict[str, Any]:
-        """What the others need: not `func`, and of `callback` no more than whether there is one."""
+        """Return what other processes need; of `callback`, that is only whether there is one."""
         return {**vars(self), "callback": None, "pace": None}
 
     def is_stream(self) -> bool:
-        """Whether main takes in the results of items as they come."""
+        """Whether main receives the results of items as they come."""
         return not self.vectorized and (self._has_callback or not self.main_computes)
 
     def choose_who_computes(self, main_may: bool, nprocs: int | None) -> None:
-        """Main, too, where it may; not an item that could be stuck, but where it is alone."""
+        """Let main compute if it may, but not items that could get stuck, unless it is alone."""
         self.main_computes = nprocs == 1 or (main_may and self.faults.item_timeout is None)
 
     def is_paced(self, length: int, nprocs: int) -> bool:
@@ -5190,7 +5193,7 @@ class _Task:
         return self.chunksize is None and length // (32 * nprocs) > 1
 
     def choose_chunksize(self, length: int, nprocs: int) -> None:
-        """For a stream whose caller leaves that to us; of unknown `length`, 0."""
+        """Choose it for a stream if the caller has not; an unknown `length` is 0."""
         size = max(1, length // (32 * nprocs))
         self.chunksize = self.chunksize or size
 
@@ -5199,7 +5202,7 @@ class _Task:
         return self.func(*first, *self.extra_args, **self.extra_kwargs, **more)
 
     def compute(self, items: Any, start: int, comm: Communicator) -> list[Any]:
-        """The results of a chunk whose first item is the `start`-th of all."""
+        """Return the results of a chunk whose first item is the `start`-th of all."""
         results, error = self.compute_until_error(items, start, comm, keep=False)
         if error is not None:
             raise error
@@ -5208,9 +5211,9 @@ class _Task:
     def compute_until_error(
         self, items: Any, start: int, comm: Communicator, *, keep: bool = True
     ) -> tuple[list[Any], Exception | None]:
-        """The results, or, to `keep` them, those before an error, and what an item has raised."""
-        # What main computes from, and what comes of it, are copies, because they are on all other
-        # processes: nobody can tell from a result who computed it.
+        """Return the results, with `keep` also those before an error, and what an item raised."""
+        # Main computes from copies and returns copies, because all other processes do. So nobody
+        # can tell from a result who computed it.
         copied = comm.rank == 0 and comm.size > 1
         task, function = comm.user.task_thread, comm.user.executing
         results: list[Any] = []
@@ -5223,7 +5226,7 @@ class _Task:
             elif comm.rank == 0:
                 items = _laid_out(items)
             comm.user.task_thread = threading.get_ident()
-            comm.mark_function(executing=True)  # it is not yet, where main alone calls imap
+            comm.mark_function(executing=True)  # not marked yet if main alone calls imap
             comm.user.items = list(items)
             with self.arithmetic, _UsersCode():
                 begun = time.perf_counter()
@@ -5264,7 +5267,7 @@ class _Task:
                 more = {} if self.seed is None else {"rng": _spawned_rng(self.seed, number)}
                 results.append((number, call(item, **more)))
             return
-        # Not by the builtin map, which a StopIteration would end without a word.
+        # Not by the builtin map, which a StopIteration would end silently.
         if self.seed is not None:
             for index, item in enumerate(comm.user.items, start):
                 results.append(call(item, rng=_spawned_rng(self.seed, index)))
@@ -5278,7 +5281,7 @@ class _Task:
     def _call_to_the_end(
         comm: Communicator, call: Callable[..., Any], item: Any, **more: Any
     ) -> Any:
-        """The result, or the exception as it would come from another process."""
+        """Return the result, or the exception as it would arrive from another process."""
         try:
             return call(item, **more)
         except Exception as why:
@@ -5286,7 +5289,7 @@ class _Task:
 
 
 def _checked_extra_args(third: Any, chunksize: Any) -> tuple[tuple[Any, ...], Any]:
-    """`extra_args` and `chunksize`, either of which may stand in the third place of a `map`."""
+    """Return `extra_args` and `chunksize`, either of which may be the third argument of a `map`."""
     if third is None or isinstance(third, tuple):
         return third or (), chunksize
     if hasattr(third, "__index__") and not isinstance(third, (bool, np.ndarray)):
@@ -5300,11 +5303,11 @@ def _checked_extra_args(third: Any, chunksize: Any) -> tuple[tuple[Any, ...], An
     )
 
 
-_RANK_STREAMS = 2**32 - 1  # begins the spawn keys of processes: no item has this number
+_RANK_STREAMS = 2**32 - 1  # the first of a process's spawn keys; no item has this number
 
 
 def _spawned_rng(seed: Any, *key: int) -> np.random.Generator:
-    """Of the descendant of ``SeedSequence(seed)`` with this key, as its `spawn` would give."""
+    """A generator for the descendant of ``SeedSequence(seed)`` that `spawn` would give this key."""
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
     child = np.random.SeedSequence(
         root.entropy, spawn_key=(*root.spawn_key, *key), pool_size=root.pool_size
@@ -5351,10 +5354,10 @@ def _map_in_run(
 
 
 class _LastingMap:
-    """A map that main drives, and that outlives deaths of workers, or of the program.
+    """A map that main drives, and that survives deaths of workers, or of the program.
 
-    Results come by the numbers of their items, in any order, and are kept; what is missing when
-    something has ended that is computed again.
+    Results come with the numbers of their items, in any order, and are kept. After a death, only
+    what is missing is computed again.
     """
 
     def __init__(
@@ -5363,7 +5366,7 @@ class _LastingMap:
         self._parallelizer, self._func, self._task = parallelizer, func, task
         self._items = data if _can_be_cut(data) else list(data)
         self._done: dict[int, Any] = {}
-        self._called_back = 0  # results, in order
+        self._called_back = 0  # how many results the callback has been given, in order
         self._deaths = 0
         self._checkpoint: _Checkpoint | None = None
         task.is_numbered = True
@@ -5406,7 +5409,7 @@ class _LastingMap:
                 self._call_back()
 
     def _call_back(self) -> None:
-        """Tell of results in the order of their items, as far as they have come."""
+        """Give the callback the results in the order of their items, as far as they have come."""
         while self._called_back in self._done:
             if self._task.callback is not None:
                 with _UsersCode():
@@ -5415,7 +5418,7 @@ class _LastingMap:
 
 
 def _call_in_time(seconds: float, call: Callable[..., _R], *args: Any, **more: Any) -> _R:
-    """What it returns; or a TimeoutError, amid it."""
+    """Return what `call` returns; after so many `seconds`, interrupt it by a TimeoutError."""
     if not hasattr(signal, "setitimer") or not _on_main_thread():
         raise ContractError(
             "item_timeout= interrupts an item by SIGALRM, which takes a POSIX system, and a "
@@ -5428,7 +5431,7 @@ def _call_in_time(seconds: float, call: Callable[..., _R], *args: Any, **more: A
             raise TimeoutError(f"the item took longer than {seconds} s")
 
     begun, before = time.monotonic(), signal.signal(signal.SIGALRM, interrupt)
-    # Again and again, as it may be swallowed.
+    # Again and again, because the TimeoutError may be swallowed.
     outer, interval = signal.setitimer(signal.ITIMER_REAL, seconds, _GRACE / 10)
     try:
         return call(*args, **more)
@@ -5436,13 +5439,13 @@ def _call_in_time(seconds: float, call: Callable[..., _R], *args: Any, **more: A
         lasts = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        if outer:  # of an item that maps in turn
+        if outer:  # the time that was left to an item that calls a map itself
             left = max(outer - (time.monotonic() - begun), 1e-3)
             signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
 def _name_of(func: Callable[..., Any]) -> str:
-    """By which the function of a checkpoint is known."""
+    """Return the name by which a checkpoint knows its function."""
     while isinstance(func, functools.partial):
         func = func.func
     named = func if hasattr(func, "__qualname__") else type(func)
@@ -5452,7 +5455,7 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 
 def _told_seed(seed: Any) -> str:
-    """What all that is drawn from it depends on."""
+    """Return, as text, all that the numbers drawn from `seed` depend on."""
     if seed is None:
         return "None"
     sequence = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
@@ -5460,10 +5463,10 @@ def _told_seed(seed: Any) -> str:
 
 
 class _Checkpoint:
-    """A file of results. After a head, each record is a size, a checksum, and a pickle.
+    """A file of results: a head, then a record for each; all are a size, a checksum, and a pickle.
 
-    It is appended to, and flushed, as results come, so that the death of the program costs no more
-    than the record that is being written: of that, the next one to open it takes no notice.
+    Records are appended and flushed as results come, so that the death of the program costs no
+    more than the record that is being written, which is dropped when the file is next opened.
     """
 
     _RECORD = struct.Struct("<QI")
@@ -5490,14 +5493,14 @@ class _Checkpoint:
                 raise
 
     def _begin_anew_if_torn(self, head: bytes) -> None:
-        """Empty a file whose program has died, or whose disk was full, amid the head."""
+        """Empty the file if the program died, or the disk was full, while the head was written."""
         self._file.seek(0)
         start = self._file.read(len(head))
         if 0 < len(start) < len(head) and head.startswith(start):
             self._file.truncate(0)
 
     def _whole_records(self) -> Iterator[Any]:
-        """Read them; what follows the last one is cut off."""
+        """Read the whole records, and cut off what follows the last one."""
         import zlib
 
         length = os.fstat(self._file.fileno()).st_size
@@ -5525,7 +5528,7 @@ class _Checkpoint:
             )
 
     def append(self, content: Any) -> None:
-        """The head, or the number of an item and its result."""
+        """Append the head, or the number of an item and its result."""
         self._file.write(self._record(content))
         self._file.flush()
 
@@ -5539,25 +5542,25 @@ class _Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # of a full disk, which has been raised before
+        with contextlib.suppress(OSError):  # a full disk, which has raised before
             self._file.close()
 
 
 def _blockwise(data: Any) -> Any:
-    """What can be scattered."""
+    """Return `data` if it can be scattered, else a list of its items."""
     sliced = hasattr(data, "__getitem__") and not isinstance(data, Mapping)
     return data if sliced else list(data)
 
 
 def _sized(data: Any) -> Any:
-    """What has a length, and whose slices hold the items that iteration gives."""
+    """Return `data` if slices of it hold what iteration gives, else a list of its items."""
     if isinstance(data, np.ndarray):
         return data if _writes_to_file(data) else np.require(data, requirements=["C", "ALIGNED"])
     return data if _can_be_cut(data) else list(data)
 
 
 def _can_be_cut(data: Any) -> bool:
-    """Not so a DataFrame, for one, whose slices hold other things than iteration gives."""
+    """Whether slices hold what iteration gives, which those of a DataFrame, for one, do not."""
     return isinstance(data, (list, tuple, range, str, bytes, np.ndarray))
 
 
@@ -5577,7 +5580,7 @@ def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
         block = parallelizer.scatter(data)
     else:
         (block,) = parallelizer.scatter(_blocks_for_workers(data, parallelizer))
-    # Of no items at all, main's call says what an empty result looks like.
+    # If there are no items at all, a call on main shows what an empty result looks like.
     wanted = len(block) > 0 or (parallelizer.on_main and len(data) == 0)
     begun = time.perf_counter()
     with task.arithmetic, _UsersCode():
@@ -5592,19 +5595,19 @@ def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
         combined = list(itertools.chain.from_iterable(results))
     if task.callback is not None:
         with _UsersCode():
-            task.callback(combined)  # of blocks there is one result
+            task.callback(combined)  # all blocks together have one result
     return combined
 
 
 def _blocks_for_workers(data: Any, parallelizer: Parallelizer) -> list[Any] | None:
-    """On main: a block for each process, of which its own is empty."""
+    """On main, return a block for each process; main's own is empty."""
     if not parallelizer.on_main:
         return None
     return [_split(data, 1)[0][:0], *_split(data, parallelizer.nprocs - 1)]
 
 
 def _called_to(task: _Task, comm: Communicator) -> _Task:
-    """On main, before all are called to it: the task, with nothing in its way."""
+    """On main, make the task ready before the others are called to it, and return it."""
     if task.progress:
         _tqdm()
     task.tag = comm.next_tag()
@@ -5636,9 +5639,9 @@ def _map_items(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
 
 
 def _private(items: Any) -> tuple[Any, PackingError | None]:
-    """Main's items, copied as the workers' are, so that it is all one who computes which.
+    """Copy main's items as the workers' are copied, so that it does not matter who computes which.
 
-    If one cannot be, only those before it, and why.
+    If an item cannot be copied, return only those before it, and the error.
     """
     if _are_plain(items):
         return items, None
@@ -5650,7 +5653,7 @@ def _private(items: Any) -> tuple[Any, PackingError | None]:
 
 def _packed_chunk(chunk: tuple[int, Any], comm: Communicator) -> Message:
     if _are_plain(chunk[1]):
-        return Message(pickle.dumps(chunk, 5), [])  # in less time than the search for arrays takes
+        return Message(pickle.dumps(chunk, 5), [])  # takes less time than a search for arrays
     return _pack(chunk, "a chunk of a map", comm)
 
 
@@ -5670,12 +5673,12 @@ def _tqdm() -> Any:
 
 @_context
 def _bar(total: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
-    """A bar of so many items, and the function that says how many have been reached."""
+    """Show a bar of `total` items, and yield a function that tells it how many are reached."""
     if not shown:
         yield lambda _: None
         return
     tqdm = _tqdm()
-    # Without the thread that tqdm would start, as fork is not used while threads run.
+    # Without the thread that tqdm would start, because fork is not used while threads run.
     quiet = type("Bar", (tqdm,), {"monitor_interval": 0})
     with quiet(total=total, disable=None) as bar:
         yield lambda count: bar.update(count - bar.n)
