@@ -847,12 +847,9 @@ class Parallelizer:
             # Every rank reads this head, even one that takes no part. It says who does, and by
             # which names this parallelizer is registered; the function stays packed in it.
             threads = communicator.limit and communicator.limit.changed_numbers()
-            heads = [
-                pickle.dumps(
-                    (list(ranks), self._names(), threads, tuple(_SHARED.living), one.pickled)
-                )
-                for one in packed
-            ]
+            levels = None if communicator.logs is None or self._spans_hosts else _levels()
+            told = (list(ranks), self._names(), threads, levels, tuple(_SHARED.living))
+            heads = [pickle.dumps((*told, one.pickled)) for one in packed]
             messages = zip(heads, packed, strict=True)
             communicator.command([Message(head, one.buffers) for head, one in messages])
 
@@ -861,7 +858,7 @@ class Parallelizer:
     ) -> Any:
         """Take this process's part in a run, and in ending it on all processes."""
         communicator.timeout = self.timeout  # several parallelizers may share the communicator
-        with communicator.restricted_to(ranks):
+        with communicator.restricted_to(ranks), communicator.passing_on_logs():
             try:
                 communicator.begin_run()
                 begun = time.perf_counter()
@@ -934,7 +931,8 @@ class Parallelizer:
             return self._trace
         # What an item runs serially, for itself, is not worth a run in the trace; and of several
         # ranks of MPI, one alone may write.
-        is_busy = any(comm.is_running() for comm in list(_COMMUNICATORS))
+        others = [comm for comm in list(_COMMUNICATORS) if comm is not self._comm]
+        is_busy = any(comm.is_running() for comm in others)
         if self.nprocs == 1 and (is_busy or _launched_rank() > 0):
             return None
         return _shared_trace_file(path, self.on_main)
@@ -980,7 +978,8 @@ class Parallelizer:
                 _SHARED.forget_all_but(())
 
     def _obey(self, communicator: Communicator, message: Message) -> None:
-        ranks, names, threads, shared, pickled = pickle.loads(message.pickled)
+        ranks, names, threads, levels, shared, pickled = pickle.loads(message.pickled)
+        _take_levels(levels or {})
         _SHARED.forget_all_but(shared)
         for name in self._names():
             del self._registry[name]
@@ -2230,6 +2229,12 @@ class MultiprocessingParallelizer(Parallelizer):
         If False, main only deals out the items of `map` and its kin and collects the results, and
         computes no item: for functions that need a process of their own, or may crash. If main is
         the only process, it computes in any case.
+    logs : bool, optional
+        Whether main's handlers get what workers write by `logging` and `warnings`, each record
+        with the attribute ``rank``. By default, they get the records of workers that are not
+        forked, unless a handler that the initializer or the function has made there takes them;
+        forked workers have main's handlers, and use them themselves. True asks for the records of
+        all workers in any case, False for none.
     timeout : float, optional
         See `Parallelizer`.
 
@@ -2263,9 +2268,11 @@ class MultiprocessingParallelizer(Parallelizer):
         initargs: Iterable[Any] = (),
         initialize_main: bool = False,
         main_computes: bool = True,
+        logs: bool | None = None,
         timeout: float | None = None,
     ) -> None:
         super().__init__(timeout=timeout)
+        self.logs = logs
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be callable, not {_describe(initializer)}")
         # Not among the options, which are sent along with every object that holds this one.
@@ -2293,7 +2300,7 @@ class MultiprocessingParallelizer(Parallelizer):
         return {
             "nprocs": self._nprocs, "start_method": self._start_method,
             "threads_per_process": self.threads_per_process, "main_computes": self.main_computes,
-            **super()._options()
+            "logs": self.logs, **super()._options()
         }  # fmt: skip
 
     def _start(self) -> None:
@@ -2440,6 +2447,9 @@ class MPIParallelizer(Parallelizer):
     ----------
     comm : mpi4py.MPI.Intracomm, optional
         By default, ``COMM_WORLD``. All its ranks must make the parallelizer together.
+    logs : bool
+        Whether the handlers of rank 0 get what the other ranks write by `logging` and `warnings`
+        inside runs, each record with the attribute ``rank``, in place of their own handlers.
     timeout : float, optional
         See `Parallelizer`. A wait in a round that takes longer makes this parallelizer unusable,
         and a transfer of data that takes longer ends the job.
@@ -2471,13 +2481,17 @@ class MPIParallelizer(Parallelizer):
 
     _spans_hosts = True
 
-    def __init__(self, comm: Any = None, *, timeout: float | None = None) -> None:
+    def __init__(
+        self, comm: Any = None, *, logs: bool = False, timeout: float | None = None
+    ) -> None:
         super().__init__(timeout=timeout)
         mpi = _import_mpi()
         _check_mpi_is_up(mpi)
         if mpi.COMM_WORLD.Get_size() > 1:
             _job_end().begin(mpi)
         communicator = _world(mpi) if comm is None else _connected(mpi, comm)
+        if logs:
+            communicator.pass_on_logs()
         self._comm = communicator
         # All ranks make their parallelizers on a communicator in the same order, so this key is the
         # same on all of them.
@@ -5080,6 +5094,203 @@ def _shared_trace_file(path: str, on_main: bool) -> _TraceFile:
 
 
 # ---------------------------------------------------------------------------------------------
+# Logs and warnings: what workers say reaches main's handlers
+# ---------------------------------------------------------------------------------------------
+#
+# A worker that was forked has main's handlers, and uses them itself. Another one has none, or those
+# that importing main's script has made once more: there, `_LogsToMain` takes what its loggers let
+# pass, which goes to main as mail, and `_LogsFromOthers` has main's loggers handle it.
+
+
+# The attributes of a log record: those that are plain, and pickles of the others.
+_Record = tuple[dict[str, Any], dict[str, bytes]]
+
+
+class _LogsToMain:
+    """On another process than main: has what is logged here handled there.
+
+    To `logging` it is the queue of a `QueueHandler`. Any thread may log, and so may a finalizer
+    amid a verb, so that a record waits here until a call that sends it disturbs no other.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        handlers: Any = importlib.import_module("logging.handlers")
+        self._communicator = communicator
+        self._handler = handlers.QueueHandler(self)
+        self._waiting: collections.deque[_Record] = collections.deque()
+        self._replaced: list[tuple[logging.Logger, list[logging.Handler]]] = []
+        self._takes_all = False  # also what another handler of this process has taken
+        self._captures = False  # warnings, which nobody did before
+        self._has_sent = False  # since the last `settle`
+
+    def attach(self, *, takes_all: bool) -> None:
+        """Take the place of the handlers that are there, which main has as well."""
+        import logging
+
+        self._takes_all = takes_all
+        for logger in _loggers():
+            its_handlers = [one for one in logger.handlers if not _is_null(one)]
+            if its_handlers:
+                self._replaced.append((logger, logger.handlers))
+                logger.handlers = [] if logger.propagate else [self._handler]
+        logging.getLogger().addHandler(self._handler)
+        before = warnings.showwarning
+        logging.captureWarnings(True)
+        self._captures = warnings.showwarning is not before
+
+    def detach(self) -> None:
+        """Be as before, where the process has a program of its own."""
+        import logging
+
+        if self._captures:
+            logging.captureWarnings(False)
+        logging.getLogger().removeHandler(self._handler)
+        for logger, its_handlers in self._replaced:
+            logger.handlers = its_handlers
+        self._replaced.clear()
+
+    @_context
+    def attached(self) -> Iterator[None]:
+        """Within a run, where the process has a program of its own."""
+        self.attach(takes_all=True)
+        try:
+            yield
+        finally:
+            self.detach()
+
+    def put_nowait(self, record: logging.LogRecord) -> None:
+        """Take in a record, whose message has been formatted; called by `logging`."""
+        if self._takes_all or not self._is_handled_here(record):
+            self._waiting.append(_told_record(record))
+            if len(self._waiting) == 1:
+                self._communicator.do_between_calls(self._flush_between_calls)
+
+    def _is_handled_here(self, record: logging.LogRecord) -> bool:
+        """Whether a handler that the function or the initializer has made takes it, too."""
+        import logging
+
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None:
+            for one in logger.handlers:
+                if not (one is self._handler or _is_null(one)) and record.levelno >= one.level:
+                    return True
+            logger = logger.parent if logger.propagate else None
+        return False
+
+    def _flush_between_calls(self) -> None:
+        if self._communicator.is_running() and not self._communicator.gone:
+            with self._communicator.undisturbed():
+                self.flush()
+
+    def flush(self) -> None:
+        """Amid a run, send what waits; outside of runs it waits for the next one."""
+        if self._waiting and self._communicator.is_running():
+            self._communicator.tell_records(self._taken_out())
+            self._has_sent = True
+
+    def settle(self) -> None:
+        """At the end of a function: return when all that was logged in it is on its way."""
+        if self._waiting or self._has_sent:
+            self._has_sent = False
+            self._communicator.tell_records(self._taken_out(), patiently=True)
+
+    def _taken_out(self) -> list[_Record]:
+        return [self._waiting.popleft() for _ in range(len(self._waiting))]
+
+
+class _LogsFromOthers:
+    """On main: the records that have come, until it is in order to call handlers."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._waiting: collections.deque[tuple[int, _Record]] = collections.deque()
+
+    def put(self, process: int, records: Iterable[_Record]) -> None:
+        self._waiting.extend((process, record) for record in records)
+
+    def flush(self) -> None:
+        """Have the loggers of these names handle them, each with the attribute ``rank``."""
+        if not self._waiting:
+            return
+        import logging
+
+        user = self._communicator.user
+        task, user.task_thread = user.task_thread, threading.get_ident()  # a handler calls no verb
+        try:
+            while self._waiting:
+                process, told = self._waiting.popleft()
+                record = logging.makeLogRecord({**_loaded_record(told), "rank": process})
+                logger = logging.getLogger(record.name)
+                if logger.isEnabledFor(record.levelno):
+                    logger.handle(record)
+        except Exception as why:  # of a handler: the run is not to end by that
+            print(f"in a handler of logging:\n{_formatted(why)}", end="", file=sys.stderr)
+        finally:
+            user.task_thread = task
+
+
+def _loggers() -> list[logging.Logger]:
+    """All of this process that are in use."""
+    import logging
+
+    root = logging.getLogger()
+    named = list(root.manager.loggerDict.values())
+    return [root, *(one for one in named if isinstance(one, logging.Logger))]
+
+
+def _is_null(handler: logging.Handler) -> bool:
+    import logging
+
+    return isinstance(handler, logging.NullHandler)
+
+
+def _told_record(record: logging.LogRecord) -> _Record:
+    """What main gets of a record, to which a user may have added anything."""
+    plain: dict[str, Any] = {}
+    pickles: dict[str, bytes] = {}
+    for name, value in vars(record).items():
+        if type(value) in _PLAIN_TYPES:
+            plain[name] = value
+        elif (pickled := _dumped(value)) is not None:
+            pickles[name] = pickled
+        else:
+            plain[name] = repr(value)
+    return plain, pickles
+
+
+def _loaded_record(told: _Record) -> dict[str, Any]:
+    plain, pickles = told
+    return {**plain, **{name: _loaded_attribute(pickled) for name, pickled in pickles.items()}}
+
+
+def _loaded_attribute(pickled: bytes) -> Any:
+    """It, or why main cannot make it: the record matters more."""
+    try:
+        return _loads(pickled)
+    except Exception as why:  # whatever a user's class may raise
+        return f"cannot be unpickled: {_summary(why)}"
+
+
+def _levels() -> dict[str, int]:
+    """Which records loggers let pass: the levels that have been set, by name, of main's."""
+    import logging
+
+    levels = {one.name: one.level for one in _loggers() if one.level}
+    return {**levels, "": logging.root.manager.disable}
+
+
+def _take_levels(levels: Mapping[str, int]) -> None:
+    """Let pass what main would."""
+    import logging
+
+    for name, level in levels.items():
+        if name:
+            logging.getLogger(None if name == "root" else name).setLevel(level)
+        else:
+            logging.disable(level)
+
+
+# ---------------------------------------------------------------------------------------------
 # Mapping, and its tasks
 # ---------------------------------------------------------------------------------------------
 #
@@ -5243,6 +5454,7 @@ class _Task:
             comm.mark_function(executing=function)
         comm.account.tasks += len(results)
         comm.account.record("chunk", taken_up, first=start, items=len(results))
+        comm.take_in_logs()
         if copied:
             try:
                 results = _as_sent(results)
@@ -6460,7 +6672,7 @@ _GRACE = 1.0
 # several at once, the lowest rank's is told.
 _SETTLING = 0.05
 
-_SHORT_MAIL = ("control", "failed", "leaves")  # short mail, heard as soon as it is whole
+_SHORT_MAIL = ("control", "failed", "leaves", "logs")  # heard as soon as it is whole
 _VERBS = (
     *_SHORT_MAIL, "return", "left", "run", "exit", "more of an earlier call", "run(comm=...)",
     "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "imap",
@@ -6875,6 +7087,8 @@ class Communicator(abc.ABC):
         self.spokesman: int | None = None  # who has failed, where all agree on that
         self.drives_others = False  # on main, for as long as they serve
         self.account = _Account()
+        # Of those whose records main logs, and of main, where there are such.
+        self.logs: _LogsToMain | _LogsFromOthers | None = None
         self._tag = -1  # of the latest map; those of `send` are not negative
         self._watch = _Watch(process)
         self.gone = False  # whether this is a forked child, which takes no part
@@ -7485,6 +7699,10 @@ class Communicator(abc.ABC):
         """Take it in: one of `_SHORT_MAIL` when it is whole, a message as soon as it begins."""
         if parcel.verb == "control":
             self._on_control(pickle.loads(parcel.pickled))
+        elif parcel.verb == "logs":
+            self.logs = self.logs or _LogsFromOthers(self)
+            assert isinstance(self.logs, _LogsFromOthers)
+            self.logs.put(source, pickle.loads(parcel.pickled))
         # What was sent in an earlier run is for nobody. What was sent in a later one, by a sibling
         # that is quicker to begin, waits here until this process begins that run.
         elif parcel.run < self._run.number:
@@ -7509,6 +7727,22 @@ class Communicator(abc.ABC):
     def _tell(self, process: int, verb: str, content: object = None) -> None:
         """Say one of `_SHORT_MAIL`."""
         self._post(process, Parcel(self._run.number, verb, Message(pickle.dumps(content), [])))
+
+    def take_in_logs(self) -> None:
+        """On main, between two waits: log what others have to log."""
+        if isinstance(self.logs, _LogsFromOthers):
+            self._handle_all()
+            self.logs.flush()
+
+    @_context
+    def passing_on_logs(self) -> Iterator[None]:
+        """Within, main logs what this process would, where that is asked for run by run."""
+        yield
+
+    def tell_records(self, records: Any, *, patiently: bool = False) -> None:
+        """Have main log these, and return, if need be when there is room for them."""
+        parcel = Parcel(self._run.number, "logs", Message(pickle.dumps(records), []))
+        (self._transmit if patiently else self._post)(0, parcel)
 
     def send(self, message: Message, rank: int, tag: int) -> None:
         """Return when the message's buffers may be changed."""
@@ -7636,9 +7870,12 @@ class Communicator(abc.ABC):
 
         On processes, the others return at once, because nobody but main needs to know.
         """
+        if isinstance(self.logs, _LogsToMain):
+            self.logs.settle()
         self.enter("return")
         self._lay(Message(report, []))
         self._return()
+        self.take_in_logs()
         reports = [report]
         if self.rank == 0:
             reports += [self._peek(process).pickled for process in self.members[1:]]
@@ -7653,9 +7890,13 @@ class Communicator(abc.ABC):
         if self.gone:
             return error
         try:
+            if self.logs is not None:
+                self.logs.flush()  # what was logged before the error is told before it
             return self._end_run(error)
         finally:
             self._finish(failed=True)
+            if self.logs is not None:
+                self.logs.flush()
 
     def _end_run(self, error: BaseException) -> BaseException:
         """End the run on every member because of `error`; what `run` is to raise here."""
@@ -7870,6 +8111,8 @@ class Communicator(abc.ABC):
         try:
             while not ready():
                 self._heed_end_of_wait(in_round=in_round)
+                if self.logs is not None:
+                    self.logs.flush()
                 waited = time.perf_counter() - begun
                 if waited >= timeout:
                     self._raise_timeout(awaited(), doing)
@@ -9130,8 +9373,8 @@ class BoardCommunicator(Communicator):
 
     def deliver(self, process: int, parcel: Parcel) -> None:
         """Take in what has come through a ring."""
-        if parcel.failure is not None and parcel.verb == "control":
-            return  # it will be asked again
+        if parcel.failure is not None and parcel.verb in ("control", "logs"):
+            return  # it will be asked again; and the error that follows matters more than a log
         if parcel.failure is not None and parcel.verb == "failed":
             error = self.out_of_memory(process, parcel.failure)
             parcel = Parcel(parcel.run, parcel.verb, Message(pickle.dumps(error), []))
@@ -9419,6 +9662,8 @@ class _MainEnd(BoardCommunicator):
 
     def start_others(self) -> None:
         self._workers.start_missing()
+        if self.logs is None and self._workers.pass_on_logs():
+            self.logs = _LogsFromOthers(self)
 
     def command(self, messages: Sequence[Message] | None) -> None:
         self._command = messages
@@ -9775,6 +10020,14 @@ class _WorkerSetup(NamedTuple):
     limit: _ThreadLimit
     method: str
     initializer: _Initializer | None
+    logs: bool | None  # see `MultiprocessingParallelizer`
+
+    def passes_on_logs(self) -> bool:
+        return _are_logs_passed_on(self.logs, self.method)
+
+
+def _are_logs_passed_on(wanted: bool | None, method: str) -> bool:
+    return method != "fork" if wanted is None else wanted
 
 
 class _Initializer:
@@ -9895,6 +10148,7 @@ class _Workers:
                 self._start(_WorkerSetup(
                     pickled, process, self.board, self._doorbells[process], self.queue,
                     guard.life, os.getpid(), self._timeout, self.limit, self._method, initializer,
+                    parallelizer.logs,
                 ))  # fmt: skip
                 if may_harm and not _is_single_threaded():
                     _warn_of_no_fork(
@@ -9957,6 +10211,11 @@ class _Workers:
         # Of a copy, because another thread may terminate while this one buries.
         owned = (handle for handle, owner in list(self.sentinels.items()) if owner == number)
         return next((handle for handle in owned if handle != process.sentinel), None)
+
+    def pass_on_logs(self) -> bool:
+        parallelizer = self._parallelizer()
+        wanted = None if parallelizer is None else parallelizer.logs
+        return _are_logs_passed_on(wanted, self._method)
 
     def _tell_guard(self) -> None:
         assert self._guard is not None
@@ -10352,6 +10611,9 @@ def _worker_main(setup: _WorkerSetup) -> None:
     _LOADS.append(_loads_on_worker)
     _set_random_states({})
     _heed_urgent(communicator)
+    if setup.passes_on_logs():
+        communicator.logs = _LogsToMain(communicator)
+        communicator.logs.attach(takes_all=setup.logs is True)
     # What it has started and left running ends with it, at the very end, so that before, programs
     # are ended as they want to be.
     from multiprocessing.util import Finalize
@@ -11273,6 +11535,16 @@ class MPICommunicator(Communicator):
     def host_of(self, process: int) -> str:
         return self._seats[process].host
 
+    def pass_on_logs(self) -> None:
+        """From the next run on."""
+        if self.logs is None:
+            self.logs = _LogsToMain(self) if self.process > 0 else _LogsFromOthers(self)
+
+    def passing_on_logs(self) -> contextlib.AbstractContextManager[None, None]:
+        if isinstance(self.logs, _LogsToMain):
+            return self.logs.attached()
+        return super().passing_on_logs()
+
     def watch_others(self) -> None:
         """Have the job ended where another rank of this machine dies and no launcher sees to it."""
         peers = {
@@ -11380,6 +11652,8 @@ class MPICommunicator(Communicator):
         for other in list(_COMMUNICATORS):
             if isinstance(other, MPICommunicator) and other.is_of_this_thread():
                 other.handle_letters()
+        if self.logs is not None:
+            self.logs.flush()
         if self.lost:
             self._run.over = True
             raise ContractError(self.lost)

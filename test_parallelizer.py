@@ -40,6 +40,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import mmap
 import multiprocessing
@@ -2811,11 +2812,290 @@ def test_stats_say_what_each_rank_did(p: Par) -> None:
     expect(p, sum(rank.tasks for rank in stats), 50)
     for rank in stats:
         assert 0 <= rank.waiting <= rank.collectives <= rank.seconds
+        assert 10 * MIB < rank.peak_memory < 10 * 1024 * MIB
     # Main copies what it broadcasts once, however many processes there are.
     expect(p, MIB <= stats[0].bytes_sent < 1.1 * MIB, p.nprocs > 1)
     assert re.match(r"\d+ ranks, .* s: busy from .* MB sent", str(stats))
     expect(p, "tasks" in str(stats), True)  # on a rank that was too late for any, not
     assert "\n" not in str(stats)
+
+
+def holds_for_a_while(mib: int, *, parallelizer: Par) -> None:
+    if parallelizer.id == parallelizer.nprocs - 1:
+        np.ones(mib * MIB, np.uint8)
+    parallelizer.wait()
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_the_peak_of_memory_is_that_of_each_process(method: str) -> None:
+    ballast = np.ones(300 * MIB, np.uint8)  # which a program that is started must not inherit
+    ballast.resize(1)
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        par.run(holds_for_a_while, 0)
+        before = par.stats
+        par.run(holds_for_a_while, 100)
+        after = par.stats
+    assert before is not None
+    assert after is not None
+    assert before[0].peak_memory > 300 * MIB > max(before[1].peak_memory, before[2].peak_memory)
+    assert after[2].peak_memory - before[2].peak_memory > 90 * MIB
+    assert after[1].peak_memory - before[1].peak_memory < 50 * MIB
+
+
+def talks_and_waits(*, parallelizer: Par) -> Any:
+    parallelizer.broadcast(np.ones(1000) if parallelizer.on_main else None)
+    time.sleep(0.05 * (parallelizer.id == parallelizer.nprocs - 1))  # for which all others wait
+    parallelizer.wait()
+    if parallelizer.id > 0:
+        parallelizer.send("hello", 0)
+    others = range(1, parallelizer.nprocs) if parallelizer.on_main else []
+    return [parallelizer.receive(rank) for rank in others]
+
+
+def waits_and_fails(*, parallelizer: Par) -> None:
+    parallelizer.wait()
+    raise Odd(parallelizer.id, detail="drawn")
+
+
+def spans_of(path: Path) -> dict[int, list[Any]]:
+    """Read a trace: by rank, the names of what was done, each with its beginning and its end."""
+    events = json.loads(path.read_text())["traceEvents"]
+    spans: dict[int, list[Any]] = {}
+    for event in events:
+        if event["ph"] == "X":
+            span = (event["name"], event["ts"], event["ts"] + event["dur"], event["args"])
+            spans.setdefault(event["tid"], []).append(span)
+    named = {event["tid"] for event in events if event["name"] == "thread_name"}
+    assert named == set(spans)
+    return spans
+
+
+def test_a_trace_shows_what_each_rank_did(p: Par, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    p.trace(path)
+    p.run(talks_and_waits)
+    first = spans_of(path) if p.on_main else None
+    caught_from(p.run, waits_and_fails)
+    second = spans_of(path) if p.on_main else None
+    p.trace(None)
+    p.run(talks_and_waits)
+    expect(p, p.on_main and spans_of(path) == second, True)
+    if first is None or second is None:
+        return
+    assert sorted(first) == list(range(p.nprocs))
+    for rank, spans in first.items():
+        name, begun, ended, _ = spans[-1]
+        assert name == "run talks_and_waits"
+        assert all(begun <= start <= stop <= ended for _, start, stop, _ in spans)
+        if p.nprocs > 1:
+            verbs = [name for name, *_ in spans if name not in ("waiting", "run talks_and_waits")]
+            assert verbs == [
+                "broadcast",
+                "wait",
+                *(["send"] if rank else ["receive"] * (p.nprocs - 1)),
+            ]
+            (bytes_sent,) = (of["bytes"] for name, _, _, of in spans if name == "broadcast")
+            assert (bytes_sent >= 8000) is (rank == 0)
+            longest = max(stop - start for name, start, stop, _ in spans if name == "wait")
+            assert (longest > 4e4) is (rank < p.nprocs - 1)  # microseconds
+    assert len(second[0]) > len(first[0])
+    assert "run waits_and_fails" in [name for name, *_ in second[0]]
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_trace_of_maps_that_the_environment_asks_for(method: str, tmp_path: Path) -> None:
+    path, script = tmp_path / "run.json", tmp_path / "script.py"
+    script.write_text(f"""
+from {MODULE} import MultiprocessingParallelizer, SerialNonParallelizer
+def halve(x):
+    return SerialNonParallelizer().run(own_half, x)  # in a worker's own process
+def own_half(x, parallelizer):
+    return x / 2
+if __name__ == "__main__":
+    with MultiprocessingParallelizer(2, start_method={method!r}) as p:
+        print(p.map(halve, range(20), chunksize=5), list(p.imap(halve, range(3))))
+        print(p.map(len, range(10), vectorized=True, concatenate=False))
+    SerialNonParallelizer().run(own_half, 3)
+""")
+    run_program(str(script), PARALLELIZER_TRACE=str(path))
+    spans = spans_of(path)
+    chunks = [of for rank in spans.values() for name, _, _, of in rank if name == "chunk"]
+    assert sorted((of["first"], of["items"]) for of in chunks[:]) == sorted(
+        [(0, 5), (5, 5), (10, 5), (15, 5), (0, 1), (1, 1), (2, 1)]
+    )
+    blocks = [of["items"] for rank in spans.values() for name, _, _, of in rank if name == "block"]
+    assert blocks == [5, 5]
+    runs = {name for name, *_ in spans[1] if " " in name and name != "end of map"}
+    assert runs == {"map halve", "imap halve", "map len"}
+    assert "run own_half" in [name for name, *_ in spans[0]]
+
+
+def test_a_trace_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "run.json"
+    with MultiprocessingParallelizer(2) as par:
+        for nowhere in (tmp_path / "no" / "run.json", Path("/dev/full")):
+            with pytest.raises(OSError, match=r"No (such file|space)"):
+                par.trace(nowhere)
+        with pytest.raises(ContractError, match="inside a run"):
+            par.run(traces_itself)
+        par.trace(path)
+        path.unlink()
+        assert [par.run(own_id), par.run(own_id)] == [0, 0]
+    assert [record.message[-60:] for record in caplog.records] == [
+        f"cannot be written, and is given up: [Errno 2] No such file or directory: '{path}'"[-60:]
+    ]
+
+
+def traces_itself(*, parallelizer: Par) -> None:
+    parallelizer.trace("run.json")
+
+
+LOGGING_SCRIPT = """
+import logging, sys, threading, warnings
+from MODULE import MPIParallelizer, MultiprocessingParallelizer
+log = logging.getLogger("my.library")
+logging.basicConfig(format="%(message)s", level="WARNING")  # of all processes that import this
+
+class Strange:
+    def __reduce__(self):
+        raise TypeError
+
+class Kept(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.records = []
+    def emit(self, record):
+        self.records.append(record)
+
+def talks(lines, parallelizer):
+    rank = parallelizer.id
+    log.info("begins, %s", rank, extra={"place": {"x": rank}, "strange": Strange()})
+    log.debug("not asked for")
+    if rank == 1:
+        warnings.warn("careful")
+    thread = threading.Thread(target=log.warning, args=("thread",))
+    thread.start()
+    thread.join()
+    parallelizer.wait()
+    for _ in range(lines):
+        log.info("long " + 1000 * "x")
+    try:
+        1 / 0
+    except ZeroDivisionError:
+        log.exception("ends")
+    if lines < 0 and rank == 2:
+        raise KeyError(rank)
+
+def told(kept, p):
+    if p.on_main:
+        for rank in range(3):
+            own = [one for one in kept.records if getattr(one, "rank", 0) == rank]
+            starts = [one.getMessage().splitlines()[0][:16] for one in own[:5]]
+            print(rank, *starts, len(own), sep="|")
+        for one in kept.records:
+            if hasattr(one, "rank") and hasattr(one, "place"):
+                assert one.place == {"x": one.rank} and "Strange" in str(one.strange), vars(one)
+            assert "ends" not in one.getMessage() or not hasattr(one, "rank") or "1 / 0" in one.msg
+        kept.records.clear()
+    p.run(meets)  # before anybody logs more
+
+def meets(parallelizer):
+    parallelizer.wait()
+
+def main(engine, logs):
+    kept = Kept()
+    logging.getLogger().handlers = [kept]
+    log.setLevel("INFO")
+    options = {"logs": True} if logs else {}
+    if engine == "mpi":
+        p = MPIParallelizer(**options)
+    else:
+        p = MultiprocessingParallelizer(3, start_method=engine, **options)
+    with p:
+        for lines in (0, 3000):
+            p.run(talks, lines)
+            told(kept, p)
+        try:
+            p.run(talks, -1)
+        except KeyError as error:
+            if p.on_main:
+                print(repr(error))
+        told(kept, p)
+
+if __name__ == "__main__":
+    main(sys.argv[1], len(sys.argv) > 2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "logs"),
+    [
+        ("fork", True), ("forkserver", False), ("spawn", False), ("spawn", True),
+        ("mpi", True), ("fork", False), ("mpi", False),
+    ],
+)  # fmt: skip
+def test_what_workers_log_reaches_main_once(engine: str, logs: bool, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LOGGING_SCRIPT.replace("MODULE", MODULE))
+    arguments = [str(script), engine, *(["logs"] if logs else [])]
+    ranks = 3 if engine == "mpi" else None
+    code, out, err = finish(*arguments, ranks=ranks, PYTHONWARNINGS="default")
+    assert code == 0, err
+    lines = out.splitlines()
+    own = ["0|begins, 0|thread|ends|3", "0|begins, 0|thread|long xxxxxxxxxxx|long xxxxxxxxxxx"]
+    assert lines[0] == own[0]
+    assert lines[3].startswith(own[1])
+    if logs or engine in ("forkserver", "spawn"):
+        assert not err
+        assert re.fullmatch(r"1\|begins, 1\|.*py:\d+: UserWar\|thread\|ends\|4", lines[1]), lines[1]
+        assert lines[2] == "2|begins, 2|thread|ends|3"
+        assert [line.rpartition("|")[2] for line in lines[3:6]] == ["3003", "3003", "3003"]
+        assert lines[6] == "KeyError(2)"
+        assert lines[-1] == lines[2]  # what was logged before the error is not lost
+    else:  # said by the process itself
+        assert [lines[1], lines[2]] == ["1|0", "2|0"]
+    assert "ends" not in err
+
+
+def logs_into_a_file(path: str) -> None:
+    logging.getLogger("kept").addHandler(logging.FileHandler(path))
+
+
+def logs_for_its_file(*, parallelizer: Par) -> None:
+    logging.getLogger("kept").warning("rank %d", parallelizer.id)
+
+
+@pytest.mark.parametrize("logs", [None, True, False])
+def test_a_handler_of_a_worker_keeps_what_it_takes(
+    logs: bool | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "worker.log"
+    par = MultiprocessingParallelizer(
+        2, start_method="spawn", initializer=logs_into_a_file, initargs=(str(path),), logs=logs
+    )
+    par.run(logs_for_its_file)
+    assert path.read_text() == "rank 1\n"
+    ranks = [getattr(record, "rank", 0) for record in caplog.records]
+    assert ranks == ([0, 1] if logs else [0])
+
+
+class Failing(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, "rank"):
+            raise Odd(1, detail="of a handler")
+
+
+def test_a_failing_handler_ends_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = Failing()
+    logging.getLogger("kept").addHandler(handler)
+    try:
+        with MultiprocessingParallelizer(2, start_method="spawn") as par:
+            par.run(logs_for_its_file)
+            assert par.run(own_id) == 0
+    finally:
+        logging.getLogger("kept").removeHandler(handler)
+    assert "in a handler of logging:" in (told := capsys.readouterr().err)
+    assert "of a handler" in told
 
 
 def maps_again(x: int) -> list[int]:
