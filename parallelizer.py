@@ -5900,20 +5900,20 @@ def _bar(total: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
 # Mapping: chunks, who computes them, and where results go
 # ---------------------------------------------------------------------------------------------
 #
-# A `_Dealer` on main gives chunks away, takes their results in, and computes between; `_Results`
-# keeps them in order. Chunks go by messages (`_ChunksByMail`), or lie in a `_ChunkQueue`, from
-# which all help themselves (`_ChunksByTicket`).
+# On main, a `_Dealer` hands out chunks and computes some of them in between; in an imap, `_Results`
+# takes in what comes back and puts it in order. Chunks travel as mail (`_ChunksByMail`), or lie in
+# a `_ChunkQueue`, from which every process takes its next one (`_ChunksByTicket`).
 
 
 _MOST_CHUNKS = 8192
-_LEAST_SECONDS = 2.5e-4  # that a chunk shall take, because to deal it takes some 1e-5
+_LEAST_SECONDS = 2.5e-4  # that a chunk should take, because dealing it takes some 1e-5
 
 
 def _guided(data: Any, comm: Communicator, task: _Task) -> Iterator[tuple[int, Any]]:
-    """Chunks of ever smaller size, which all the processes take in turn.
+    """Yield chunks of decreasing size, for all processes to take in turn.
 
-    A chunk is a small share of what remains, so that the last ones to finish, whatever their
-    items cost, are not far apart (guided self-scheduling: Polychronopoulos and Kuck, 1987,
+    Each chunk is a small share of what remains, so that all processes finish at nearly the same
+    time, whatever the items cost (guided self-scheduling: Polychronopoulos and Kuck, 1987,
     doi:10.1109/TC.1987.5009495).
     """
     length, start = len(data), 0
@@ -5928,28 +5928,27 @@ def _guided(data: Any, comm: Communicator, task: _Task) -> Iterator[tuple[int, A
         start += size
 
 
-# The chunks of a map lie where each process takes its next one, or else main sends them. Main
-# computes, too; in an imap, whose results it is to yield, it does so only while the workers have
-# enough to do and no result has come. Of an imap, so many chunks per process may be dealt ahead of
-# what has been yielded: at least, at first (before it is known how large results are, and how long
-# they take), and at most, where they are small.
-_AHEAD = 2  # that main sends to each worker
+# Main computes, too. In an imap, whose results it has to yield, it does so only while the workers
+# have enough to do and no result has come. An imap may deal a number of chunks per process ahead of
+# what it has yielded: `_FIRST_AHEAD` while it is unknown how large the results are and how long
+# they take, then at least `_LEAST_AHEAD`, and at most `_MOST_AHEAD`, if the results are small.
+_AHEAD = 2  # chunks that main sends to each worker, where each has a supply of its own
 _LEAST_AHEAD, _FIRST_AHEAD, _MOST_AHEAD = 4, 16, 100
 
 
 class _Source:
-    """The items of an imap: what can be cut is left where it is, all else is iterated over."""
+    """The items of an imap: sliced where they lie if that is possible, else iterated over."""
 
     def __init__(self, data: Any) -> None:
-        self._items = iter(data)  # once, and at once, to refuse what cannot be iterated over
+        self._items = iter(data)  # only once; and now, to refuse data that are not iterable
         self.hint = operator.length_hint(data)
         self.total: int | None = None
-        with contextlib.suppress(TypeError):  # also of what has a length at times
+        with contextlib.suppress(TypeError):  # some types have a length only at times
             self.total = len(data)
         self._cut = data if _can_be_cut(data) else None
 
     def chunks(self, chunksize: int, comm: Communicator) -> _Chunks:
-        """With the number of the first item of each."""
+        """Return the chunks, each with the number of its first item."""
         if self._cut is not None:
             return _Chunks(_cut(_sized(self._cut), chunksize))
         chunks = _chunked(self._items, chunksize)
@@ -5958,18 +5957,18 @@ class _Source:
 
 def _cut(data: Any, chunksize: int) -> Iterator[tuple[int, Any]]:
     start = 0
-    while start < len(data):  # to which the user's loop may add
+    while start < len(data):  # the user's loop may append to `data`
         yield start, data[start : start + chunksize]
         start += chunksize
 
 
 def _chunked(items: Iterator[Any], chunksize: int) -> Iterator[tuple[int, list[Any]]]:
-    """Lists of items; what `items` raises comes behind the ones that it has given before."""
+    """Yield lists of items; what `items` raises comes after all the items before it."""
     for start in itertools.count(0, chunksize):
         chunk, error = [], None
         try:
             for item in itertools.islice(items, chunksize):
-                chunk.append(item)  # noqa: PERF402 - those before an error are wanted
+                chunk.append(item)  # noqa: PERF402 - the items before an error are wanted
         except Exception as why:
             error = why
         if chunk:
@@ -5981,15 +5980,15 @@ def _chunked(items: Iterator[Any], chunksize: int) -> Iterator[tuple[int, list[A
 
 
 class _Chunks:
-    """Chunks that main takes, one after the other."""
+    """The chunks of a map, which main takes one after the other."""
 
     def __init__(self, chunks: Iterator[tuple[int, Any]]) -> None:
         self._chunks = chunks
         self.ended = False
-        self.error: BaseException | None = None  # of the user's iterator, by which it has ended
+        self.error: BaseException | None = None  # that has ended the user's iterator
 
     def take(self) -> tuple[int, Any] | None:
-        """The next; None where there is none yet, or none any more."""
+        """Return the next chunk; None if there is none yet, or none left."""
         try:
             chunk = next(self._chunks, None)
         except Exception as error:
@@ -5998,25 +5997,25 @@ class _Chunks:
         return chunk
 
     def has_news(self) -> bool:
-        """Whether `take` has something to say."""
+        """Whether `take` would return a chunk, or find the end."""
         return not self.ended
 
     def close(self) -> None:
-        """Read no more."""
+        """Stop reading."""
 
 
 class _Reader(threading.Thread):
-    """The thread that reads ahead for a communicator, and has no other part in its calls."""
+    """The thread that reads ahead for a communicator, and must not use it otherwise."""
 
     def __init__(self, comm: Communicator, read: Callable[[], None]) -> None:
-        # The user's numpy.errstate and decimal context hold there as well.
+        # In a copied context, so that the user's numpy.errstate and decimal context hold there.
         run, name = contextvars.copy_context().run, f"parallelizer-reader-{comm.process}"
         super().__init__(target=run, args=(read,), name=name, daemon=True)
         self.comm = comm
 
     @staticmethod
     def refuse(comm: Communicator | None = None) -> None:
-        """An error on the thread that reads for `comm`, or without it on any that reads."""
+        """Raise an error on the thread that reads for `comm`; without `comm`, on any reader."""
         thread = threading.current_thread()
         if isinstance(thread, _Reader) and comm in (None, thread.comm):
             raise ContractError(
@@ -6026,7 +6025,7 @@ class _Reader(threading.Thread):
 
 
 class _ReadAhead(_Chunks):
-    """The same by a thread, as an iterator may wait for what the user does with the results."""
+    """Chunks read by a thread, because the iterator may wait for what is done with results."""
 
     def __init__(self, chunks: Iterator[tuple[int, Any]], comm: Communicator) -> None:
         super().__init__(chunks)
@@ -6045,14 +6044,14 @@ class _ReadAhead(_Chunks):
                 if chunk is None:
                     break
                 self._tell(chunk)
-        except BaseException as error:  # which is main's
+        except BaseException as error:  # for main to raise
             end = error
         self._tell(end)
 
     def _tell(self, news: tuple[int, Any] | BaseException | None) -> None:
         self._read.append(news)
         if not self._closed:
-            with contextlib.suppress(OSError):  # where the processes have ended meanwhile
+            with contextlib.suppress(OSError):  # if the processes have ended meanwhile
                 self._wake()
 
     def take(self) -> tuple[int, Any] | None:
@@ -6074,7 +6073,7 @@ class _ReadAhead(_Chunks):
         self._closed = True
         self._room.release()
         if self._thread.ident is not None:
-            # In vain where the iterator waits for what will not come.
+            # The time runs out if the iterator waits for something that will never come.
             self._thread.join(_SETTLING)
 
 
@@ -6086,7 +6085,7 @@ def _imap_in_run(
     *,
     parallelizer: Parallelizer,
 ) -> Iterator[Any]:
-    """What every process does in an `imap`; only main's `make_task` and `data` count."""
+    """Take this process's part in an `imap`; only main's `make_task` and `data` count."""
     source: Any = None
 
     def prepare() -> _Task:
@@ -6107,7 +6106,7 @@ def _imap_in_run(
 def _dealt_as_stream(
     task: _Task, source: Any, ordered: bool, comm: Communicator
 ) -> Generator[Any, None, None]:
-    """The results on main, and on a worker nothing, when it has computed its part of them."""
+    """Return the results on main; on a worker compute its share, and return none."""
     tag = task.tag
     if comm.rank == 0:
         dealer = _Dealer(task, source.chunks(task.chunksize or 1, comm), tag, comm)
@@ -6118,11 +6117,11 @@ def _dealt_as_stream(
         message = _packed_results(task, items, start, comm)
         with comm.enter("send"):
             comm.send(message, 0, tag)
-    return (result for result in list[Any]())  # which can be closed
+    return (result for result in list[Any]())  # a generator, to have close()
 
 
 def _packed_results(task: _Task, items: Any, start: int, comm: Communicator) -> Message:
-    """The results of a chunk, or of its first items and what the next one has raised."""
+    """Pack the results of a chunk, or of the items before an error, with the error."""
     what = "what imap's function returned"
     results, error = task.compute_until_error(items, start, comm)
     try:
@@ -6136,7 +6135,7 @@ def _failure_of(error: Exception, comm: Communicator) -> Failure:
 
 
 def _that_can_be_packed(values: Iterable[Any]) -> list[Any]:
-    """Those before the first one that cannot."""
+    """Return the values before the first one that cannot be packed."""
     found: list[Any] = []
     with contextlib.suppress(PackingError):
         for value in values:
@@ -6146,14 +6145,14 @@ def _that_can_be_packed(values: Iterable[Any]) -> list[Any]:
 
 
 class _Stream:
-    """What an imap of main alone gives; any thread may ask for a result, close or collect it."""
+    """The iterator of an imap outside run; any thread may take a result, close or collect it."""
 
     def __init__(self, results: Generator[Any, None, None]) -> None:
-        # Those that have had a part in it would wait for themselves if they ran anything else.
+        # Threads that have taken part: each would wait for itself if it ran anything else.
         self.threads = weakref.WeakSet([threading.current_thread()])
         self._results = results
-        self._turn = threading.RLock()  # as no thread may enter where another one is
-        self._latest = threading.current_thread()  # who has had the turn
+        self._turn = threading.RLock()  # because only one thread at a time may be in a generator
+        self._latest = threading.current_thread()  # to have had the turn
         self._why_cut_off = ""
 
     def __iter__(self) -> Iterator[Any]:
@@ -6172,8 +6171,8 @@ class _Stream:
             self._turn.release()
 
     def close(self, why: str = "") -> None:
-        """Give up what has not come yet; `why`, where another one than its user does."""
-        self._why_cut_off = why  # at once, because its user may take one turn after the other
+        """Give up the results to come; `why` is for the user, if somebody else closes it."""
+        self._why_cut_off = why  # before waiting: the user may take one turn after the other
         self._take_turn()
         try:
             self._results.close()
@@ -6182,77 +6181,77 @@ class _Stream:
 
     def _take_turn(self) -> None:
         if not self._turn.acquire(blocking=False):
-            _Reader.refuse()  # it may be the one that whoever has the turn waits for
+            _Reader.refuse()  # whichever thread is inside may be waiting for this one
             self._turn.acquire()
 
 
 class _ChunksByMail:
-    """Main sends the chunks: each worker has one that it computes, and one that waits."""
+    """Main sends the chunks: each worker has one to compute, and one that waits."""
 
-    ahead = _MOST_AHEAD  # chunks for each worker that may wait, where they lie in one place
+    ahead = _MOST_AHEAD  # chunks that may wait, per worker, if they lie in one queue
 
     def __init__(self, comm: Communicator, tag: int) -> None:
         self._comm = comm
         self._tag = tag
-        self._supply = dict.fromkeys(range(1, comm.size), 0)  # on main: chunks that each has
+        self._supply = dict.fromkeys(range(1, comm.size), 0)  # on main: how many chunks each has
 
     # -- on main ------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Before the workers are called: let nothing be left of an earlier map."""
+        """Discard what an earlier map has left; called before the workers are."""
 
     def begin(self) -> None:
-        """The workers have been called."""
+        """Take note that the workers have been called."""
 
     def has_room(self) -> bool:
         """Whether a chunk may be offered."""
         return any(count < _AHEAD for count in self._supply.values())
 
     def offer(self, start: int, message: Message) -> bool:
-        """Give a chunk to who has least; False where there is no room for it after all."""
+        """Give a chunk to the worker that has fewest; False if there is no room after all."""
         rank = min(self._supply, key=self._supply.__getitem__)
         self._send(rank, message)
         self._supply[rank] += 1
         return True
 
     def flush(self) -> None:
-        """Let all that has been offered be taken."""
+        """Let the workers take all that has been offered."""
 
     def busy(self) -> list[int]:
         """The workers that have chunks."""
         return [rank for rank, count in self._supply.items() if count]
 
     def hear(self, rank: int) -> None:
-        """A worker has computed one."""
+        """Take note that a worker has computed a chunk."""
         self._supply[rank] -= 1
 
     def hear_all(self) -> None:
-        """Take in who has computed one, where workers keep their results."""
+        """Take in which workers have computed a chunk, if they keep their results."""
         while (busy := self.busy()) and self._comm.has_arrived(busy, self._tag):
             with self._comm.enter("receive"):
                 self.hear(self._comm.receive_any(busy, self._tag, "a map")[0])
 
     def has_spare(self) -> bool:
-        """Whether the workers are supplied, and main may compute, too."""
+        """Whether the workers have enough to do, so that main may compute, too."""
         return True
 
     def take_own(self) -> int | None:
-        """The first item of an offered chunk that main is to compute, if there is one."""
+        """Take an offered chunk for main, if possible; return the number of its first item."""
         return None
 
     def end(self) -> bool:
-        """Offer no more; False if there is no room for that word now."""
+        """Announce the end of the map; False if there is no room for that now."""
         for rank in self._supply:
             self._send(rank, _pack(None, "the end of a map"))
         return True
 
     def withdraw(self) -> None:
-        """Take back what nobody has begun to compute, as far as that can be done."""
+        """Take back the chunks that nobody has begun to compute, as far as that is possible."""
 
     # -- on a worker --------------------------------------------------------------------------
 
     def chunks(self) -> Iterator[tuple[int, Any]]:
-        """Those that it is to compute."""
+        """Yield the chunks that this worker is to compute."""
         while True:
             with self._comm.enter("receive"):
                 _, message = self._comm.receive_any([0], self._tag, "a map", idle=True)
@@ -6262,7 +6261,7 @@ class _ChunksByMail:
             yield chunk
 
     def tell_done(self) -> None:
-        """The chunk is computed, and its results stay here."""
+        """Tell main that the chunk is computed, and its results stay here."""
         self._send(0, Message(b"-", []))
 
     def _send(self, rank: int, message: Message) -> None:
@@ -6271,18 +6270,18 @@ class _ChunksByMail:
 
 
 class _ChunksByTicket(_ChunksByMail):
-    """Where all share memory: the chunks lie there, and each process takes its next one."""
+    """The chunks lie in shared memory, and each process takes its next one there."""
 
     _comm: BoardCommunicator
 
     def __init__(self, comm: BoardCommunicator, tag: int) -> None:
         super().__init__(comm, tag)
         self._offered = 0  # on main: chunks that are not known to have been computed
-        self._flushed = 0.0  # when
+        self._flushed = 0.0  # when tickets were written last
 
     @property
     def _queue(self) -> _ChunkQueue:
-        queue = self._comm.queue  # which a forked child is cut off from
+        queue = self._comm.queue  # asked for each time, because a forked child is cut off from it
         assert queue is not None
         return queue
 
@@ -6302,7 +6301,8 @@ class _ChunksByTicket(_ChunksByMail):
     def offer(self, start: int, message: Message) -> bool:
         offered = self._queue.put(start, message)
         self._offered += offered
-        # Each write wakes all who idle. That there is a ticket for each of them is worth a moment.
+        # Each write wakes all idle workers, so it is worth a moment's wait to have a ticket for
+        # each of them.
         waited = time.perf_counter() - self._flushed
         if self._queue.count_unwritten() >= len(self._supply) or waited > _LEAST_SECONDS:
             self.flush()
@@ -6316,17 +6316,17 @@ class _ChunksByTicket(_ChunksByMail):
         if not self._offered:
             return []
         taken = self._queue.taken[list(self._comm.members)]
-        # Those that idle wait for main, and are none to wait for.
+        # An idle worker waits for main, so main must not wait for it.
         return [rank for rank, heard in self._supply.items() if taken[rank] > heard] or [
             *self._supply
         ]
 
     def hear(self, rank: int) -> None:
         self._offered -= 1
-        self._supply[rank] += 1  # how many have been computed, here
+        self._supply[rank] += 1  # here: how many chunks it has computed
 
     def hear_all(self) -> None:
-        """The workers say nothing."""
+        """Do nothing, because the workers report nothing."""
 
     def has_spare(self) -> bool:
         return self._offered > len(self._supply)
@@ -6340,7 +6340,7 @@ class _ChunksByTicket(_ChunksByMail):
         return ticket.start
 
     def await_room(self) -> None:
-        """On main, where all that there is room for has been taken, but not yet been read."""
+        """On main: wait, when all chunks that fit have been taken, but not yet read."""
         with self._comm.enter("receive"):
             self._comm.await_room(self._queue.has_room_again, "a map")
 
@@ -6363,7 +6363,7 @@ class _ChunksByTicket(_ChunksByMail):
                 queue.taken[comm.process] += 1
                 try:
                     message = queue.read(ticket)
-                except (MemoryError, OSError) as why:  # mmap raises the latter
+                except (MemoryError, OSError) as why:  # mmap raises OSError
                     raise comm.out_of_memory(0, why) from why
                 comm.tell_of_room_in_queue()
                 yield _unpack(message, "a chunk")
@@ -6372,7 +6372,7 @@ class _ChunksByTicket(_ChunksByMail):
             comm.wake_main()
 
     def tell_done(self) -> None:
-        """Main need not know."""
+        """Do nothing, because main need not know."""
 
 
 def _chunk_channel(comm: Communicator, tag: int) -> _ChunksByMail:
@@ -6382,7 +6382,7 @@ def _chunk_channel(comm: Communicator, tag: int) -> _ChunksByMail:
 
 
 class _Dealer:
-    """Main's part in a map: offers the chunks to all, and computes its own."""
+    """Main's part in a map: it offers chunks to all, and takes some of them itself."""
 
     def __init__(self, task: _Task, chunks: _Chunks, tag: int, comm: Communicator) -> None:
         self.task = task
@@ -6390,15 +6390,15 @@ class _Dealer:
         self.comm = comm
         self.hand = _chunk_channel(comm, tag)
         self._items: dict[int, Any] = {}  # of chunks that are not known to be computed elsewhere
-        self._waiting: tuple[int, Message] | None = None  # until there is room for it
+        self._waiting: tuple[int, Message] | None = None  # a chunk for which there is no room yet
         self._recalled: collections.deque[tuple[int, Any]] = collections.deque()
         self.dealt: dict[int, None] = {}  # chunks whose results have not been yielded, in order
         self.most: float = math.inf  # how many of them may be under way
-        self.told = False  # whether all know that there are no more
+        self.told = False  # whether all know that there are no more chunks
         self.hand.begin()
 
     def draw(self) -> tuple[int, Any] | None:
-        """A chunk that nobody has been offered, if there is one now."""
+        """Return a chunk that nobody has been offered, if there is one now."""
         if self.room() <= 0:
             return None
         if self._recalled:
@@ -6406,11 +6406,11 @@ class _Dealer:
         return None if self.chunks.ended else self.chunks.take()
 
     def room(self) -> float:
-        """How many more chunks may be under way; below 0, if there are too many."""
+        """How many more chunks may be dealt; negative if too many are under way."""
         return self.most - (len(self.dealt) - len(self._recalled))
 
     def has_news(self) -> bool:
-        """Whether `draw` has something to say."""
+        """Whether `draw` would return a chunk, or find the end."""
         return self.room() > 0 and (bool(self._recalled) or self.chunks.has_news())
 
     def has_ended(self) -> bool:
@@ -6418,7 +6418,10 @@ class _Dealer:
         return self.chunks.ended and not self._recalled
 
     def offer(self) -> Iterator[tuple[int, PackingError | None]]:
-        """Offer what there is room for; each chunk's first item, and why it cannot be sent."""
+        """Offer chunks while there is room; yield each one's first item, and its error if any.
+
+        A chunk that cannot be packed is offered up to the item that fails.
+        """
         if self.told:
             return
         while self.hand.has_room():
@@ -6451,9 +6454,10 @@ class _Dealer:
             yield start + len(items), error
 
     def recall(self) -> None:
-        """Take back what nobody has begun with.
+        """Take back the chunks that nobody has begun.
 
-        Not once the end of the map has been told, when those who found nothing more have left.
+        Nothing is taken back once the end of the map has been announced, because workers that have
+        found no more chunks have left by then.
         """
         if self.told:
             return
@@ -6461,25 +6465,25 @@ class _Dealer:
             self._recalled.append((start, self._items.pop(start)))
 
     def take_own(self) -> tuple[int, Any] | None:
-        """A chunk for main, a new one if possible, which need not be packed."""
+        """Return a chunk for main: a new one if possible, because that need not be packed."""
         if self._waiting is None and (chunk := self.draw()) is not None:
             return chunk
         start = self.hand.take_own()
         return None if start is None else (start, self._items.pop(start))
 
     def forget(self, start: int) -> None:
-        """The chunk has been computed elsewhere."""
+        """Take note that the chunk has been computed elsewhere."""
         self._items.pop(start, None)
 
     def stop(self) -> None:
-        """Have nobody begin with another chunk."""
+        """Keep everybody from beginning another chunk."""
         self.hand.withdraw()
         if not self.told:
             self.told = self.hand.end()
 
 
 def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object]) -> list[Any]:
-    """Main's part in a map whose results stay where they are: its own, by chunks."""
+    """Take main's part in a map whose results stay on the workers; return main's, by chunks."""
     done = []
     if dealer.task.is_paced(total, dealer.comm.size):
         dealer.hand.ahead = _FIRST_AHEAD  # until it is known how long an item takes
@@ -6501,7 +6505,7 @@ def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object])
 
 
 class _Results:
-    """Main's part in an imap: deals out the chunks, and takes in the results."""
+    """Main's part in an imap: it deals out the chunks and takes in the results."""
 
     def __init__(self, dealer: _Dealer, ordered: bool, tag: int) -> None:
         self._dealer = dealer
@@ -6512,15 +6516,15 @@ class _Results:
         self._begun = (
             self._comm.run_number,
             self._comm.is_running(),
-        )  # under MPI perhaps between two runs
+        )  # under MPI, an imap may begin between two runs
         self._done: dict[int, _Done] = {}  # results by the first item of their chunk
-        self._came = self._bytes = 0  # results, by chunks, and what they take
+        self._came = self._bytes = 0  # chunks of results that have come, and bytes
 
     def all(self, total: int | None) -> Generator[Any, None, None]:
         with _bar(total, self._dealer.task.progress) as reached:
             count = 0
             try:
-                yield None  # begun, so that it ends in what is below, even if nobody takes a result
+                yield None  # now begun: `finally` will run, even if nobody takes a result
                 while (done := self._next()) is not None:
                     count += len(done.results)
                     reached(count)
@@ -6528,7 +6532,7 @@ class _Results:
                     if done.error is not None:
                         raise done.error
             except RunEnded:
-                if self._dealer.task.is_numbered:  # whose results are kept
+                if self._dealer.task.is_numbered:  # its results outlive the run
                     yield from self._that_have_come()
                 raise
             finally:
@@ -6536,7 +6540,7 @@ class _Results:
                 self._comm.do_between_calls(self._dismiss)
 
     def _that_have_come(self) -> Iterator[Any]:
-        """Results that lie here, although the run has ended."""
+        """Yield the results that have come before the run ended."""
         for done in self._done.values():
             yield from done.results
         comm, workers = self._comm, range(1, self._comm.size)
@@ -6545,7 +6549,7 @@ class _Results:
             yield from _unpack(message, f"what rank {rank} sends to imap")[1]
 
     def _dismiss(self) -> None:
-        # Not after a failure, which the workers hear of anyway, or an interrupted call.
+        # `stop` raises after a failure or an interrupted call, of which the workers hear anyway.
         try:
             if not self._has_ended():
                 self._dealer.stop()
@@ -6554,11 +6558,11 @@ class _Results:
                 raise
 
     def _has_ended(self) -> bool:
-        """Whether the run is over, or another one goes on, of which nothing is to be taken."""
+        """Whether the run is over; another one may go on, whose mail must be left alone."""
         return (self._comm.run_number, self._comm.is_running()) != self._begun
 
     def _next(self) -> _Done | None:
-        """The results to be yielded next; None after the last."""
+        """Return the results to be yielded next; None after the last."""
         dealer = self._dealer
         while True:
             if self._comm.size > 1 and self._has_ended():
@@ -6593,7 +6597,7 @@ class _Results:
                 self._done[start] = _Done([], error)
 
     def _await_news(self) -> None:
-        """Wait for results, or for the iterator to go on."""
+        """Wait for results, or for the iterator to yield more data."""
 
         def busy() -> list[int]:
             return [self._comm.members[rank] for rank in self._dealer.hand.busy()]
@@ -6616,18 +6620,18 @@ class _Results:
             start, results, failure = _unpack(message, f"what rank {rank} sends to imap")
         self._came += 1
         self._bytes += message.nbytes
-        # As many as fill the queue with results such as these.
+        # As many chunks as would fill the queue's memory with results of this average size.
         most = _QUEUE_BYTES * self._came // (self._bytes * self._comm.size)
         self._dealer.most = min(max(_LEAST_AHEAD, most), _MOST_AHEAD) * self._comm.size
         self._done[start] = _Done(results, failure and failure.exception())
         self._dealer.forget(start)
         hand.hear(rank)
-        if self._dealer.room() < 0:  # the results are larger than they might have been
+        if self._dealer.room() < 0:  # the results are larger than had been assumed
             self._dealer.recall()
 
 
 class _Done(NamedTuple):
-    """What has come of a chunk: results of its items, or of the first ones and then an error."""
+    """The outcome of a chunk: the results of its items, or those before an error, and the error."""
 
     results: list[Any]
     error: BaseException | None
@@ -6638,41 +6642,45 @@ class _Done(NamedTuple):
 # ---------------------------------------------------------------------------------------------
 #
 # The vocabulary of the protocol: words and the calls they stand for, mail (`Parcel`), and the
-# search for deadlocks (`_Watch`). What is done with it is written
-# in `Communicator`, in the next section: `_disagree` finds that two words do not go together.
+# search for deadlocks (`_Watch`). The protocol itself is in `Communicator`, in the next section;
+# there, `_disagree` finds out whether the words of a round go together.
 
 
-# Every verb is one meeting. A run is a sequence of numbered *rounds*, to each of which all its
-# processes come, with a *word* that says which call they make, and what they bring to it. Nobody
-# leaves a round before all have come with the same call; then all know what there is to be moved,
-# and that needs no further talk. A transport shows words to all, and moves what does not fit beside
-# them; what the words mean is written once, in `Communicator`.
+# Every collective verb is one meeting. A run is a sequence of numbered *rounds*. All processes of
+# the run come to each round; each shows a *word*, which says what call it makes, and lays out what
+# it brings. No process leaves a round before all have come to it with the same call. By then all
+# know what is to be moved, so moving it takes no further talk. A transport shows words to all
+# processes, and moves what does not fit beside the words; what they mean is decided in one place,
+# `Communicator`.
 #
-# A process leaves a round when it is complete, or else it leaves the run for good: what takes it
-# out before (another call, a partner that has returned, a wait that takes too long) is raised again
-# by each later call of the run, and nothing more is shown in it. So a late process finds what the
-# others have shown.
+# A process leaves a round when the round is complete, or else it leaves the run for good. Whatever
+# takes it out earlier (another call, a partner that has returned, a wait that takes too long) is
+# raised again by every later call of the run, and the process shows nothing more in that run. So a
+# late process finds what the others have shown. If a process caught the error and went on, it would
+# write over a word that a late process has yet to read, and the late one would be blamed.
 #
-# Inside run(comm=ranks), a group, the rounds go on among all processes of the run; who is not in
-# the group *sits* in each, until its members show that they leave it, well or by an error. So what
-# goes wrong in it is known to all in the same round.
+# Inside run(comm=ranks), a group, the rounds go on among all processes of the run. Processes that
+# are not in the group *sit out* each round, until the members show that they leave the group,
+# normally or by an error. So all processes learn in the same round what has gone wrong in a group.
 #
-# What goes to one process alone (`send`, the chunks and results of `map`) is *mail*, beside the
-# rounds. How a run ends that has failed depends on the transport: multiprocessing can interrupt and
-# replace a worker, and MPI cannot.
+# What goes to one process alone (`send`, the chunks and results of `map`) is *mail*, apart from the
+# rounds. How a failed run ends depends on the transport: multiprocessing can interrupt and replace
+# a worker, and MPI cannot.
 
-# Seconds of waiting after which a process asks those it waits for what they are doing. If they
-# answer twice that all wait in a circle, that is a deadlock.
+# Seconds of waiting after which a process asks the processes it waits for what they are doing. If
+# it finds twice that all wait in a circle, that is a deadlock.
 _PATIENCE = 0.5
 
-# Seconds that a process whose run has failed elsewhere gets to leave its function.
+# Seconds that a process gets to leave its function when its run has failed elsewhere.
 _GRACE = 1.0
 
-# Seconds that other processes get, when one has failed, to come to failures of their own: of
-# several at once, the lowest rank's is told.
+# Seconds that the other processes get, when one has failed, to arrive at failures of their own. Of
+# several failures at once, the lowest rank's is raised.
 _SETTLING = 0.05
 
-_SHORT_MAIL = ("control", "failed", "leaves", "logs")  # heard as soon as it is whole
+_SHORT_MAIL = ("control", "failed", "leaves", "logs")  # acted on as soon as all of it has come
+
+# A verb's code is its place here. It takes 6 bits of a word, so there is room for 64 of them.
 _VERBS = (
     *_SHORT_MAIL, "return", "left", "run", "exit", "more of an earlier call", "run(comm=...)",
     "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "imap",
@@ -6680,15 +6688,20 @@ _VERBS = (
 )  # fmt: skip
 
 _CODES = {verb: code for code, verb in enumerate(_VERBS)}
+
+# Codes that are no call of the user's: for a process that sits out a round of a group, for a
+# further round of the same call, and for a process that comes to a round because another process
+# leaves a group, or the run, by an error.
 _SIT, _MORE = _CODES["run(comm=...)"], _CODES["more of an earlier call"]
 _LEFT = _CODES["left"]
 
-# A word is the number of a round, in 48 bits, which last for decades; below it are the last 4 bits
-# of the number of the call, 5 of how deep its group is nested, 6 of the verb, and one for whether
-# more is brought than a slot holds.
+# From its highest bit down, a word holds the number of the round (48 bits, which last for decades),
+# the last 4 bits of the number of the call, 5 bits for how deep its group is nested, 6 for the
+# verb, and 1 that is set if more is brought than a slot holds. Processes only ever count up, so no
+# word that is left from an earlier round or run can equal one that is waited for.
 _BITS, _DEPTH = 16, 7
 _REST = 2**_BITS - 1
-_LAID = struct.Struct("<QQQ")  # messages that are brought; of each, its bytes and those of its head
+_LAID = struct.Struct("<QQQ")  # how many messages; of each, its bytes and those of its head
 
 
 def _depth_of(word: int) -> int:
@@ -6700,7 +6713,7 @@ def _verb_of(word: int) -> int:
 
 
 def _is_failed_exit(word: int) -> bool:
-    """Whether it tells of an error by which a member leaves its group."""
+    """Whether this word says that a member leaves its group by an error."""
     return word & 127 == _CODES["return"] << 1 | 1
 
 
@@ -6725,7 +6738,7 @@ _GONE = {"return": "returned", "exit": "ended its program"}
 
 
 def _state(call: Call) -> str:
-    """What a process does that has called this, or has gone."""
+    """Say in words what a process is doing whose latest call this is."""
     return str(call) if call.verb == "return" else _GONE.get(call.verb) or _wait_of(call)
 
 
@@ -6735,7 +6748,7 @@ def _wait_of(call: Call) -> str:
 
 
 class _Wait(NamedTuple):
-    """What a process waits for, told to those who ask."""
+    """The wait of a process, as it describes it to processes that ask."""
 
     process: int
     number: int
@@ -6745,12 +6758,13 @@ class _Wait(NamedTuple):
 
 
 class _Watch:
-    """Finds deadlocks, by asking around.
+    """Finds deadlocks by asking around.
 
-    ASK goes along the chain "I wait for you"; who is waiting too answers TELL with what it waits
-    for. An answer comes behind all messages that were sent before it, so whoever is still waiting
-    then will wait for ever, if the chain leads back to itself. A circle is believed when two
-    rounds find the same.
+    A process that waits sends "ask" to the processes it waits for. One that waits, too, answers
+    "tell" with what it waits for, and the process that asks goes on to those. An answer comes
+    behind all mail that its sender has sent before. So if the chain leads back to the process that
+    asks, and it is still waiting then, all of them wait for ever. A circle is believed when it has
+    been found twice in a row.
     """
 
     _describe: Callable[[int], _Wait | None]
@@ -6761,9 +6775,11 @@ class _Watch:
         self.end()
 
     def begin(self, describe: Callable[[int], _Wait | None]) -> None:
-        """A wait begins, which `describe` tells of for as long as it lasts."""
+        """Take note that a wait begins; as long as it lasts, `describe` says what it waits for."""
         self._number += 1
         self._describe = describe
+        # Circles of the look before, and of the present one. A chain holds the number of each wait
+        # in it, so the same chain twice means that none of these waits has ended in between.
         self._circles: set[tuple[_Wait, ...]] = set()
         self._new_circles: set[tuple[_Wait, ...]] = set()
 
@@ -6802,7 +6818,7 @@ class _Watch:
 
 
 def _deadlock_error(circle: tuple[_Wait, ...]) -> ContractError:
-    """Tell of a circle in which each waits for the next, by the two who show best what is wrong."""
+    """Describe a circle of waits by the two neighbours that show best what is wrong."""
 
     def disagree(one: _Wait, other: _Wait) -> bool:
         return one.call[:2] == other.call[:2] and one.call != other.call
@@ -6829,7 +6845,10 @@ def _deadlock_error(circle: tuple[_Wait, ...]) -> ContractError:
 
 
 def _advice_to_serve(words: set[str], depth: int) -> str:
-    """For workers that wait, serve or leave, as with other pools, while main alone maps."""
+    """Advise a program in which main alone maps, and workers wait, serve or leave.
+
+    That is how other pools are used.
+    """
     taken_for_a_pool = words & {"map", "imap"} and words & {"wait", "exit"}
     if depth > 0 or not (taken_for_a_pool or "serve" in words):
         return ""
@@ -6840,12 +6859,12 @@ def _advice_to_serve(words: set[str], depth: int) -> str:
 
 
 class Parcel:
-    """Mail on its way, and in which run.
+    """A piece of mail, and the run that it belongs to.
 
-    At its receiver, a transport may hand over a parcel of which a part is still to come.
+    At the receiver, a transport may hand over a parcel before all of it has come.
     """
 
-    failure: MemoryError | None = None  # for want of memory, nothing more of it is taken in
+    failure: MemoryError | None = None  # memory has run out for it, so the rest is thrown away
 
     def __init__(self, run: int, verb: str, message: Message | None, tag: int = 0) -> None:
         self.run = run
@@ -6859,13 +6878,13 @@ class Parcel:
         return self.message is not None
 
     def copy(self) -> Parcel:
-        """The same, with buffers that are not the sender's own memory."""
+        """Return a copy whose buffers are not the sender's memory."""
         assert self.message is not None
         return Parcel(self.run, self.verb, self.message.copy(), self.tag)
 
 
 class _Mailbox:
-    """What others have sent and nobody has received: by sender, tag and run, oldest first."""
+    """Mail that has come and has not been received: by sender, tag and run, oldest first."""
 
     def __init__(self) -> None:
         # Where there is no mail there is no entry, because there may be very many tags.
@@ -6882,12 +6901,12 @@ class _Mailbox:
         return (sender, tag, run) not in self._queues
 
     def has_whole(self, sender: int, tag: int, run: int) -> bool:
-        """Whether the oldest is here to its last byte."""
+        """Whether the oldest parcel has come to its last byte."""
         queue = self._queues.get((sender, tag, run))
         return queue is not None and queue[0].done()
 
     def take(self, sender: int, tag: int, run: int) -> Parcel:
-        """The oldest."""
+        """Remove the oldest parcel, and return it."""
         queue = self._queues[sender, tag, run]
         parcel = queue.popleft()
         if not queue:
@@ -6918,25 +6937,27 @@ class _Laid(NamedTuple):
 # The communicator: what all transports have in common
 # ---------------------------------------------------------------------------------------------
 #
-# `Communicator` has the protocol, and calls the few methods of a transport that stand at its head.
-# What dies with a run lies in a `_Run`. A message to a process that has returned is lost, without
-# an error.
+# `Communicator` is the protocol. It calls the few methods of a transport that stand at its head.
+# State that dies with a run lies in a `_Run`. A message to a process that has returned is lost,
+# without an error.
 
 
-# A child that is forked in a run has all that its parent has: the ways to the other processes, and
-# the frames of this module, to which it returns when it leaves the user's function. It neither
-# speaks nor hears there: its communicators are cut off as soon as it is born, and it ends where it
-# would leave the function, as a child of multiprocessing does.
+# A child that is forked in a run inherits all that its parent has: the ways to the other processes,
+# and the frames of this module, to which it would return from the user's function. There it would
+# end the run in its parent's name, kill main's workers, or serve beside its parent. So its
+# communicators are cut off as soon as it is born, and it ends where it would leave the function, as
+# a child of multiprocessing does.
 _COMMUNICATORS: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
 @functools.cache
 def _heed_forks() -> None:
-    """Have the interpreter tell of each fork in this process."""
+    """Have the interpreter call this module at each fork of this process."""
+    # Only once in a process, because Python has no way to take such a hook back.
 
     def flush() -> None:
         if any(communicator.is_running() for communicator in list(_COMMUNICATORS)):
-            _flush_streams()  # or the child would write, too, what waits in them
+            _flush_streams()  # or the child would write again what is buffered in them
 
     def part() -> None:
         for communicator in list(_COMMUNICATORS):
@@ -6959,7 +6980,7 @@ def _flush_streams() -> None:
 
 
 class _NoWay:
-    """Stands in a forked child for the ways to the other processes."""
+    """Takes the place, in a forked child, of the ways to the other processes."""
 
     def __init__(self, process: int) -> None:
         self._process = process
@@ -6972,7 +6993,7 @@ class _NoWay:
 
 
 class _UsersCode:
-    """Within, the user's function executes, and a child that it forks ends where it leaves it."""
+    """The context in which the user's function executes; a child forked within ends with it."""
 
     def __enter__(self) -> None:
         self._pid = os.getpid()
@@ -6983,7 +7004,9 @@ class _UsersCode:
 
 
 def _end_child(error: BaseException | None) -> NoReturn:
-    """End this process as if its program had ended by `error`, without what is done at exit."""
+    """End this process as if its program had ended by `error`, but without exit handlers."""
+    # Neither by raising nor by sys.exit: the frames above, and what is to be done at exit, are the
+    # parent's.
     status = 0
     try:
         if isinstance(error, SystemExit):
@@ -7006,49 +7029,53 @@ def _left_with_outer_run(process: int) -> ContractError:
 
 
 class _Run:
-    """What a process knows of one run, and forgets with it: the next one gets another of these."""
+    """The state of one run in this process; the next run gets a new object."""
+
+    # All of it is replaced, and nothing is reset: attributes that are reset one by one, at several
+    # places, are easily forgotten at one of them, and outlive their run.
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.in_progress = False  # as it is not between two runs
+        self.in_progress = False  # False between two runs
         self.final: BaseException | None = None  # by which this process has left it for good
-        self.over = False  # whether all have seen its end, before this process has returned
-        self.verdict: Failure | None = None  # by whom it has ended
-        self.failed_too: list[tuple[int, str]] = []  # ranks, and their errors in a line
-        self.sitting: Sequence[int] = ()  # the group of others that does something
-        # How deep a group was that all have left because of the failure of another member.
+        # Whether nobody comes to its rounds any more, so that its end need not be shown in one.
+        self.over = False
+        self.verdict: Failure | None = None  # by which it has ended for all
+        self.failed_too: list[tuple[int, str]] = []  # other ranks, and a line on the error of each
+        self.sitting: Sequence[int] = ()  # the group whose rounds this process sits out
+        # The depth of a group that all have left because another member has failed.
         self.group_end: int | None = None
         self.adrift = False  # whether this process has left a round before it was complete
 
 
 class _UserCode:
-    """What the user's functions are doing in this process, and whether a signal may end it."""
+    """The state of the user's functions here, and whether a signal may interrupt them."""
 
     def __init__(self) -> None:
-        self.thread: int | None = None  # on which a run goes on
-        self.executing = False  # the function itself, on the thread that gets signals
-        self.interruptible = False  # it executes, and is in no call of a verb
-        self.news = False  # a signal has come, and has not been heeded yet
-        self.entered_at = 0.0  # when the call of a verb began that goes on; 0 where none does
+        self.thread: int | None = None  # the one on which a run goes on
+        self.executing = False  # whether the function executes, on the thread that gets signals
+        self.interruptible = False  # whether it executes, and is in no call of a verb
+        self.news = False  # whether a signal has come that has not been heeded yet
+        self.entered_at = 0.0  # when the present call of a verb began; 0 between calls
         self.postponed: list[Callable[[], object]] = []  # until the next call of a verb
-        self.task_thread: int | None = None  # on which a function executes that `map` calls
+        self.task_thread: int | None = None  # the one on which `map` calls its function
         self.items: list[Any] = []  # of the chunk that is being computed
 
 
 class Communicator(abc.ABC):
-    """What the processes of a run do together, whatever moves it from one to another.
+    """One process's part in what all do together, whatever the transport.
 
-    Messages are packed (`Message`), the root of every collective is rank 0, and processes are
-    numbered twice: `rank` counts within the `members` of the current run, while a *process*
-    keeps its number for life; main is 0 in both. A wait ends when what is waited for is there, when
-    the run has failed elsewhere, when `timeout` has passed, or when those waited for are found to
-    wait in turn for this process.
+    Messages are packed (`Message`), and the root of every collective is rank 0. Processes are
+    numbered twice: `rank` counts within the `members` of the current run, while a *process* keeps
+    its number for life; main is 0 in both. A wait ends when what is waited for is there, when the
+    run has failed elsewhere, when `timeout` has passed, or when the processes waited for are found
+    to be waiting for this one.
 
     Notes
     -----
-    A transport provides what stands under that heading below. One that has room beside its words
-    for whatever is brought needs six short methods: ``examples/threads_backend.py`` is such a one.
-    This interface may still change.
+    A transport provides the methods under that heading below. If it has room beside its words for
+    all that is brought, it needs no more than the abstract ones, which are short:
+    ``examples/threads_backend.py`` is an example. This interface may still change.
 
     A run goes through these calls, on each process that takes part::
 
@@ -7059,12 +7086,13 @@ class Communicator(abc.ABC):
         finish_run(report)     or, where the function or a verb has raised, fail_run(error)
     """
 
-    # Whether what the reducers of multiprocessing make of a connection is of use to the others.
+    # Whether other processes can use what multiprocessing's reducers make of a connection.
     passes_handles: ClassVar = False
 
     _run_type: ClassVar[type[_Run]] = _Run
 
-    # How much of arrays is folded at a time where each rank folds a segment; 0 where none does.
+    # How many bytes of an array are folded at a time, each rank folding a segment of them; 0 if the
+    # transport does not fold by segments.
     portion_bytes: ClassVar = 0
 
     def __init__(self, process: int, size: int, timeout: float | None = None) -> None:
@@ -7072,33 +7100,34 @@ class Communicator(abc.ABC):
         self.world_size = size
         self._set_members(tuple(range(size)))
         self.timeout = timeout
-        self.limit: _ThreadLimit | None = None  # of threads, where that is looked after
+        self.limit: _ThreadLimit | None = None  # of threads, if they are limited
         self.call = Call(0, 0, "run")
-        # The same in 15 bits: the last 4 of the number, 5 of the depth, 6 of the verb.
+        # The same in 15 bits, for the word: the last 4 of the number, 5 of the depth, 6 of the
+        # verb.
         self._code = _CODES["run"]
         self.user = _UserCode()
         self._round = 0  # the number of the latest round, for the life of the processes
-        self._everyone = self.members  # who comes to the rounds of the current run
+        self._everyone = self.members  # the processes that come to the rounds of the run
         self._mail = _Mailbox()
         self._run = self._run_type(0)  # the current one, or the latest
-        # The round in which another process leaves a group of that depth by an error.
+        # A round in which another process leaves a group by an error, and the depth of that group.
         self._end_of_group = 0, 0
-        self._idle = False  # between runs, where a wait may last for ever
-        self.spokesman: int | None = None  # who has failed, where all agree on that
-        self.drives_others = False  # on main, for as long as they serve
+        self._idle = False  # whether this is a wait between runs, which may last for ever
+        self.spokesman: int | None = None  # whose failure is told, if all agree on that
+        self.drives_others = False  # on main: whether the others serve
         self.account = _Account()
-        # Of those whose records main logs, and of main, where there are such.
+        # On main, and on those whose records it logs, if there are any.
         self.logs: _LogsToMain | _LogsFromOthers | None = None
-        self._tag = -1  # of the latest map; those of `send` are not negative
+        self._tag = -1  # of the latest map; tags of `send` are not negative
         self._watch = _Watch(process)
         self.gone = False  # whether this is a forked child, which takes no part
         _COMMUNICATORS.add(self)
         _heed_forks()
 
     def cut_off(self) -> None:
-        """In a forked child: neither speak for its parent nor take what is meant for that."""
+        """In a forked child: neither speak for the parent nor take what is meant for it."""
         self.gone = True
-        self.user.items.clear()  # which ends the loop over them
+        self.user.items.clear()  # ends the loop over them, so that the child computes no other
 
     def _set_members(self, members: tuple[int, ...]) -> None:
         self.members = members
@@ -7107,7 +7136,7 @@ class Communicator(abc.ABC):
         self.others = [process for process in members if process != self.process]
 
     def beside(self) -> Sequence[int]:
-        """Those of the members that run on this machine."""
+        """The members that run on this machine."""
         return self.members
 
     def host_of(self, process: int) -> str:
@@ -7118,34 +7147,35 @@ class Communicator(abc.ABC):
 
     @abc.abstractmethod
     def _exchange(self, word: int, wanted: bytes) -> bool:
-        """Show a word; return when all have shown theirs, and whether they are the `wanted` ones.
+        """Show a word; when all have shown theirs, return whether they are the `wanted` ones.
 
-        It may raise before, if the words that have come do not go together (`_check_words`).
+        It may raise earlier, if the words that have come do not go together (`_check_words`).
         """
 
     @abc.abstractmethod
     def _words(self) -> list[int]:
-        """What is shown in this round, or still of an earlier one, in the order of `_everyone`."""
+        """The words that are shown, some perhaps of an earlier round, in `_everyone`'s order."""
 
     @abc.abstractmethod
     def _lay(self, *messages: Message) -> Any:
-        """Put what is brought to the coming round beside the word, as `_described`.
+        """Lay out, as `_described`, what this process brings to the coming round.
 
-        Returns what is still to be moved after it by one of the next four; None where all fits.
+        Returns what one of the four methods `_large_...` is to move after the round; None if all
+        fits.
         """
 
     @abc.abstractmethod
     def _place_of(self, process: int, parity: int) -> tuple[Any, int]:
-        """Memory, and where in it lies what a process has brought to the last such round."""
+        """Memory, and the place in it of what a process has brought to the last such round."""
 
     def _large_from_root(self, messages: Sequence[Message], rest: Any) -> Message:
-        """Move what rank 0 has for others, in a `broadcast` or a `scatter`; see `_from_root`."""
+        """Move what rank 0 has for the others, in `broadcast` or `scatter`; see `_from_root`."""
         raise NotImplementedError
 
     def _large_to(
         self, message: Message, plan: GatherPlan | None, large: Sequence[int], rest: Any
     ) -> list[Message]:
-        """Move what each has, to where there is a `plan`; all messages in rank order there."""
+        """Move all messages to where there is a `plan`, and return them in rank order there."""
         raise NotImplementedError
 
     def _large_to_each(
@@ -7155,12 +7185,12 @@ class Communicator(abc.ABC):
         raise NotImplementedError
 
     def _large_in_turn(self, process: int, parity: int, rest: Any) -> Iterator[Message]:
-        """Move what one process has to rank 0, which alone gets something; all come to it."""
+        """Move one process's message to rank 0, which yields it; all processes take part."""
         raise NotImplementedError
 
     @abc.abstractmethod
     def _post(self, process: int, parcel: Parcel) -> None:
-        """Send mail without waiting, whatever state the sending of others is in."""
+        """Send mail without waiting, even while other mail is still being sent."""
 
     def _transmit(self, process: int, parcel: Parcel) -> None:
         """Send mail; return when its buffers may be changed."""
@@ -7168,34 +7198,38 @@ class Communicator(abc.ABC):
 
     @abc.abstractmethod
     def _progress(self, seconds: float) -> None:
-        """Deliver the mail that has come; wait for news at most so long."""
+        """Deliver the mail that has come; wait at most so many seconds for news."""
 
     def _handle_all(self) -> None:
         """Deliver all that has come, without waiting."""
         self._progress(0)
 
     def _spin_until(self, ready: Callable[[], object]) -> bool:
-        """A first try, before a wait, where to wait costs much."""
+        """Try for a moment before a wait, if falling asleep is expensive; whether it is `ready`."""
         return False
 
     def _is_receiving(self) -> bool:
-        """Whether a transfer goes on, which may take its time: who waits for it is not stuck."""
+        """Whether a transfer goes on; a process that waits for a long one is not stuck."""
         return False
 
     # -- rounds -------------------------------------------------------------------------------
 
     def _meet(self, code: int | None = None, *, large: bool = False) -> Sequence[int]:
-        """Return when all processes of the run have come to this round; who brings more to it."""
+        """Come to the next round; when it is complete, return the processes with more than fits."""
+        # A process that has left the run for good must show nothing more in it: its last word is
+        # what a late process has to see.
         if self._run.final is not None:
             raise self._run.final
         self._run.adrift = True  # until the round is complete
         count = len(self._everyone)
+        # A number that has been shown is never used again, whatever becomes of the round, so that
+        # no word can be taken for another one.
         self._round = number = self._round + 1
         small = number << _BITS | (self._code if code is None else code) << 1
         word = small | large
-        # Mostly all show one and the same word. So it is compared as bytes, of all at once, and no
-        # loop over ranks runs where nothing is wrong.
-        if self.size == count:  # all are to show the same
+        # Usually all show the same word. So the words of all are compared at once, as bytes, and no
+        # loop over ranks runs while nothing is wrong.
+        if self.size == count:  # nobody sits out
             wanted = small.to_bytes(8, sys.byteorder) * count
         else:
             wanted = self._wanted(small)
@@ -7203,9 +7237,9 @@ class Communicator(abc.ABC):
         self._run.adrift = False
         if alike and not large:
             return ()
-        # Somebody shows another word, or has more than fits. The bit for that may differ among
-        # words that agree, and a word with a code of its own may be the exit of some, who are to
-        # be told apart from strays.
+        # Somebody shows another word, or brings more than fits. Words that differ in the bit for
+        # that alone agree, with one exception: in an exit, that bit marks an error. So words of
+        # rounds with a code of their own, exits among them, are looked at in any case.
         shown = self._shown()
         if code is not None or any((other ^ word) > 1 for other in shown.values()):
             self._check_words(shown)
@@ -7213,48 +7247,52 @@ class Communicator(abc.ABC):
         return [process for process, other in shown.items() if other & 1]
 
     def _shown(self) -> dict[int, int]:
-        """The words of this round, or of an earlier one still, by process."""
+        """The words by process; those of processes that have not come are of an earlier round."""
         return dict(zip(self._everyone, self._words(), strict=True))
 
     def _wanted(self, word: int) -> bytes:
-        """The words of all, if they agree, some sit out, and nobody brings more than fits."""
+        """The words to expect if all agree, some sit out, and nobody brings more than fits."""
         if self._run.sitting:
-            return b""  # what the others do is for them to agree on
-        # Who sits out says so by a word of its own, in every round of the group, so that members
-        # find all words there, and no process is waited for that has nothing to say.
+            return b""  # equal to no words: what the members do is for them to agree on
+        # A process that sits out says so by a word of its own, in every round of the group. So
+        # members find a word of everybody there, and never wait for a process that says nothing.
         sitting = word >> _BITS << _BITS | _SIT << 1
         wanted = [word if process in self.members else sitting for process in self._everyone]
         return struct.pack(f"={len(wanted)}Q", *wanted)
 
     def _await_all(self) -> None:
-        """Return when all have come, of whom some may tell that the run has failed."""
+        """Return when all have come; some of them may show that the run has failed."""
         try:
             self._wait_until(lambda: not self._missing(), self._missing, in_round=True)
         except Exception:
-            # The wait has ended by a timeout, a deadlock or a signal, while others may wait on for
-            # this process: there is no round in which all of them could be told.
+            # The wait has ended by a timeout, a deadlock or a signal, while others may go on
+            # waiting for this process: there is no round in which all of them could be told.
             self._run.over = True  # nobody meets this process in the next round
             raise
 
     def _missing(self) -> list[int]:
-        """Who has not come to this round."""
+        """The processes that have not come to this round."""
         return [process for process, word in self._shown().items() if word >> _BITS != self._round]
 
     def _check_words(self, shown: Mapping[int, int]) -> bool:
-        """Whether all have come; an error where the words of those who have do not go together."""
+        """Whether all have come; raise if words of those that have come do not go together."""
+        # A part of the words can only show that the round has failed for good: that is raised at
+        # once, because the missing processes may never come. Only all of the words can show that it
+        # is complete.
         one, other = self._disagree(shown)
         if other is not None:
             self._give_up_round(self._disagreement(one, other))
         return all(word >> _BITS == self._round for word in shown.values())
 
     def _disagree(self, shown: Mapping[int, int]) -> tuple[tuple[int, int], tuple[int, int] | None]:
-        """A process, with its word, and another one whose word does not go together with that.
+        """Find a process, with its word, and another, if any, whose word contradicts that.
 
-        It depends on nothing but the words, so that all who see the same say the same. An error
-        by which a member leaves its group goes together with whatever others call in that.
+        The answer depends on nothing but the words, so that all processes that see the same words
+        find the same. An error by which a member leaves its group goes together with whatever the
+        others call in that group.
         """
-        # Words of another round are not there yet. Who sits out, or waits for the end of a group
-        # that has failed, agrees with whatever is called.
+        # A process whose word has another number is not there yet. One that sits out, or waits for
+        # the end of a group that has failed, agrees with whatever is called.
         acting = [
             (process, word)
             for process, word in shown.items()
@@ -7264,9 +7302,10 @@ class Communicator(abc.ABC):
         ]
         failed = [one for one in acting if _is_failed_exit(one[1])]
         if failed:
-            # An error leaves its group, and all groups within that: whoever acts at that depth or
-            # deeper is to be told of it, in whatever call. Only who acts further out, where that
-            # group is one call of all, has strayed.
+            # An error leaves its group, and all groups within that: processes that act at its depth
+            # or deeper are to be told of it, whatever they call. A process that acts further out,
+            # where the whole group is one call of all, has strayed. If the error excused it, it
+            # would take this round for the one of its own call.
             first = min(failed, key=lambda one: _depth_of(one[1]))
             strays = (one for one in acting if _depth_of(one[1]) < _depth_of(first[1]))
         else:
@@ -7275,22 +7314,22 @@ class Communicator(abc.ABC):
         return first, next(strays, None)
 
     def _give_up_round(self, error: ContractError) -> NoReturn:
-        """All members of the run see that it cannot go on."""
+        """Leave the run for good, in a round in which all members see that it cannot go on."""
         self._give_up_run(error)
         try:
             raise error
         finally:
-            del error  # or what its traceback holds would live on with it
+            del error  # or its traceback and this frame would keep each other alive
 
     def _give_up_run(self, error: ContractError) -> None:
-        # All members of the run find the same two words, and give up alike. Who comes later finds
-        # them, too, as nothing more is shown in this run.
-        if self.call.depth > 0:  # else it is no run that is over
+        # All members of the run find the same two words, and give up alike. Members that come later
+        # find them, too, because nothing more is shown in this run.
+        if self.call.depth > 0:  # else there is no run that could end
             self._run.final, self._run.over = error, True
             self.spokesman = self._everyone[0]
 
     def _disagreement(self, one: tuple[int, int], other: tuple[int, int]) -> ContractError:
-        """Of two processes, given with their words, that do not do the same."""
+        """Make the error about two processes, given with their words, in different calls."""
         (one_process, first), (other_process, second) = one, other
         mine, call = self._call_of(first), self._call_of(second)
         words = {"serve" if one.verb == "run" else one.verb for one in (mine, call)}
@@ -7304,12 +7343,12 @@ class Communicator(abc.ABC):
         return ContractError(f"{told}{advice}")
 
     def _call_of(self, word: int) -> Call:
-        """What another process of this round has called; its number is near to the present one."""
+        """The call that another process shows in this round."""
         depth, verb = _depth_of(word), _VERBS[_verb_of(word)]
         if depth != self.call.depth or verb in ("return", "exit", _VERBS[_MORE]):
             return Call(depth, 0, verb)
-        # The word has the last four bits of the number. Processes that are in one round cannot be
-        # further apart than a few calls, so that the nearest number with those bits is meant.
+        # The word has only the last four bits of the number. Processes in the same round cannot be
+        # more than a few calls apart, so the nearest number with these bits is meant.
         ahead = (word >> 12) - self.call.number & 15
         return Call(depth, self.call.number + (ahead if ahead < 8 else ahead - 16), verb)
 
@@ -7318,69 +7357,76 @@ class Communicator(abc.ABC):
         depth, process = self._first_failed(shown)
         if process is None:
             return
+        # Only one of the errors can be raised by all; the others become notes on it.
         self._run.failed_too = [
             (other, self._told_of(other)[1])
             for other, its_word in shown.items()
             if _is_failed_exit(its_word) and other != process
         ]
         if process == self.process:
-            self._pass_on_failure()
+            self._pass_on_failure()  # its error is being raised here already
         elif depth <= self.call.depth:
-            # For all calls in the group.
+            # Each further call in the group raises the same.
             self._run.final = self._ended_by(self._failure_of(process), depth)
             self._run.group_end = depth
+            # If this process leaves by an error of its own in the same round, that one is already
+            # on its way, and `_work_in_group` chooses between the two.
             if not _is_failed_exit(word):
                 raise self._run.final
 
     def _first_failed(self, shown: Mapping[int, int]) -> tuple[int, int | None]:
-        """How deep the group is that is left by an error, and whose error is told; None of none."""
-        # Several may fail in one round. All choose the same one, by what the words and the cards
-        # say and nothing else: the outermost group, since its end takes the others along.
-        # At each depth there is one group at a time, because all others sit it out.
+        """The depth of the group that is left by an error, and the process whose error counts."""
+        # Several may fail in one round. All processes choose the same one, because they go by the
+        # words and what is brought beside them, and by nothing else. The outermost group comes
+        # first, because its end takes the inner ones along. At each depth there is one group at a
+        # time, because all other processes sit it out.
         failed = [(_depth_of(word), p) for p, word in shown.items() if _is_failed_exit(word)]
         least = min(failed, key=lambda one: (one[0], self._precedence(one[1])), default=None)
         return (0, None) if least is None else least
 
     def _precedence(self, process: int) -> Any:
-        """Of those who leave a group by errors of their own, the least is told."""
+        """Sort key of processes that fail in the same round: the error of the least is told."""
         return self._told_of(process)[0], process
 
     def _told_of(self, process: int) -> tuple[bool, str]:
-        """Of its error, whether that is a consequence of another one, and a line."""
+        """Whether a process's error is a consequence of another one, and a line about it."""
         failure: Failure = pickle.loads(self._peek(process).pickled)
         return failure.consequence, failure.summary
 
     def _failure_of(self, process: int) -> Failure:
-        """By which it has left its group in this round, to which all have come."""
+        """The failure by which a process leaves its group in this round, to which all have come."""
         failure: Failure = pickle.loads(self._peek(process).pickled)
         return failure
 
     def _pass_on_failure(self) -> None:  # noqa: B027 - mostly it lies beside the word
-        """It is the error of this process that the others are to raise."""
+        """Send this process's error to the others, which are to raise it."""
 
     def _ended_by(self, failure: Failure, depth: int) -> BaseException:
-        """What each later call in a group of this depth, or in the run, raises."""
-        # In a group, the exception itself is raised, which the caller of run(comm=...) may handle,
-        # on all members; at depth 1 it is the run that is over, and nobody but `run` may stop
-        # that.
+        """The error that each later call raises, in a group of this depth or in the run."""
+        # A group raises the exception itself on all its members, where the caller of run(comm=...)
+        # may handle it. At depth 1 the whole run is over. `RunEnded` takes every process out of its
+        # function, and only `run` may stop it.
         if depth > 1:
             return failure.exception()
         self._run.over, self._run.verdict = True, failure
         return RunEnded(self)
 
     def _exit_code(self, deeper: int = 0) -> int:
-        """Of the word by which the members of a group, or of the run, leave it."""
+        """The code by which the members of a group, or of the run, leave it."""
+        # It holds no number of a call, because processes that sit out have not counted the calls.
         return self.call.depth + deeper << 6 | _CODES["return"]
 
     # -- groups -------------------------------------------------------------------------------
 
     def in_group(self, ranks: Sequence[int], work: Callable[[], _R]) -> _R | Any:
-        """What `work` gives, among these of the present ranks; the others wait for their end."""
+        """Return what `work` gives among these of the present ranks; the others wait for them."""
         if not self.joins(ranks):
             return Parallelizer.InWorkerProcess
         if self.size == 1:
             return work()
-        self.user.interruptible = False  # or a context would be left half-way
+        # What a signal raised while the context below is entered or left would leave it half-way:
+        # the group's members would stay this process's members, or the group would not be left.
+        self.user.interruptible = False
         with self.restricted_to(ranks):
             result, error = self._work_in_group(work)
         self.user.interruptible = self.user.executing
@@ -7389,15 +7435,18 @@ class Communicator(abc.ABC):
             if error is not None:
                 raise error
         finally:
-            del error  # or what its traceback holds would live on with it
+            del error  # or its traceback and this frame would keep each other alive
         return result
 
     def joins(self, ranks: Sequence[int]) -> bool:
-        """Whether this is one of these, whom all present ranks name; if not, after their end."""
+        """Whether this rank is in the group; if it is not, return when the group has ended.
+
+        All present ranks call this, and must name the same group.
+        """
         if self.size == 1:
             return True
         with self.enter("run(comm=...)"):
-            if self.call.depth == 31:
+            if self.call.depth == 31:  # the most that a word can tell
                 raise ContractError("run(comm=...) is nested more than 30 deep")
             self._agree_on([self.members[rank] for rank in ranks])
             if self.rank not in ranks:
@@ -7405,10 +7454,10 @@ class Communicator(abc.ABC):
         return self.rank in ranks
 
     def sit_out(self, ranks: Sequence[int]) -> None:
-        """Come to rounds until the group of these is left."""
+        """Come to rounds until the group of these ranks is left by its members."""
         group = [self.members[rank] for rank in ranks]
-        # The end of the group is the round in which all members leave it well, or one by an error,
-        # who takes all others along.
+        # The group ends with the round in which all members leave it normally, or in which one
+        # leaves it by an error, which takes all others along.
         well = self._exit_code(deeper=1) << 1
         self._run.sitting = group
         try:
@@ -7420,11 +7469,13 @@ class Communicator(abc.ABC):
                     break
         finally:
             self._run.sitting = ()
-        if not self._run.in_progress:  # what comes now may be mail of those who have run
+        # Mail may be sent between two runs, too. The members number it by the coming run as soon as
+        # theirs has ended, and this process must do the same to find it.
+        if not self._run.in_progress:
             self._next_run(self._number_of_next_run())
 
     def _agree_on(self, group: Sequence[int]) -> None:
-        """All of the present members call for the same group."""
+        """Make sure that all present members call for the same group."""
         shown = self.show_all(Message(self._signature(group), ()))
         for process, message in zip(self.members, shown, strict=True):
             if (other := message.pickled) != self._signature(group):
@@ -7437,7 +7488,7 @@ class Communicator(abc.ABC):
                 )
 
     def _signature(self, group: Sequence[int]) -> bytes:
-        """As short as rides beside a word, whatever their number is."""
+        """A text that names the group, always short enough to ride beside a word."""
         text = str(list(group)).encode()
         if len(text) <= 200:
             return text
@@ -7446,12 +7497,12 @@ class Communicator(abc.ABC):
         return f"{len(group)} ranks ({hashlib.sha256(text).hexdigest()})".encode()
 
     def _work_in_group(self, work: Callable[[], _R]) -> tuple[_R | None, BaseException | None]:
-        """What `work` gives or raises, when all members have left the group."""
+        """Return what `work` gives or raises, when all members have left the group."""
         error: BaseException | None = None
         result = None
         try:
-            # A signal may end the work, and nothing but that: not the call that leaves the group,
-            # or the others would wait in it for ever.
+            # A signal may interrupt the work, but not the call that leaves the group, or the other
+            # members would wait in that call for ever.
             self.user.interruptible = self.user.executing
             self._heed_signals()
             result = work()
@@ -7459,6 +7510,8 @@ class Communicator(abc.ABC):
             error = why
         finally:
             self.user.interruptible = False
+        # With a final error, there is no group to leave: the others have seen its end, or that of
+        # the run, and come to no such round.
         if self._run.final is None:
             try:
                 self._leave_group(error)
@@ -7466,8 +7519,9 @@ class Communicator(abc.ABC):
                 error = error or why
             finally:
                 self.user.interruptible = False
-        # Another member's error has ended this group, or one around it. In the first case it is
-        # over now, and later calls are well; in the second it goes on to end what is around.
+        # Another member's error has ended this group, or a group around it. In the first case the
+        # error has done its work: a caller may catch it, and later calls succeed. In the second it
+        # stays final, to end the groups around this one.
         if self._run.group_end is not None:
             if error is None or _is_consequence(error):
                 error = self._run.final
@@ -7476,31 +7530,33 @@ class Communicator(abc.ABC):
         return result, error
 
     def _leave_group(self, error: BaseException | None) -> None:
-        """Leave the group with all others, if need be by the error of one."""
+        """Leave the group together with all other members; by an error, if there is one."""
         with self.enter("return"):
             if error is not None:
-                # The bit that otherwise says "more than fits" marks the error here, because an
-                # exit brings nothing else.
+                # The failure is laid before the word is shown that announces it. Members that wait
+                # for mail are warned before, too, because this process is about to wait for them.
+                # The bit that otherwise says "more than fits" marks the error here, because what an
+                # exit brings always fits.
                 self._lay_failure(Failure.of(error, self.process, self.world_size), error)
                 self._warn_receivers()
             self._meet(self._exit_code(), large=error is not None)
 
     def _warn_receivers(self) -> None:
-        """Have those who wait for mail come to the round in which all see this one's failure."""
+        """Call members that wait for mail to the round in which all see this one's failure."""
         for process in self.members:
             if process != self.process:
                 self._tell(process, "leaves", (self._round + 1, self.call.depth))
 
     def _lay_failure(self, failure: Failure, error: BaseException) -> None:
-        """Bring it to the coming round; a transport may have to tell less of `error`."""
+        """Bring the failure to the coming round; a transport may have to tell less of `error`."""
         self._lay(Message(pickle.dumps(failure), []))
 
     # -- what is brought to a round -------------------------------------------------------------
 
     def _described(self, messages: Sequence[Message]) -> tuple[list[Any], int]:
-        """What is brought, piece by piece, and its bytes: their sizes, heads and buffers.
+        """The pieces of what is brought (a table of sizes, heads, buffers), and its bytes.
 
-        Where there is one message, the first two pieces are the sizes and its head.
+        If there is one message, the first two pieces are the table and its head.
         """
         pieces: list[Any] = [b""]
         table, total = [len(messages)], 0
@@ -7517,8 +7573,10 @@ class Communicator(abc.ABC):
         return pieces, len(pieces[0]) + total
 
     def _find(self, process: int, index: int, parity: int) -> _Laid:
-        """The message of this index, or the only one, in what a process brings."""
+        """Find the message of this index, or the only one, in what a process brings."""
         memory, place = self._place_of(process, parity)
+        # A single message is for every rank, so the index does not matter. This is the common case,
+        # and `_LAID` reads it in one step; tables of several messages begin with the same number.
         count, nbytes, head_bytes = _LAID.unpack_from(memory, place)
         if count == 1:
             return _Laid(_LAID.size, nbytes, head_bytes, _LAID.size + nbytes)
@@ -7528,7 +7586,9 @@ class Communicator(abc.ABC):
         return _Laid(start, sizes[index], table[2 * index + 1], begin + sum(sizes))
 
     def _peek(self, process: int, index: int = 0, parity: int | None = None) -> Message:
-        """A message that lies where a process has put it, as do the buffers of the result."""
+        """A process's message, with buffers that lie where the process has put them."""
+        # The buffers are views of the transport's memory, which is written to again in one of the
+        # next rounds. So whatever outlives the present call of a verb must be copied.
         parity = self._round & 1 if parity is None else parity
         memory, begin = self._place_of(process, parity)
         count, _, head_bytes = _LAID.unpack_from(memory, begin)
@@ -7547,7 +7607,7 @@ class Communicator(abc.ABC):
         return Message(pickled, [buffers[first:end] for first, end in itertools.pairwise(ends)])
 
     def _copy(self, message: Message, process: int) -> Message:
-        """The same in memory of its own."""
+        """Return the message in memory of its own."""
         try:
             return message.copy() if message.buffers else message
         except MemoryError as why:
@@ -7556,24 +7616,28 @@ class Communicator(abc.ABC):
     # -- collectives --------------------------------------------------------------------------
 
     def broadcast(self, message: Message | None) -> Message:
-        """Rank 0's message on every rank; the others pass None."""
+        """Return rank 0's message on every rank; the other ranks pass None."""
         return self._from_root([] if message is None else [message])
 
     def scatter(self, messages: Sequence[Message] | None) -> Message:
-        """The message at this rank's place in rank 0's sequence; the others pass None."""
+        """Return the message at this rank's place in rank 0's sequence; the others pass None."""
         received = self._from_root(messages[1:] if messages else [])
         return messages[0] if messages else received
 
     def _from_root(self, messages: Sequence[Message]) -> Message:
-        """On all but rank 0, its only message, or the one of several that is for this rank."""
+        """On all but rank 0, return its only message, or the one that is for this rank."""
+        # What is brought is laid before the word is shown: by the word, others know that it lies
+        # there. All collectives below keep this order.
         rest = self._lay(*messages) if messages else None
+        # Whether anything large follows is for the words to say, never for a process's own data:
+        # all have to choose the same branch, or some would wait for rounds that never come.
         if self._meet(large=rest is not None):
             return self._large_from_root(messages, rest)
         root = self.members[0]
         return messages[0] if messages else self._copy(self._peek(root, self.rank - 1), root)
 
     def gather(self, message: Message, plan: GatherPlan) -> list[Message] | None:
-        """All messages in rank order on rank 0, None elsewhere; `plan` may place the buffers."""
+        """Return all messages in rank order on rank 0, else None; `plan` may place the buffers."""
         rest = self._lay(message) if self.rank > 0 else None
         large = self._meet(large=rest is not None)
         if self.rank == 0:
@@ -7583,16 +7647,17 @@ class Communicator(abc.ABC):
         return None
 
     def allgather(self, message: Message, plan: GatherPlan) -> list[Message]:
-        """All messages in rank order on every rank; `plan` may place the buffers."""
+        """Return all messages in rank order on every rank; `plan` may place the buffers."""
         rest = self._lay(message)
         large = self._meet(large=rest is not None)
         messages = self._taken_in(message, plan, large, rest)
+        # The user's own array must not be part of the result: on all other ranks it is a copy.
         if plan.result is None:
             messages[self.rank] = self._copy(message, self.process)
         return messages
 
     def show_all(self, message: Message) -> list[Message]:
-        """The same, where buffers may lie as others have put them, until the next round."""
+        """The same, but buffers may lie where others have put them, until the next round."""
         rest = self._lay(message)
         large = self._meet(large=rest is not None)
         if large:
@@ -7610,13 +7675,15 @@ class Communicator(abc.ABC):
     ) -> None:
         """Fold flat arrays, one of each rank, in rank order into the `result` of some ranks.
 
-        Of each portion of the arrays, every rank folds one segment. An error of that is raised on
-        all ranks.
+        Of each portion of the arrays, every rank folds one segment. An error that this raises on
+        any rank is raised on all.
         """
         raise NotImplementedError
 
     def _end_folding(self, error: Exception | None) -> None:
-        """Raise on all ranks what folding has raised on any, that of the lowest rank."""
+        """Raise on all ranks what folding has raised on any, or on the lowest of several."""
+        # A rank that raised at once would leave the others waiting for its segments. So errors are
+        # kept until the folding is over, and a round says whether there are any.
         failed = self._meet(self.call.depth << 6 | _MORE, large=error is not None)
         if not failed:
             return
@@ -7628,10 +7695,12 @@ class Communicator(abc.ABC):
     def _taken_in(
         self, message: Message, plan: GatherPlan, large: Sequence[int], rest: Any
     ) -> list[Message]:
-        """The messages of all, this process's own among them, in rank order."""
+        """Return the messages of all, this process's own among them, in rank order."""
         if large:
             return self._large_to(message, plan, large, rest)
         others = self.others
+        # Where the plan has places, buffers are copied once only: from where the others have laid
+        # them straight to their places in the result.
         found = [self._peek(process) for process in others]
         messages = [*found[: self.rank], message, *found[self.rank :]]
         if not any(map(_BUFFERS_OF, messages)):
@@ -7645,7 +7714,7 @@ class Communicator(abc.ABC):
         return messages
 
     def alltoall(self, messages: Sequence[Message]) -> list[Message]:
-        """Of `messages`, each goes to the rank at its place; what all ranks have for this one."""
+        """Send each message to the rank at its place; return what all ranks have for this one."""
         rest = self._lay(*messages)
         large = self._meet(large=rest is not None)
         if large:
@@ -7656,7 +7725,8 @@ class Communicator(abc.ABC):
         return received
 
     def gather_in_turn(self, message: Message) -> Generator[Message, None, None]:
-        """The other ranks' messages on rank 0, each moved when it is asked for; none elsewhere."""
+        """Yield the other ranks' messages on rank 0, each moved when asked for; none elsewhere."""
+        # One at a time, so that a reduction holds a few values in memory, not one of each rank.
         rest = self._lay(message) if self.rank > 0 else None
         moved = self._take_turns(self._meet(large=rest is not None), rest)
         next(moved)
@@ -7666,11 +7736,11 @@ class Communicator(abc.ABC):
         return moved
 
     def _take_turns(self, large: Sequence[int], rest: Any) -> Generator[Any, None, None]:
-        """Main gets one message after the other; to what is large, all come."""
+        """Move one message after the other to main; all processes take part in large ones."""
         parity = self._round & 1
         waiting = list(self.members[1:])
         try:
-            yield None  # begun, so that it ends in what is below
+            yield None  # now begun, so that `finally` will run
             while waiting:
                 process = waiting.pop(0)
                 if process in large:
@@ -7678,7 +7748,9 @@ class Communicator(abc.ABC):
                 elif self.rank == 0:
                     yield self._copy(self._peek(process, parity=parity), process)
         finally:
-            # Where it is given up, too, as the others go on.
+            # If main gives up half-way, because a fold has failed, the others go through all their
+            # rounds nevertheless: the error may be caught, and the run goes on in step. Only a
+            # round that has been left incomplete makes that impossible.
             if not self._run.adrift:
                 for process in waiting:
                     if process in large:
@@ -7686,8 +7758,8 @@ class Communicator(abc.ABC):
                             pass
                 self._end_turns(parity)
 
-    def _end_turns(self, parity: int) -> None:  # noqa: B027 - what it is for, a board has alone
-        """Nothing that was brought to a round of this parity is looked at any more."""
+    def _end_turns(self, parity: int) -> None:  # noqa: B027 - only a board needs it
+        """Take note that what was brought to a round of this parity is not looked at any more."""
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
@@ -7696,15 +7768,16 @@ class Communicator(abc.ABC):
     # -- mail ---------------------------------------------------------------------------------
 
     def _deliver(self, source: int, parcel: Parcel) -> None:
-        """Take it in: one of `_SHORT_MAIL` when it is whole, a message as soon as it begins."""
+        """Take in a parcel: short mail when all of it is here, a message as soon as it begins."""
+        # This counts in whatever run it was sent: it is about what processes wait for just now.
         if parcel.verb == "control":
             self._on_control(pickle.loads(parcel.pickled))
         elif parcel.verb == "logs":
             self.logs = self.logs or _LogsFromOthers(self)
             assert isinstance(self.logs, _LogsFromOthers)
             self.logs.put(source, pickle.loads(parcel.pickled))
-        # What was sent in an earlier run is for nobody. What was sent in a later one, by a sibling
-        # that is quicker to begin, waits here until this process begins that run.
+        # What was sent in an earlier run is for nobody. What was sent in a later one, by a process
+        # that has been quicker to begin it, waits here until this process begins that run.
         elif parcel.run < self._run.number:
             return
         elif parcel.verb == "failed":
@@ -7715,7 +7788,7 @@ class Communicator(abc.ABC):
             self._mail.put(source, parcel)
 
     def _on_failure(self, source: int, parcel: Parcel) -> None:  # noqa: B027
-        """Another process tells by which error it has left the run."""
+        """Take note of the error by which another process has left the run."""
 
     def _on_control(self, content: Any) -> None:
         self._watch.hear(self._tell_control, *content)
@@ -7725,7 +7798,7 @@ class Communicator(abc.ABC):
         self._tell(process, "control", content)
 
     def _tell(self, process: int, verb: str, content: object = None) -> None:
-        """Say one of `_SHORT_MAIL`."""
+        """Send one of `_SHORT_MAIL`."""
         self._post(process, Parcel(self._run.number, verb, Message(pickle.dumps(content), [])))
 
     def take_in_logs(self) -> None:
@@ -7745,7 +7818,7 @@ class Communicator(abc.ABC):
         (self._transmit if patiently else self._post)(0, parcel)
 
     def send(self, message: Message, rank: int, tag: int) -> None:
-        """Return when the message's buffers may be changed."""
+        """Send a message; return when its buffers may be changed."""
         self.account.bytes_sent += message.nbytes
         process, parcel = self.members[rank], Parcel(self._run.number, "send", message, tag)
         if process == self.process:
@@ -7754,7 +7827,7 @@ class Communicator(abc.ABC):
             self._transmit(process, parcel)
 
     def receive(self, rank: int, tag: int) -> Message:
-        """The oldest message from `rank` under `tag`; waits for it."""
+        """Wait for the oldest message from `rank` under `tag`, and return it."""
         doing = f"receive({rank}, tag={tag})"
         own = self.members[rank] == self.process
         if own and self._mail.is_empty(self.process, tag, self._run.number):
@@ -7764,7 +7837,9 @@ class Communicator(abc.ABC):
     def receive_any(
         self, ranks: Sequence[int], tag: int, doing: str, *, idle: bool = False
     ) -> tuple[int, Message]:
-        """A message from one of `ranks`, as soon as there is one, and that rank."""
+        """Wait for a message from one of `ranks`; return that rank, and the message."""
+        # A message that is here is taken, even if its sender has returned since. So mail is looked
+        # at before the question whether the wait is in vain.
         self._wait_until(
             lambda: (
                 self.first_sender(ranks, tag) is not None or self._raise_if_vain(ranks, tag, doing)
@@ -7783,7 +7858,7 @@ class Communicator(abc.ABC):
         return rank, parcel.message
 
     def _raise_if_vain(self, ranks: Sequence[int], tag: int, doing: str) -> bool:
-        """False; an error where it is known that none of these will send anything any more."""
+        """Return False, or raise if it is known that none of these will send anything any more."""
         return False
 
     def has_arrived(self, ranks: Sequence[int], tag: int) -> bool:
@@ -7792,7 +7867,7 @@ class Communicator(abc.ABC):
         return self.first_sender(ranks, tag) is not None
 
     def first_sender(self, ranks: Sequence[int], tag: int) -> int | None:
-        """The first of `ranks` whose message is here as a whole."""
+        """The first of `ranks` whose message has come completely."""
         for rank in ranks:
             if self._mail.has_whole(self.members[rank], tag, self._run.number):
                 return rank
@@ -7801,12 +7876,12 @@ class Communicator(abc.ABC):
     # -- the life of a run --------------------------------------------------------------------
 
     def start_others(self) -> None:  # noqa: B027 - not all transports can
-        """On main, outside a run: start those that are not up."""
+        """On main, outside a run: start the processes that are not up."""
 
     def command(self, messages: Sequence[Message] | None) -> None:
         """On main, outside a run: have the serving members begin a run; None stops them.
 
-        There is one message for all who take part, or one for each.
+        There is one message for all that take part, or one for each.
         """
         self._between_runs()
         with self._idling():
@@ -7815,7 +7890,7 @@ class Communicator(abc.ABC):
             self._start_run()
 
     def next_command(self) -> Message | None:
-        """Elsewhere: idle until main's next command."""
+        """On the others: wait for main's next command; None is the last one."""
         self._between_runs()
         with self._idling():
             message = self.broadcast(None)
@@ -7834,12 +7909,14 @@ class Communicator(abc.ABC):
         self._run.in_progress = True
 
     def _number_of_next_run(self) -> int:
-        """All count alike, as all come to all rounds, and to one in each run at least."""
+        """Return the number of the coming round, on which all processes agree."""
+        # All of them come to all rounds, and to one in each run at least. So the number is the same
+        # on all, and new for each run.
         return self._round + 1
 
     @_context
     def _idling(self) -> Iterator[None]:
-        """Within, waits may last for ever, and it is in order if processes wait for each other."""
+        """Within, waits may last for ever, and processes that wait for each other are no error."""
         self._idle = True
         try:
             yield
@@ -7847,13 +7924,15 @@ class Communicator(abc.ABC):
             self._idle = False
 
     def _next_run(self, run: int) -> None:
-        """Forget the runs before; what a quick sibling has already sent for this one stays."""
+        """Forget earlier runs; what a quicker process has already sent in this one stays."""
         self._run = self._run_type(run)
         self._mail.forget_before(run)
 
-    def _finish(self, *, failed: bool = False) -> None:  # which matters to a transport
-        """The current run is over here, and nothing of what was moved in it stays."""
+    def _finish(self, *, failed: bool = False) -> None:  # matters to a transport
+        """End the current run on this process, and let go of all that was moved in it."""
         self.user.entered_at = 0.0
+        # The number stays, and what was sent in this run is forgotten now and not when the next one
+        # begins: an idle process would hold that memory for as long as it has nothing to do.
         self._run = self._run_type(self._run.number)
         self._mail.forget_before(self._run.number + 1)
 
@@ -7866,9 +7945,9 @@ class Communicator(abc.ABC):
         self._raise_failure()
 
     def finish_run(self, report: bytes) -> list[bytes]:
-        """Return when every member has returned from the function; on rank 0 all their reports.
+        """Return when every member has returned from the function; on rank 0, all their reports.
 
-        On processes, the others return at once, because nobody but main needs to know.
+        On processes, workers return at once, because only main needs to know.
         """
         if isinstance(self.logs, _LogsToMain):
             self.logs.settle()
@@ -7886,7 +7965,7 @@ class Communicator(abc.ABC):
         self._meet(self._exit_code())
 
     def fail_run(self, error: BaseException) -> BaseException:
-        """End the run on every member because of `error`; what `run` is to raise here."""
+        """End the run on every member because of `error`; return what `run` is to raise here."""
         if self.gone:
             return error
         try:
@@ -7899,9 +7978,9 @@ class Communicator(abc.ABC):
                 self.logs.flush()
 
     def _end_run(self, error: BaseException) -> BaseException:
-        """End the run on every member because of `error`; what `run` is to raise here."""
-        # Whose error is told is decided once, by all alike, in the round that ends the run; this
-        # process then raises its own if that was chosen, or else the other's.
+        """End the run on every member because of `error`; return what `run` is to raise here."""
+        # Whose error is told is decided once, by all alike, in the round that ends the run. Then
+        # this process raises its own error, if that was chosen, or else the other one.
         if self.world_size == 1 or not self._run.in_progress:
             return error
         is_own = not self._ends_own_run(error)
@@ -7921,8 +8000,12 @@ class Communicator(abc.ABC):
 
     def _show_end(self, error: BaseException) -> None:
         """Come to the round in which all see that the run has failed."""
+        # The one round to which a process comes after its final error. That error is what the
+        # round is to show, and would be raised instead of it.
         self._run.final = None
         told = self._for_others(error)
+        # Words first, because pickling the exception calls code of the user's, which may take its
+        # time and be interrupted.
         failure = Failure.in_words(told, self.process, self.world_size)
         try:
             failure = failure.with_exception(told)
@@ -7937,11 +8020,11 @@ class Communicator(abc.ABC):
         return isinstance(error, RunEnded) and error.communicator is self
 
     def ends_outer_run(self, error: BaseException) -> bool:
-        """Whether it unwinds this run along with the one in which it was begun, as it must."""
+        """Whether `error` is the end of an outer run, which must unwind this one as well."""
         return isinstance(error, RunEnded) and error.communicator is not self
 
     def _for_others(self, error: BaseException) -> BaseException:
-        """What other members are told, who may have no part in an outer run."""
+        """The error that other members are told; they may have no part in an outer run."""
         if not self.ends_outer_run(error):
             return error
         return _left_with_outer_run(self.process)
@@ -7951,12 +8034,14 @@ class Communicator(abc.ABC):
         if self._run.in_progress:
             if self._is_called_off():
                 raise RunEnded(self)
+            # A warning counts only for the coming round: if this process has come to that round by
+            # itself meanwhile, it has seen the error there.
             number, depth = self._end_of_group
             if number == self._round + 1 and depth <= self.call.depth and self._run.final is None:
                 self._come_to_end(depth)
 
     def _come_to_end(self, depth: int) -> None:
-        """See in the coming round by which error another one leaves a group of this depth."""
+        """Come to a round to see by which error another process leaves a group of this depth."""
         self._meet(self.call.depth << 6 | _LEFT)
 
     def _is_called_off(self) -> bool:
@@ -7964,7 +8049,7 @@ class Communicator(abc.ABC):
 
     @_context
     def restricted_to(self, ranks: Sequence[int]) -> Iterator[None]:
-        """Within, only these of the present ranks take part, counted anew from 0."""
+        """Within, only these of the present ranks take part, numbered anew from 0."""
         members, call = self.members, self.call
         self._set_members(tuple(members[rank] for rank in ranks))
         self.call = Call(call.depth + 1, 0, "run")
@@ -7975,32 +8060,32 @@ class Communicator(abc.ABC):
             self.call = call
 
     def is_in_step(self) -> bool:
-        """Whether this process has not left a call for good."""
+        """Whether this process has not left the run for good."""
         return self._run.final is None
 
     def limiting(self) -> contextlib.AbstractContextManager[None]:
-        """Within, this process has the number of threads on which all of them agree."""
+        """Within, this process uses the number of threads on which all processes agree."""
         return contextlib.nullcontext() if self.limit is None else self.limit.counting()
 
     @property
     def run_number(self) -> int:
-        """Of the current run, or of the latest."""
+        """The number of the current run, or of the latest."""
         return self._run.number
 
     def is_running(self) -> bool:
-        """Whether a run goes on, as it does not between two of them."""
+        """Whether a run goes on."""
         return self._run.in_progress
 
     def is_executed_here(self) -> bool:
-        """Whether this very thread executes one."""
+        """Whether this very thread executes a run."""
         return self._run.in_progress and self.user.thread == threading.get_ident()
 
     # -- the user's function, and the calls it makes --------------------------------------------
 
     def do_between_calls(self, action: Callable[[], object]) -> None:
-        """Call `action`, or have the next call do so where this one would disturb another.
+        """Call `action`, or leave it to the next call of a verb if it would disturb one now.
 
-        The garbage collector may come amid a call of a verb, or on another thread.
+        The garbage collector, which may ask for it, comes amid a call or on another thread, too.
         """
         if self.user.entered_at or self.user.thread not in (None, threading.get_ident()):
             self.user.postponed.append(action)
@@ -8008,22 +8093,25 @@ class Communicator(abc.ABC):
             action()
 
     def mark_function(self, *, executing: bool) -> None:
-        """Say that the user's function begins or ends on this process."""
-        # Only the main thread is sent signals; on another one, a run ends at its next verb.
-        # Not restored to what they were: a signal may come between the two assignments.
+        """Take note that the user's function begins or ends on this process."""
+        # Python handles signals on the main thread only; on another one, a run ends at its next
+        # verb. The flags are set, and not restored to what they were before, because a signal may
+        # come between the two assignments.
         self.user.interruptible = self.user.executing = executing and _on_main_thread()
         if executing:
             self._heed_signals()
 
     def heed_news(self) -> None:
         """After a signal: see whether the run has failed elsewhere, and if so, leave it."""
+        # The flags go down before the look, so that a signal amid the look neither comes back in
+        # here, in the middle of a step, nor is forgotten: it sets `news` again.
         self.user.interruptible = self.user.news = False
         self._handle_all()
         self._raise_failure()
         self.user.interruptible = self.user.executing
 
     def _heed_signals(self) -> None:
-        """Do what has waited until the user's function may be interrupted."""
+        """Act on signals that have waited until the user's function may be interrupted."""
         if self.user.news:
             self.heed_news()
         if _CTRL_C.pending and self.user.interruptible:
@@ -8031,7 +8119,7 @@ class Communicator(abc.ABC):
 
     @_context
     def undisturbed(self) -> Iterator[None]:
-        """Within, no news breaks off what imports: half a module would be left for later runs."""
+        """Within, no news breaks off an import, which would leave half a module for later runs."""
         self.user.interruptible = False
         try:
             yield
@@ -8043,6 +8131,8 @@ class Communicator(abc.ABC):
         """Begin a call of a verb; the result is the context that ends it."""
         while self.user.postponed:
             self.user.postponed.pop()()
+        # From here on a signal only leaves a note. What it raised between two steps of the protocol
+        # would leave the others in a round that is never completed.
         self.user.interruptible = False
         if self._run.final is not None:
             self.user.interruptible = self.user.executing
@@ -8053,7 +8143,7 @@ class Communicator(abc.ABC):
         self.user.entered_at = time.perf_counter()
         if verb not in ("send", "receive"):
             depth, number, _ = self.call
-            # Outside of runs there is nothing that all would count alike.
+            # Outside a run, processes do not count their calls alike, so all have the same number.
             self.call = call = Call(depth, number + 1 if depth else 1, verb)
             self._code = (call.number & 15) << 11 | depth << 6 | _CODES[verb]
         return self
@@ -8064,8 +8154,9 @@ class Communicator(abc.ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, *_: object
     ) -> None:
-        # What a signal raises, a KeyboardInterrupt or the end of an outer run, may have come
-        # between two steps of the protocol.
+        # What a signal raises (a KeyboardInterrupt, the end of an outer run) is no Exception, and
+        # may have come between two steps of the protocol. So this process must make no further call
+        # in the run, even if the user's function catches the error.
         if error is not None and not (isinstance(error, Exception) or self._ends_own_run(error)):
             self._run.final = error
         self.account.collectives += time.perf_counter() - self.user.entered_at
@@ -8073,6 +8164,8 @@ class Communicator(abc.ABC):
             self.account.end_verb(self.user.entered_at)
         self.user.entered_at = 0.0
         self.user.interruptible = self.user.executing
+        # Signals are heeded on the way out of a call, unless an error leaves it, which what they
+        # raise would replace.
         if kind is None and (self.user.news or _CTRL_C.pending):
             self._heed_signals()
 
@@ -8090,8 +8183,8 @@ class Communicator(abc.ABC):
     ) -> None:
         """Handle what arrives until `ready`; `awaited` are the processes that can make it so.
 
-        An `idle` wait may last for ever. `tried` says that the caller has spun already. One that
-        is `in_round` ends by what others show in that round, who may find a deadlock, too.
+        An `idle` wait may last for ever. `tried` says that the caller has spun already. A wait
+        `in_round` ends by what others show in that round, and leaves it to them to find deadlocks.
         """
         if not tried and (ready() or self._spin_until(ready)):
             return
@@ -8100,15 +8193,20 @@ class Communicator(abc.ABC):
         timeout = math.inf if idle or self._idle else self.timeout or math.inf
 
         def describe(number: int) -> _Wait | None:
-            with contextlib.suppress(ContractError):  # which is raised where it is waited
+            with contextlib.suppress(ContractError):  # the loop below will raise it
                 if not (ready() or self._is_receiving()):
                     told = self._doing(doing)
                     return _Wait(self.process, number, self.call, told, tuple(awaited()))
             return None
 
         self._watch.begin(describe)
+        # Others must be able to see that this process sleeps before it looks for the last time.
+        # Otherwise what comes between the look and the sleep would wake nobody.
         self._fall_asleep()
         try:
+            # What ends a wait is heeded after the look, so that a wait that has come true in the
+            # same moment succeeds; and before anything is moved, so that the error breaks no step
+            # off.
             while not ready():
                 self._heed_end_of_wait(in_round=in_round)
                 if self.logs is not None:
@@ -8117,11 +8215,14 @@ class Communicator(abc.ABC):
                 if waited >= timeout:
                     self._raise_timeout(awaited(), doing)
                 if waited >= look_around:
-                    # Ever less often: who is the last to close a circle has just begun to wait.
+                    # Ever less often: the process that closes a circle has only just begun to wait,
+                    # and finds it by its own first looks.
                     look_around *= 2
                     self._watch.look_around(self._tell_control)
                 self._progress(min(look_around, timeout) - waited)
         except Exception as error:
+            # A process that has given up a wait is out of step with those it has waited for. If the
+            # user's function catches the error, its next verb raises the same again.
             if self._run.in_progress:
                 self._run.final = error
             raise
@@ -8132,6 +8233,7 @@ class Communicator(abc.ABC):
 
     def _heed_end_of_wait(self, *, in_round: bool) -> None:
         """Raise what ends a wait before it comes true."""
+        # In a round, a failure elsewhere is no reason to leave: the round itself will show it.
         if not in_round:
             self._raise_failure()
         if _CTRL_C.pending:
@@ -8140,10 +8242,10 @@ class Communicator(abc.ABC):
             raise _deadlock_error(self._watch.deadlock)
 
     def _fall_asleep(self) -> None:  # noqa: B027 - not all transports need it
-        """A wait begins, in which `_progress` may sleep until others wake it."""
+        """Take note that a wait begins, in which `_progress` may sleep until others wake it."""
 
     def _wake_up(self) -> None:  # noqa: B027
-        """It has ended."""
+        """Take note that the wait has ended."""
 
     def listen(self, seconds: float, ready: Callable[[], object]) -> bool:
         """Handle what arrives until `ready`, failed or not; False if that takes longer."""
@@ -8161,40 +8263,42 @@ class Communicator(abc.ABC):
 
     @abc.abstractmethod
     def wake(self) -> None:
-        """Have `_progress` return; called by another thread than the one that waits."""
+        """Make `_progress` return; called by another thread than the one that waits."""
 
     def out_of_memory(self, process: int, why: BaseException) -> MemoryError:
-        """What is to be raised where there is too little for what `process` has sent."""
+        """The error to raise if there is too little memory for what `process` has sent."""
         return MemoryError(
             f"rank {self.process} is out of memory for what rank {process} has sent: "
             f"{_summary(why)}"
         )
 
     def note_item(self, number: int | None) -> None:  # noqa: B027 - where others may look at it
-        """Which item of a map is computed here, for who tells of the death of this process."""
+        """Show which item of a map is computed here, in case this process dies or is stuck."""
 
     def next_tag(self) -> int:
-        """On main: for the messages of a map, and of no other one, also in nested runs."""
+        """On main: a tag for the messages of this map and of no other one, in nested runs too."""
+        # It is never counted anew. Otherwise what is still on its way from a map that was given up
+        # in one nested run could be taken for results of a map in the next.
         self._tag -= 1
         return self._tag
 
     def await_any(
         self, ready: Callable[[], object], awaited: Callable[[], Sequence[int]], doing: str
     ) -> None:
-        """Wait until `ready`; without limit where that is up to none of the other processes."""
+        """Wait until `ready`; without limit if that does not depend on any other process."""
         self._wait_until(ready, awaited, doing, idle=not awaited())
 
     def await_in_time(self, ready: Callable[[], object], seconds: float) -> None:  # noqa: B027
-        """Wait until `ready`, and end those who take longer for an item: where that can be done."""
+        """Wait until `ready`; end processes that take longer for an item, if that is possible."""
 
     def end_the_stuck(self, seconds: float) -> None:  # noqa: B027 - as above
-        """End those who take longer for an item, and do not heed that."""
+        """End processes that take longer for an item, and have not stopped when told to."""
 
     def kill_others(self) -> None:  # noqa: B027 - as above
-        """For another thread than that of the run: kill the other processes if they are main's."""
+        """On another thread than the run's: kill the other processes, if they are main's own."""
 
     def forget_mail(self, tag: int) -> None:
-        """Let go of what has come by a tag and is of no interest any more."""
+        """Let go of mail with this tag, which nobody wants any more."""
         self._mail.forget_tag(tag)
 
     def _doing(self, doing: str) -> str:
@@ -8213,16 +8317,16 @@ class Communicator(abc.ABC):
         )
 
     def _told(self, process: int) -> str:
-        """A process, as an error tells of it."""
+        """The name of a process in errors."""
         return str(process)
 
     def _or_cut_off(self, awaited: Iterable[int]) -> str:
-        """What else than they themselves may be the cause, in words that go on a sentence."""
+        """Another possible cause of their absence, as the continuation of a sentence."""
         return ""
 
 
 class SerialCommunicator(Communicator):
-    """One process: there is nobody to wait for, or to send to."""
+    """The transport of one process, which has nobody to wait for or to send to."""
 
     def __init__(self) -> None:
         super().__init__(0, 1)
@@ -8231,13 +8335,13 @@ class SerialCommunicator(Communicator):
         return True
 
     def _lay(self, *messages: Message) -> None:
-        """Nobody will look at it."""
+        """Do nothing, because nobody will look at it."""
 
     def _progress(self, seconds: float) -> None:
-        """Nothing can come; but a signal meant for another parallelizer may ask."""
+        """Do nothing, because nothing can come; a signal meant for another parallelizer may ask."""
 
     def wake(self) -> None:
-        """It never waits."""
+        """Do nothing, because it never waits."""
 
     def _meets_nobody(self, *_: Any) -> Any:
         raise AssertionError("there is one process")
@@ -8250,52 +8354,52 @@ class SerialCommunicator(Communicator):
 # The board: shared memory, and rings in it
 # ---------------------------------------------------------------------------------------------
 #
-# What processes of one machine write to each other. `_Board` is the memory; `_Rings` are a
-# process's ways to the others, `_Incoming` and `_Inflow` what comes by them and by slots; a
-# `_Doorbell` wakes. A slot that was laid for round 7 may be laid again for round 9, when round 8
-# is complete.
+# The shared memory by which the processes of one machine communicate. `_Board` is the memory.
+# `_Rings` are the ways of a process to the others; `_Incoming` takes what comes by rings, and
+# `_Inflow` what comes by slots. A `_Doorbell` wakes a process that sleeps. A slot that was written
+# for round 7 may be written again for round 9, as soon as round 8 is complete.
 
 
-# To a collective each process comes by a word on the *board*, which lies in shared memory, beside
-# the slots for what it brings (see `BoardCommunicator`, rounds). All look at all words: nobody
-# relays, main is not special, and of a broadcast all read the same slot.
+# To come to a collective, a process shows a word on the *board*, which lies in shared memory,
+# beside its slots for what it brings (see `BoardCommunicator`, rounds). All look at all words:
+# nobody relays, main is not special, and in a broadcast all read the same slot.
 #
-# What goes to one process alone goes through a *ring*, of which there is one for each pair. Who
-# writes to it waits for room, and takes in meanwhile what has come for itself, so that all may
-# send before any receives.
+# What goes to one process alone goes through a *ring*, of which there is one for each ordered pair
+# of processes. A process that has to wait for room in a ring meanwhile takes in what has come for
+# itself, so that all may send before any receives.
 #
-# Who waits long falls asleep, by a byte on the board that says so, and is woken by its *doorbell*,
-# a pipe. Nothing but the news that there is news goes through that, so that no write can block.
+# A process that waits long falls asleep. A byte on the board says so, and its *doorbell*, a pipe,
+# wakes it. Nothing goes through that pipe but the news that there is news, so no write can block.
 #
 # To the life of a run this adds:
 #
-#   main calls    what is to be run lies in main's slot, as in a broadcast; a word for each process
+#   main calls    What is to be run lies in main's slot, as in a broadcast; a word for each process
 #                 tells it to come. No other process touches a ring between two runs, and main has
-#                 emptied them all.
-#   w leaves      it says so by a word, the last thing that it does in a run. What others send to it
-#                 from then on is lost; who waits for something from it is told that.
-#   w computes    main calls the run off by a word and sends a signal, upon which w looks at that;
-#                 w is killed when it has not left within _GRACE.
-#   w dies        main's wait returns for the sentinel of w as for a failure. The dead and the
-#                 killed are started anew when the next run begins.
-#   main dies     every w holds the reading end of a pipe that only main's guard holds the writing
-#                 end of: its end-of-file kills w, by the kernel where that can be asked for
-#                 (Linux), else at the next wait of w.
+#                 emptied all rings.
+#   w leaves      It says so by a word, the last thing that it does in a run. What others send to it
+#                 from then on is lost; a process that waits for something from it is told that.
+#   w computes    Main calls the run off by a word, and sends a signal, upon which w looks at that
+#                 word. If w has not left within _GRACE, it is killed.
+#   w dies        The sentinel of w ends main's wait, as a failure does. Workers that have died or
+#                 been killed are replaced when the next run begins.
+#   main dies     Each w holds the reading end of a pipe whose only writing end main's guard holds.
+#                 The end-of-file kills w: by the kernel where that can be asked for (Linux), else
+#                 at the next wait of w.
 #
-# The rounds of a run are counted from the largest number that any process has come to, so that no
-# word of an earlier one can be taken for a word of this.
+# The rounds of a run are numbered from the largest number that any process has come to, so that no
+# word of an earlier run can be taken for one of this run.
 _POSIX = os.name == "posix"
 _SLOT_BYTES = 1 << 21
-_RING_BYTES, _MAINS_RING_BYTES = 1 << 16, 1 << 20  # main may be long in coming to what is sent
-_QUEUE_AT_FIRST, _QUEUE_BYTES = 1 << 20, 1 << 26  # of chunks that wait; a larger one waits alone
+_RING_BYTES, _MAINS_RING_BYTES = 1 << 16, 1 << 20  # main may be slow to take in what is sent
+_QUEUE_AT_FIRST, _QUEUE_BYTES = 1 << 20, 1 << 26  # for chunks; one that is larger waits alone
 
-_RECORD = struct.Struct("<QQBq")  # in a ring: bytes, those of the head, verb, tag
+_RECORD = struct.Struct("<QQBq")  # in a ring: bytes, bytes of the head, verb, tag
 _WANTS_NEWS, _WANTS_ROOM = 1, 2  # why a process sleeps
-_LET_GO = 1  # instead of the number of a run, to which a process is called
+_LET_GO = 1  # stands where the number of a run calls a process; no run has it
 
 
 class _BoardLayout(NamedTuple):
-    """Where on the board each kind of thing begins, in bytes; in front stands who is asleep."""
+    """Where on the board each kind of thing begins, in bytes; the bytes of sleepers come first."""
 
     words: int
     counts: int  # of bytes written into rings, and read from them
@@ -8314,16 +8418,27 @@ class _BoardLayout(NamedTuple):
 class _Board:
     """Shared memory by which the processes of a pool meet; pages cost nothing until used.
 
-    For each process there are two *words*, one for rounds of even number and one for odd ones, and
-    as many *slots* for what it brings to them; and a byte that says whether it is asleep. Words lie
-    in the order of the ranks of a run, so that one look takes in those of all its members.
+    Each process has two *words*, for rounds of even and of odd number, and two *slots* for what it
+    brings to them, and a byte that says whether it is asleep. Words lie in the order of the ranks
+    of a run, so that one look takes in those of all members.
     """
+
+    # Two words suffice, because no process can be more than one round ahead of another. It leaves
+    # round 7 when all have come to it, and shows its word of round 8 beside those of round 7, which
+    # a slower process may still have to read. Its word of round 9 replaces that of round 7; by then
+    # all have come to round 8, and so have left round 7.
+    #
+    # Each number on the board has one writer at a time, and is written by one aligned store of 8
+    # bytes. So there are no locks, and a process that is killed, wherever it is, leaves none held.
 
     def __init__(self, nprocs: int) -> None:
         self.nprocs = nprocs
         self._all_awake = bytes(nprocs)
-        # While others may come, to look again and again takes less time than to fall asleep. Where
-        # they may wait for this very CPU, they get it between two looks.
+        # Looking again and again takes less time than falling asleep and being woken. If there are
+        # more processes than CPUs, the others may be waiting for this very CPU, so they get it
+        # between two looks, of which there are fewer. Otherwise that would be a loss: `sched_yield`
+        # lets go of the interpreter's lock, and if this process has another thread that is busy, it
+        # takes a whole switch interval to get the lock back.
         self.crowded = nprocs > _available_cpus() and hasattr(os, "sched_yield")
         self.looks = 20 if self.crowded else 2000
         self._at = _BoardLayout.of(nprocs)
@@ -8341,22 +8456,29 @@ class _Board:
         numbers = memoryview(self.memory)[self._at.words : self._at.slots].cast("Q")
         n = self.nprocs
         self._words, self._called, self._left = numbers[: 2 * n], numbers[2 * n :], numbers[3 * n :]
-        self.called_off = numbers[4 * n : 4 * n + 1]  # the run that is
-        self._run = numbers[4 * n + 1 : 5 * n + 2]  # how many take part, and who
+        self.called_off = numbers[4 * n : 4 * n + 1]  # the run that has been called off
+        self._run = numbers[4 * n + 1 : 5 * n + 2]  # how many take part, and which processes
         self.computing = numbers[5 * n + 2 : 6 * n + 2]  # items of a map, counted from 1; or 0
-        self.held = numbers[6 * n + 2 : 7 * n + 2]  # memory, in KiB, when it last told
+        self.held = numbers[6 * n + 2 : 7 * n + 2]  # each one's memory when it last told, in KiB
         counts = memoryview(self.memory)[self._at.counts : self._at.slots].cast("Q")
         self._written, self._read = counts[: n * n], counts[n * n : 2 * n * n]
         self._held = threading.Lock()
         self._held.acquire()
 
-    # To release a lock that is held, and then to acquire it, is a fence on every machine: what was
-    # written before is seen by all others before anything that is read or written afterwards. It
-    # stands between what lies in a slot and the word that tells of it, and between a word and the
-    # look at who is asleep, which even x86 would turn around.
+    # To release a lock that is held, and then to acquire it, is a fence on every machine: all other
+    # processes see what was written before it earlier than anything that is read or written after
+    # it. To acquire a free lock and then to release it is none, on ARM for one. Fences stand
+    #
+    # - between what lies in a slot or ring, and the word or count that tells of it, when written;
+    # - between that word or count, and what lies in the slot or ring, when read;
+    # - between a word, and the look at who is asleep; and on the other side between the byte that
+    #   says that a process is asleep, and its last look at the words. Even x86 turns a write and a
+    #   read after it around: both processes could miss each other, and one would sleep for ever.
 
     def fence(self) -> None:
-        if self._held.locked():  # else a signal has come between the two
+        # A signal may come between the two lines, and its handler make a fence of its own. So a
+        # lock that is free is not released, and one that is held is not waited for.
+        if self._held.locked():
             self._held.release()
         self._held.acquire(blocking=False)
 
@@ -8364,12 +8486,18 @@ class _Board:
 
     def show(self, parity: int, place: int, word: int) -> None:
         """Let the others see a word, and before it what lies in this process's slot."""
+        # The second fence puts the word before this process's look at the others' words. So of two
+        # processes that come at the same time, at least one sees the word of the other, finds all
+        # words there, and wakes the sleepers.
         self.fence()
         self._words[parity * self.nprocs + place] = word
         self.fence()
 
     def look(self, parity: int, count: int) -> bytes:
         """The words of the first `count` places."""
+        # Nobody promises that a copy of many bytes reads each word at once. It does not matter: a
+        # word that is half old and half new differs from the one that is wanted, and the next look
+        # sees all of it.
         start = self._at.words + 8 * parity * self.nprocs
         return self.memory[start : start + 8 * count]
 
@@ -8382,7 +8510,7 @@ class _Board:
         return max(self._words) >> _BITS
 
     def place(self, process: int, parity: int) -> int:
-        """Where a process's slot for rounds of this parity begins."""
+        """Where a process's slot for rounds of this parity begins, in bytes."""
         return self._at.slots + (2 * process + parity) * _SLOT_BYTES
 
     def slot(self, process: int, parity: int) -> _Bytes:
@@ -8390,7 +8518,7 @@ class _Board:
         return self._view[start : start + _SLOT_BYTES]
 
     def fill(self, process: int, parity: int, start: bytes, parts: Iterable[_Bytes]) -> None:
-        """Write into a slot what fits into it."""
+        """Write into a slot a start and parts, which must fit into it."""
         place = self.place(process, parity)
         end = place + len(start)
         self.memory[place:end] = start
@@ -8401,16 +8529,19 @@ class _Board:
     # -- the beginning and the end of a run, by the number of the round that it began with -------
 
     def call(self, processes: Sequence[int], number: int) -> None:
-        """On main: begin a run with these."""
+        """On main: begin a run with these processes."""
+        # The list of members is written before any of them is called, as is the command in main's
+        # slot. The calls themselves are one assignment in compiled code, which no signal's handler
+        # can divide: if a Ctrl-C ends this method, all have been called or none has.
         n, everything = self.nprocs, self._view[self._at.words : self._at.slots].view(np.uint64)
         self._run[0] = len(processes)
         everything[4 * n + 2 : 4 * n + 2 + len(processes)] = processes
         self.fence()
-        everything[[2 * n + process for process in processes]] = number  # all, or none at all
+        everything[[2 * n + process for process in processes]] = number  # of all of them at once
         self.fence()
 
     def called(self, process: int) -> int:
-        """The run that it was last called to, or `_LET_GO`; 0 when it is new."""
+        """The run that a process was last called to, or `_LET_GO`; 0 if the process is new."""
         return self._called[process]
 
     def let_go(self) -> None:
@@ -8419,7 +8550,7 @@ class _Board:
         self.fence()
 
     def runners(self) -> list[int]:
-        """Who takes part in the current run."""
+        """The processes that take part in the current run."""
         self.fence()
         return self._run[1 : 1 + self._run[0]].tolist()
 
@@ -8428,7 +8559,10 @@ class _Board:
         self.fence()
 
     def leave(self, process: int, number: int, *, failed: bool) -> None:
-        """It will not touch a ring, nor come to a round, until it is called again."""
+        """Say that a process touches no ring, and comes to no round, until it is called again."""
+        # One word says which run it has left, and how. So it need not be reset, and that of an
+        # earlier run tells nobody anything. The first fence puts it behind all that the process has
+        # done in the rings: main empties them as soon as all words are there.
         self.fence()
         self._left[process] = number << 1 | failed
         self.fence()
@@ -8437,23 +8571,23 @@ class _Board:
         return self._left[process] >> 1 == number
 
     def has_returned(self, process: int, number: int) -> bool:
-        """Whether it has left because its function has returned."""
+        """Whether a process has left the run because its function has returned."""
         return self._left[process] == number << 1
 
     def renew(self, process: int) -> None:
-        """On main: a new process is to take the place of this one."""
+        """On main: prepare for a new process in the place of this one."""
         self._called[process] = self.computing[process] = 0
         self.held[process] = self.memory[process] = 0
 
     def note(self, process: int, item: int | None) -> None:
-        """What it computes, and how much memory it has held, for `last_seen`."""
+        """Show what a process computes, and how much memory it holds, for `last_seen`."""
         self.computing[process] = 0 if item is None else item + 1
-        with contextlib.suppress(OSError, IndexError):  # Linux alone tells
+        with contextlib.suppress(OSError, IndexError):  # only Linux tells
             pages = int(_read_proc("self/statm").split()[1])
             self.held[process] = pages * mmap.PAGESIZE >> 10
 
     def last_seen(self, process: int) -> str:
-        """On main, of one that is dead: as the end of a sentence."""
+        """On main: what is known of a process that has died, as the end of a sentence."""
         told, held = "", self.held[process] / 2**20
         if (item := self.computing[process]) > 0:
             told = f". It was computing item {item - 1} of a map"
@@ -8466,15 +8600,19 @@ class _Board:
     # -- who is asleep ------------------------------------------------------------------------
 
     def sleepers(self) -> bytes:
-        """For each process why it is asleep, if it is; to be asked after a fence."""
+        """For each process why it is asleep, or 0 if it is not; to be asked after a fence."""
         return self.memory[: self.nprocs]
 
     def does_any_sleep(self) -> bool:
-        self.fence()  # also between the words of a round and what lies in the slots
+        # It comes between this process's word and the look at who sleeps; and, for all that is read
+        # after a round, between the words and what lies in the slots.
+        self.fence()
         return self.memory[: self.nprocs] != self._all_awake
 
     def fall_asleep(self, process: int, why: int) -> None:
-        """To be followed by a look at what is waited for, so that nothing can be missed."""
+        """Say why a process is about to sleep; it must look once more before it does."""
+        # The look finds what has come before it. A process that brings something later sees this
+        # byte, and rings.
         self.memory[process] = why
         self.fence()
 
@@ -8483,24 +8621,35 @@ class _Board:
 
     # -- rings: of each, the bytes that were ever written to it and read from it ------------------
 
+    # Each of the two counts of a ring has one writer: the sender counts what it has written, the
+    # receiver what it has read. They only grow within a run, so that their difference is what lies
+    # in the ring, a full ring cannot be taken for an empty one, and neither side needs a lock.
+
     def _ring(self, receiver: int, sender: int) -> tuple[int, int]:
-        """Where a ring begins, and its size; those from and to main are larger."""
+        """Where a ring begins, and its size; rings from and to main are larger."""
+        # Rings lie in the order of their receivers, and those of a receiver in the order of their
+        # senders. Main's rings are all those of receiver 0, and the first one of each other.
         count = receiver * self.nprocs + sender
         mains = min(count, self.nprocs) + max(receiver - (sender == 0), 0)
         start = self._at.rings + count * _RING_BYTES + mains * (_MAINS_RING_BYTES - _RING_BYTES)
         return start, _RING_BYTES if receiver and sender else _MAINS_RING_BYTES
 
     def empty_rings(self) -> None:
-        """On main, while nobody is in a run."""
+        """On main: forget what lies in all rings, while nobody is in a run."""
+        # The others look into no ring before they are called to the next run, and that call comes
+        # later, behind a fence.
         self._view[self._at.counts : self._at.slots] = 0
 
     def put(self, sender: int, receiver: int, data: _Bytes) -> int:
-        """Write as many of these bytes as there is room for; how many."""
+        """Write as many of these bytes as there is room for; return how many."""
         index = receiver * self.nprocs + sender
         start, size = self._ring(receiver, sender)
         written = self._written[index]
         count = min(data.nbytes, size - written + self._read[index])
         if count:
+            # The receiver has read what lay here before (its count is looked at first), and must
+            # see the new bytes before the count that covers them. After the last fence, the caller
+            # may look whether the receiver sleeps.
             self.fence()
             begin = start + written % size
             first = min(count, start + size - begin)
@@ -8512,13 +8661,14 @@ class _Board:
         return count
 
     def arrived(self, receiver: int) -> bytes:
-        """It changes when something has been written to any ring of this receiver."""
+        """The counts of all rings of this receiver: they change when something is written."""
+        # They lie side by side, so that one comparison tells of all rings, however many there are.
         n = self.nprocs
         start = self._at.counts + 8 * receiver * n
         return self.memory[start : start + 8 * n]
 
     def take(self, sender: int, receiver: int) -> list[_Bytes]:
-        """What lies in the ring, oldest first, which stays there until `taken`."""
+        """The bytes that lie in the ring, oldest first; they stay there until `taken`."""
         index = receiver * self.nprocs + sender
         start, size = self._ring(receiver, sender)
         read = self._read[index]
@@ -8532,13 +8682,15 @@ class _Board:
         return parts if first < count else parts[:1]
 
     def taken(self, sender: int, receiver: int, count: int) -> None:
-        """So many bytes need not lie there any more."""
+        """Let the sender write over so many bytes."""
+        # The first fence sees to it that they have been copied before. After the second, the caller
+        # may look which processes sleep for want of room.
         self.fence()
         self._read[receiver * self.nprocs + sender] += count
         self.fence()
 
     def close(self) -> None:
-        # The mapping itself goes with the last view of it.
+        # The mapping itself goes when the last view of it does.
         for name in self._VIEWS:
             delattr(self, name)
         if self._file >= 0:
@@ -8564,7 +8716,7 @@ class _Board:
 
 
 def _anonymous_file(size: int) -> int:
-    """A file without a name, in memory where the platform has such."""
+    """A file without a name, which lies in memory if the platform has such files."""
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("parallelizer")
     else:
@@ -8577,18 +8729,19 @@ def _anonymous_file(size: int) -> int:
 
 
 class _Doorbell:
-    """A pipe by which each process is woken, when it sleeps, by any other one."""
+    """The pipes by which processes wake each other from sleep."""
 
     def __init__(self, own: Connection, all_of_them: Sequence[Connection]) -> None:
         self.own = own
-        self.of = all_of_them  # their writing ends
+        self.of = all_of_them  # the writing ends of all pipes
 
     def make_nonblocking(self) -> None:
         for connection in (self.own, *self.of):
             os.set_blocking(connection.fileno(), False)
 
     def ring(self, process: int) -> None:
-        """A pipe that is full wakes as well."""
+        """Wake a process, or see to it that its next sleep ends at once."""
+        # A pipe that is full cannot take the byte, but then its reader wakes as well.
         with contextlib.suppress(BlockingIOError):
             os.write(self.of[process].fileno(), b"!")
 
@@ -8597,7 +8750,7 @@ class _Doorbell:
             os.read(self.own.fileno(), 1 << 16)
 
     def wait(self, others: Iterable[int], seconds: float) -> list[int]:
-        """Sleep until it rings, or any of these handles is ready; which of them are."""
+        """Sleep until it rings or any of these handles is ready; return those that are."""
         poll = select.poll()
         poll.register(self.own.fileno(), select.POLLIN)
         for handle in others:
@@ -8610,7 +8763,7 @@ class _Doorbell:
 
 
 class _WindowsDoorbell(_Doorbell):
-    """The same by what Windows has, too, whose handles of pipes cannot be polled."""
+    """The same by means that Windows has, too: its pipes cannot be polled."""
 
     def ring(self, process: int) -> None:
         self.of[process].send_bytes(b"!")
@@ -8632,8 +8785,8 @@ class _WindowsDoorbell(_Doorbell):
 class _Incoming(Parcel):
     """A parcel that comes in pieces: first its head, then its buffers.
 
-    The buffers of a gather are placed when their places in the result are known; all others get
-    fresh memory as soon as the head is complete.
+    The buffers of a gather wait until their places in the result are known; all others get fresh
+    memory as soon as the head is complete.
     """
 
     def __init__(
@@ -8651,16 +8804,18 @@ class _Incoming(Parcel):
         return self._missing == 0 and (self.message is not None or self.failure is not None)
 
     def feed(self, data: _Bytes) -> _Bytes:
-        """Take the next piece; what is beyond the end of this parcel."""
+        """Take in the next piece; return what lies beyond the end of this parcel."""
         rest = data[self._missing :]
         data = data[: self._missing]
         self._missing -= data.nbytes
+        # Without memory for it, the parcel is read to its end nevertheless: the sender gets its
+        # room back, and the next record begins where it should.
         if self.failure is None:
             try:
                 if len(self._head) < self._head_bytes:
                     data = self._feed_head(data)
                 self._fill(data)
-            except MemoryError as why:  # told where it is waited for
+            except MemoryError as why:  # raised where the parcel is received
                 self.failure = why
         return rest
 
@@ -8688,7 +8843,7 @@ class _Incoming(Parcel):
         """Say where the buffers are to be written; None for memory of their own."""
         self._to_be_placed = False
         if len(self._head) < self._head_bytes:
-            return  # then all of it gets fresh memory, when the sizes are known
+            return  # all buffers get fresh memory as soon as their sizes are known
         if buffers is None:
             buffers = [_allocate(size) for size in self._sizes]
         self.message = Message(self.pickled, buffers)
@@ -8696,7 +8851,7 @@ class _Incoming(Parcel):
 
 
 class _Inflow:
-    """A message that is read from a process's slot, a chunk in each round."""
+    """A message that is read from a process's slot, one chunk in each round."""
 
     def __init__(
         self, comm: BoardCommunicator, process: int, laid: _Laid, *, placed: bool = False
@@ -8710,23 +8865,23 @@ class _Inflow:
         )
 
     def read_head(self) -> bytes:
-        """The pickle, where it lies in the first chunk."""
+        """Read the head; return the pickle, if all of it lies in the first chunk."""
         self._read_until(0, min(self._next + self._head_bytes, _SLOT_BYTES))
         return self._parcel.pickled
 
     def place(self, buffer: _Bytes | None) -> None:
-        """Where the message's only buffer is to be written; None for fresh memory for all."""
+        """Say where the message's only buffer is to be written; None for fresh memory for all."""
         try:
             self._parcel.place(None if buffer is None else [buffer])
         except MemoryError as why:
             self.give_up(why)
 
     def read(self, number: int) -> None:
-        """Take up what lies in the chunk of this number."""
+        """Take in what lies in the chunk of this number."""
         self._read_until(number, (number + 1) * _SLOT_BYTES)
 
     def give_up(self, why: MemoryError) -> None:
-        """Read no more of it, which is told where the message is waited for."""
+        """Throw away what is still to come; the error is raised where the message is wanted."""
         self._parcel.failure = why
 
     def _read_until(self, number: int, stop: int) -> None:
@@ -8745,7 +8900,7 @@ class _Inflow:
 
 
 class _Inlet:
-    """What has come of a record from one process."""
+    """How far the present record from one process has come."""
 
     def __init__(self) -> None:
         self.start = b""
@@ -8753,30 +8908,30 @@ class _Inlet:
 
 
 class _Rings:
-    """What one process sends to others, one by one, and hears from them, in one run.
+    """The mail that one process sends and gets in one run.
 
-    A parcel goes as a record, as long as it may be: its sizes, its verb and tag, its head, and its
-    buffers. Records to the same process follow each other without a gap.
+    A parcel goes as a record of any length: its sizes, its verb and tag, its head, and its buffers.
+    Records to the same process follow each other without a gap.
     """
 
     def __init__(self, comm: BoardCommunicator, board: _Board) -> None:
         self._comm = comm
         self._board = board
         self._me = comm.process
-        self._unsent: dict[int, collections.deque[_Bytes]] = {}  # what waits for room, by receiver
+        self._unsent: dict[int, collections.deque[_Bytes]] = {}  # waits for room, by receiver
         self.sent = 0  # bytes
         self._inlets = [_Inlet() for _ in range(board.nprocs)]
         self._arrived_before = bytes(8 * board.nprocs)
-        self._is_deaf = False  # because it is closed, or a signal has come amid `take_in`
+        self._is_deaf = False  # it is closed, or a signal has come amid `take_in`
 
     def close(self) -> None:
-        """Touch them no more."""
+        """Touch the rings no more."""
         self._unsent.clear()
         self._inlets.clear()
         self._is_deaf = True
 
     def send(self, process: int, parcel: Parcel) -> None:
-        """Write what there is room for; the rest, which is not copied, has to wait."""
+        """Write what there is room for; the rest waits, and is not copied meanwhile."""
         assert parcel.message is not None
         head, buffers = parcel.message.head(), parcel.message.buffers
         nbytes = len(head) + sum(buffer.nbytes for buffer in buffers)
@@ -8787,14 +8942,14 @@ class _Rings:
         self._flush(process, queue)
 
     def has_sent(self, process: int) -> bool:
-        """Whether nothing waits for room any more."""
+        """Whether nothing for this process waits for room any more."""
         return not self._unsent.get(process)
 
     def have_unsent(self) -> bool:
         return any(self._unsent.values())
 
     def move(self) -> bool:
-        """Write what there is room for, and take in what has come; False where nothing has."""
+        """Write what there is room for, and take in what has come; False if nothing has."""
         for process, queue in self._unsent.items():
             if queue:
                 self._flush(process, queue)
@@ -8807,7 +8962,9 @@ class _Rings:
             self.sent += count
             if count < queue[0].nbytes:
                 queue[0] = queue[0][count:]
-                if self._comm.has_returned(process):  # then nobody will ever hear of it
+                # Nobody will ever read what goes to a process that has returned. One that has
+                # failed is another matter: main calls the run off, which ends the wait for room.
+                if self._comm.has_returned(process):
                     queue.clear()
                 break
             queue.popleft()
@@ -8815,13 +8972,17 @@ class _Rings:
             self._comm.wake_others([process])
 
     def take_in(self) -> bool:
-        """Hand on what has come; False where nothing has."""
+        """Hand on what has come; False if nothing has."""
         board, me = self._board, self._me
+        # The counts are remembered as they were before the rings are read. What comes in the middle
+        # of that is a change at the next look, where at worst there is nothing left to read.
         arrived = board.arrived(me)
         if arrived == self._arrived_before or self._is_deaf:
             return False
         before = np.frombuffer(self._arrived_before, np.uint64)
-        self._is_deaf = True  # for good, if a signal breaks this off
+        # If a signal breaks this off, it stays deaf for good: bytes may have been taken in and not
+        # been counted as taken, and would be taken in twice.
+        self._is_deaf = True
         self._arrived_before = arrived
         for process in np.flatnonzero(np.frombuffer(arrived, np.uint64) != before).tolist():
             for part in board.take(process, me):
@@ -8859,12 +9020,12 @@ class _Rings:
 # The queue of chunks
 # ---------------------------------------------------------------------------------------------
 #
-# Chunks of a map lie in shared memory, and a pipe holds a `_Ticket` for each, so that the kernel
-# gives it to one process, whoever comes first.
+# The chunks of a map lie in shared memory. A pipe holds a `_Ticket` for each of them, and the
+# kernel gives each ticket to one process, whichever comes first.
 
 
 class _Ticket(NamedTuple):
-    """Of a chunk, where it lies in the queue; the one without bytes says that there are no more."""
+    """Where a chunk lies in the queue; a ticket without bytes says that there are no more."""
 
     start: int  # number of the chunk's first item
     offset: int
@@ -8875,23 +9036,31 @@ class _Ticket(NamedTuple):
 class _ChunkQueue:
     """Chunks in shared memory, from which each process takes its next one by itself.
 
-    Main puts a chunk into the memory and its ticket into a pipe, which hands out each ticket once,
-    whoever dies. The memory is a ring. Before each chunk there is a byte that its reader sets when
-    it has copied the chunk, and at the start of the memory there are two counters for each process:
-    how often it has left the queue, and how many chunks it has taken since. Main begins to deal
-    anew when all have left, so that no late one takes a ticket that is not meant for it.
+    Main writes a chunk into the memory and its ticket into a pipe, which hands out each ticket
+    once, whichever process dies. The memory is a ring. Before each chunk there is a byte that its
+    reader sets when it has copied the chunk. At the start of the memory there are two counters for
+    each process: how often it has left the queue, and how many chunks of the present map it has
+    taken. Main begins to deal anew when all have left, so that no late process takes a ticket that
+    is not meant for it.
     """
 
+    # The tickets lie in a pipe, and not in the shared memory under a lock, because a process that
+    # is killed would hold the lock for ever. Nor does a chunk need a fence before its ticket: that
+    # goes through the kernel, which makes one.
+
     _TICKET = struct.Struct("<qqqq")
-    # Of up to so many, a write takes all or none.
+    # A write to a pipe takes all of up to so many tickets, or none of them. So the pipe never holds
+    # a part of a ticket, and a write for which there is no room can simply be repeated later.
     _MOST_UNWRITTEN = (select.PIPE_BUF if _POSIX else 512) // _TICKET.size
     _ALIGNED = 64
 
     def __init__(self, context: Any, nprocs: int) -> None:
         self._reader, self._writer = context.Pipe(duplex=False)
+        # One ticket wakes all idle workers, and those that come too late for it must not block in a
+        # read. Nor must main block in a write: it has work of its own until there is room.
         for connection in (self._reader, self._writer):
             os.set_blocking(connection.fileno(), False)
-        self._first = -(-16 * nprocs // self._ALIGNED) * self._ALIGNED  # behind the counters
+        self._first = -(-16 * nprocs // self._ALIGNED) * self._ALIGNED  # after the counters
         self._file = _anonymous_file(_QUEUE_AT_FIRST)
         self._run = -1
         self._expected = np.zeros(nprocs, np.int64)  # what the counters will be when all have left
@@ -8911,13 +9080,15 @@ class _ChunkQueue:
 
     @property
     def handle(self) -> int:
-        """It is ready when there is a ticket."""
+        """A handle that is ready when there is a ticket."""
         return int(self._reader.fileno())
 
     # -- on main ------------------------------------------------------------------------------
 
     def who_is_late(self, run: int) -> list[int]:
-        """The processes that have not left; nobody in a run that has just begun."""
+        """The processes that have not left the queue; none if this is the first map of a run."""
+        # With a new run, counting begins anew, because processes that were killed in an earlier one
+        # have never left. Between two runs, nobody touches the queue.
         if run != self._run:
             self._run = run
             self._left[:] = self._expected[:] = 0
@@ -8930,18 +9101,18 @@ class _ChunkQueue:
         self.withdraw()
         with contextlib.suppress(BlockingIOError):
             while os.read(self.handle, self._TICKET.size):
-                pass  # the last one of the time before
+                pass  # the last ticket of the map before, which `take` would put back
         if not self._unread and self._size > _QUEUE_BYTES:  # give back what huge chunks needed
             os.ftruncate(self._file, _QUEUE_AT_FIRST)
             self._map_file()
 
     def begin(self, processes: Sequence[int]) -> None:
-        """These have been called to the queue."""
+        """Take note that these processes have been called to the queue."""
         self._expected[list(processes)] += 1
         self.taken[:] = 0
 
     def put(self, start: int, message: Message) -> bool:
-        """Lay down a chunk, to be taken from the next `flush` on; False if there is no room now."""
+        """Write a chunk, to be taken from the next `flush` on; False if there is no room now."""
         if len(self._unwritten) == self._MOST_UNWRITTEN and not self.flush():
             return False
         head = message.head()
@@ -8966,33 +9137,44 @@ class _ChunkQueue:
         return len(self._unwritten)
 
     def flush(self) -> bool:
-        """Let all that has been put be taken; False if there is no room for its tickets now."""
+        """Write the tickets of all that has been put; False if there is no room for them now."""
         if self._unwritten and self._write(*self._unwritten):
             self._unwritten.clear()
         return not self._unwritten
 
     def count_unread(self) -> int:
-        """How many chunks have not been read, or lie behind such a one."""
+        """How many chunks have not been read, or lie behind one that has not."""
+        # Places become free in the order in which they were filled, as in any ring. So a chunk that
+        # is read late holds those behind it, too.
         while self._unread and self.has_room_again():
             self._unread.popleft()
         return len(self._unread)
 
     def _place(self, nbytes: int) -> int | None:
-        """Where so many bytes fit; the ring grows up to `_QUEUE_BYTES`, or what one chunk needs."""
+        """Where so many bytes fit, if anywhere now.
+
+        The ring grows up to `_QUEUE_BYTES`, or to what a single chunk needs.
+        """
         if not self._unread:
             self._next = self._first
         oldest = self._unread[0][0] if self._unread else self._size
-        if self._next <= oldest and self._unread:  # it has wrapped around
+        # When the ring has wrapped around, the next chunk must go between the newest and the
+        # oldest. There it is no use to let the file grow.
+        if self._next <= oldest and self._unread:
             return self._next if self._next + nbytes < oldest else None
         if self._next + nbytes > self._size:
             if self._unread and self._first + nbytes < oldest:
                 return self._first
+            # A chunk that is too large waits until the ring is empty. Then it gets what it needs,
+            # however much that is, or it could never be dealt.
             if self._unread and self._next + nbytes > _QUEUE_BYTES:
                 return None
             self._grow(max(2 * self._size, self._next + nbytes))
         return self._next
 
     def _grow(self, nbytes: int) -> None:
+        # No chunk is moved by that. A reader maps the file anew when a ticket points beyond what it
+        # has mapped, so it need not be told.
         try:
             os.ftruncate(self._file, nbytes)
         except OSError as why:
@@ -9004,11 +9186,13 @@ class _ChunkQueue:
         return not self._unread or bool(self._memory[self._unread[0][0]])
 
     def end(self) -> bool:
-        """Offer no more; False if there is no room for that word now."""
+        """Write the last ticket; False if there is no room for it now."""
         return self.flush() and self._write(_Ticket(0, 0, 0, 0))
 
     def withdraw(self) -> None:
-        """Take back what nobody has taken."""
+        """Take back the chunks that nobody has taken."""
+        # Main takes their tickets as any process does. So each goes to main or to a worker, and
+        # never to both.
         while (ticket := self.take()) is not None and ticket.nbytes:
             self.forget(ticket)
         for ticket in self._unwritten:
@@ -9025,17 +9209,20 @@ class _ChunkQueue:
     # -- on all -------------------------------------------------------------------------------
 
     def take(self) -> _Ticket | None:
-        """The next ticket, if there is one now; the last one stays for the others."""
+        """Take the next ticket, if there is one now; the last one stays there for the others."""
         try:
             ticket = _Ticket(*self._TICKET.unpack(os.read(self.handle, self._TICKET.size)))
         except BlockingIOError:
             return None
+        # There is room for it, because its own bytes have just been read, and nobody writes any
+        # other ticket behind the last one. If this process is killed before it has put it back, the
+        # others do not wait for it in vain: a death ends the run.
         if ticket.nbytes == 0:
             self._write(ticket)
         return ticket
 
     def read(self, ticket: _Ticket) -> Message:
-        """A copy of the chunk, whose place is then free."""
+        """Return a copy of the chunk, and free its place."""
         place = ticket.offset + self._ALIGNED
         if place + ticket.nbytes > self._size:
             self._map_file()
@@ -9050,11 +9237,11 @@ class _ChunkQueue:
         return Message(pickled, buffers)
 
     def forget(self, ticket: _Ticket) -> None:
-        """The chunk need not lie there any more."""
+        """Let main use the place of the chunk again."""
         self._memory[ticket.offset] = 1
 
     def leave(self, process: int) -> None:
-        """Take no more tickets until the next dealing."""
+        """Say that a process takes no more tickets until main deals anew."""
         self._left[process] += 1
 
     def close(self) -> None:
