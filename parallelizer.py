@@ -9267,16 +9267,22 @@ class _ChunkQueue:
 # Communicating by the board
 # ---------------------------------------------------------------------------------------------
 #
-# `BoardCommunicator` is the transport; its two ends differ in how a failed run ends. `_WorkerEnd`
-# tells main, `_MainEnd` calls the run off, and kills who does not heed that. It is also `_MainEnd`
-# that notices the death of a worker (`_on_handle`).
+# `BoardCommunicator` is the transport of multiprocessing. Its two subclasses differ in how a failed
+# run ends: `_WorkerEnd` reports the failure to main; `_MainEnd` calls the run off, and kills the
+# workers that do not leave it. `_MainEnd` also notices the death of a worker (`_on_handle`).
+#
+# Two orders must survive every change here. A process that brings news writes its data, then the
+# word that announces them, then looks for sleepers; a process that waits marks itself as asleep,
+# then looks once more; and there is a fence between any two of these steps. In another order a
+# wake-up can be lost, and an idle worker would sleep for ever. And the word that a process has left
+# a run is the last that it writes in it, because main may begin the next run at that moment.
 
 
 class BoardCommunicator(Communicator):
     """The transport of multiprocessing, on main (process 0) and on the workers alike.
 
-    What is written into a slot of a round has been read by all when they show the word of the next
-    one, so that a slot may be written to again two rounds later.
+    When a process shows its word of the next round, it has read all that was laid for this one.
+    So a slot may be written again two rounds later.
     """
 
     passes_handles = True
@@ -9294,10 +9300,10 @@ class BoardCommunicator(Communicator):
         self._doorbell = doorbell
         self._queue = queue  # None on Windows, whose pipes cannot be read without blocking
         self._at_queue = False
-        self._base = 0  # the number of the round by which main has called to the current run
-        self._wants_room = False  # whether this process waits for what another one has to read
+        self._base = 0  # the number of the round in which main called for the current run
+        self._wants_room = False  # whether this process waits until others have read something
         self._next_run(0)
-        self._rings.close()
+        self._rings.close()  # because main empties all rings between two runs
 
     def cut_off(self) -> None:
         super().cut_off()
@@ -9306,7 +9312,7 @@ class BoardCommunicator(Communicator):
 
     def _next_run(self, run: int) -> None:
         super()._next_run(run)
-        self._place = 0  # of this process's words on the board
+        self._place = 0  # where this process's words stand on the board
         self._rings = _Rings(self, self._board)
 
     def begin_run(self) -> None:
@@ -9316,6 +9322,9 @@ class BoardCommunicator(Communicator):
 
     def _finish(self, *, failed: bool = False) -> None:
         super()._finish()
+        # The rings are closed first: once all have left, main empties them, and a process that
+        # still read or wrote would mix two runs. Those that are woken may wait for this very word,
+        # or for room in a ring that nobody reads any more.
         self._rings.close()
         self._board.leave(self.process, self._base, failed=failed)
         self.wake_others(p for p in self._everyone if not self._board.has_left(p, self._base))
@@ -9323,15 +9332,20 @@ class BoardCommunicator(Communicator):
     # -- rounds -------------------------------------------------------------------------------
 
     def _number_of_next_run(self) -> int:
-        return self._run.number + 1  # as not all come to the rounds of all runs
+        # Each process counts its own runs, because not all come to the rounds of every run. The
+        # number need not be the same on all: a ring holds the mail of one run alone.
+        return self._run.number + 1
 
     def _exchange(self, word: int, wanted: bytes) -> bool:
         board, parity, count = self._board, word >> _BITS & 1, len(self._everyone)
-        # Who comes last finds all words there at once, and wakes those who have fallen asleep over
-        # their waiting. So there is one who wakes, and a sleeper is woken once per round.
+        # The last process to come finds all words there at once, and wakes those that have fallen
+        # asleep. Nobody rings before the round is complete, because a sleeper could only look and
+        # go back to sleep. So as a rule one process wakes the others, and each once per round.
         board.show(parity, self._place, word)
         alike = board.look(parity, count) == wanted
         if not alike:
+            # When all have come, their words may still differ from `wanted`: by the bit for more
+            # than fits, or because some leave a group. `_meet` judges that.
             self._await_words(wanted)
             alike = board.look(parity, count) == wanted
         if board.does_any_sleep():
@@ -9342,16 +9356,18 @@ class BoardCommunicator(Communicator):
         return self._board.words(self._round & 1, len(self._everyone))
 
     def _have_come(self) -> bool:
-        """Whether all have come to this round; an error where they do not go together."""
+        """Whether all have come to this round; an error if their words do not go together."""
         return self._check_words(self._shown())
 
     def _await_words(self, wanted: bytes) -> None:
-        """Return when all have come; spin at first, and then sleep."""
+        """Return when all have come: spin at first, then sleep."""
         board, parity, count = self._board, self._round & 1, len(self._everyone)
         begun = time.perf_counter()
         try:
-            # A look costs a quarter of a microsecond, and to fall asleep and be woken some fifty.
-            # To find out what is wrong, if something is, takes longer, so it is done now and then.
+            # A look costs a quarter of a microsecond; falling asleep and being woken costs some
+            # fifty. Finding out what is wrong, if anything is, takes longer than a look, so it is
+            # done only now and then. A yield of the CPU can cost a switch interval beside a busy
+            # Python thread, so it is done only where processes have to share CPUs.
             for turn in range(board.looks):
                 if board.look(parity, count) == wanted:
                     break
@@ -9360,7 +9376,7 @@ class BoardCommunicator(Communicator):
                 if turn & 255 == 255 and self._have_come():
                     break
             else:
-                begun = math.inf  # it counts by itself how long it waits
+                begun = math.inf  # because `_wait_until` counts its own time
                 is_idle = bool(self._run.sitting)
                 self._wait_until(self._have_come, self._missing, idle=is_idle, tried=True)
         finally:
@@ -9369,17 +9385,19 @@ class BoardCommunicator(Communicator):
 
     def _give_up_run(self, error: ContractError) -> None:
         super()._give_up_run(error)
-        self.wake_others(self._everyone)  # who waits in this round sees the same
+        self.wake_others(self._everyone)  # those who wait in this round see the same words
 
     def _return(self) -> None:
-        """Main waits until all have come to this round, but nobody else needs to."""
+        """Have main wait until all have come to this round; nobody else needs to."""
         if self.process == 0:
             super()._return()
             return
         if self._run.final is not None:
             raise self._run.final
-        # A worker shows that it has returned, and that is all: it need not know what the others
-        # do, and is free for the next run. If it has gone astray, main will see that.
+        # A worker only shows that it has returned: it need not know what the others do, and is free
+        # for the next run. If it has returned while others call a verb, main will see that. Its
+        # report stays in its slot until main has read it, because main calls for the next run only
+        # after that.
         self._round += 1
         word = self._round << _BITS | self._exit_code() << 1
         self._board.show(self._round & 1, self._place, word)
@@ -9388,20 +9406,23 @@ class BoardCommunicator(Communicator):
     # -- what is brought to a round -------------------------------------------------------------
 
     def _lay(self, *messages: Message) -> Iterator[list[_Bytes]] | None:
-        """Write messages into this process's slot of the coming round; chunks that do not fit."""
+        """Write messages into this process's slot of the coming round; return what does not fit."""
         pieces, nbytes = self._described(messages)
         if nbytes <= _SLOT_BYTES and len(messages) == 1:
             start, head, *buffers = pieces
             self._board.fill(self.process, self._round + 1 & 1, start + head, buffers)
             return None
-        # What does not fit, or is for several receivers, is laid slot by slot. The table of sizes
-        # lies in the first one, so that all know from the first round on how many more there will
-        # be.
+        # A message that does not fit, or messages for several receivers, are laid chunk by chunk.
+        # The table of sizes lies in the first chunk, so that all know from the first round on how
+        # many rounds will follow.
         chunks = _chunks(map(_as_bytes, pieces), _SLOT_BYTES)
         self._fill_slot(next(chunks))
         return chunks if nbytes > _SLOT_BYTES else None
 
     def _lay_failure(self, failure: Failure, error: BaseException) -> None:
+        # A failure must fit into one slot: in the word of an exit, the bit that otherwise announces
+        # more data marks a failure. A larger one goes as text, of which the end of the traceback
+        # and the beginning of the summary say most.
         if len(pickled := pickle.dumps(failure)) > _SLOT_BYTES // 2:
             failure = Failure.in_words(error, self.process, self.world_size)
             text, summary = failure.traceback[-_SLOT_BYTES // 32 :], failure.summary
@@ -9417,11 +9438,11 @@ class BoardCommunicator(Communicator):
         return self._board.memory, self._board.place(process, parity)
 
     def slot(self, process: int) -> _Bytes:
-        """What a process has written for this round."""
+        """Return what a process has written for this round."""
         return self._board.slot(process, self._round & 1)
 
     def _take_up(self, process: int, index: int = 0, *, placed: bool = False) -> _Inflow:
-        """Begin to read a message of which a slot does not hold all."""
+        """Begin to read a message that does not fit into a slot."""
         return _Inflow(self, process, self._find(process, index, self._round & 1), placed=placed)
 
     def _carry_on(
@@ -9430,15 +9451,18 @@ class BoardCommunicator(Communicator):
         chunks: Iterator[list[_Bytes]] | None,
         inflows: Sequence[_Inflow],
     ) -> None:
-        """Move what does not fit into a slot, a chunk in each round, to which all come."""
+        """Move what does not fit into a slot, one chunk per round; all come to each round."""
         parity = self._round & 1
+        # All processes compute this number from the same tables, so that all leave the loop after
+        # the same round, and none has to announce its last chunk.
         most = max((self._find(source, 0, parity).total for source in sources), default=1)
         longest = -(-most // _SLOT_BYTES)
-        # The next chunk goes into the slot of the other parity while others still read this one:
-        # its readers have shown their word of this round, and so are through with what lay there.
+        # The next chunk goes into the slot of the other parity while others still read this one.
+        # That slot is free: its readers have shown their word of this round, so they have read what
+        # lay there. No round follows the last chunk, because it is safe until the next but one.
         for number in range(longest):
             if chunks is not None and (chunk := next(chunks, None)) is not None:
-                self._fill_slot(chunk)  # the next one, while others read this one
+                self._fill_slot(chunk)
             for inflow in inflows:
                 inflow.read(number)
             if number < longest - 1:
@@ -9467,9 +9491,11 @@ class BoardCommunicator(Communicator):
         heads = [inflow.read_head() for inflow in inflows]
         heads.insert(self.rank, message.pickled)
         places = None
+        # A lack of memory must not take this process out of the rounds, where others would wait for
+        # it: it comes to all of them, keeps nothing, and raises after the last one.
         try:
             places = plan.place(heads)
-        except MemoryError as why:  # the others go on
+        except MemoryError as why:
             for inflow in inflows:
                 inflow.give_up(why)
         if places is not None:
@@ -9503,8 +9529,11 @@ class BoardCommunicator(Communicator):
         result: np.ndarray[Any, Any] | None,
         receivers: Sequence[int],
     ) -> None:
-        # A portion lies in a slot as in the array. Where the segment of the slot's owner would be,
-        # there is instead what that has folded of the portion before.
+        # A portion lies in a slot as it lies in the array, with one exception. Nobody needs the
+        # owner's values of the segment that the owner folds itself, so their place holds what it
+        # has folded of the portion before. Thus one round brings the values of a portion and the
+        # results of the last one, and there is one round more than there are portions. Everything
+        # is written into slots of the coming round, which nobody reads any more.
         segments = _Segments(own, self.size, self.portion_bytes)
         begin, end = self.rank * segments.length, (self.rank + 1) * segments.length
         slots = [
@@ -9521,7 +9550,7 @@ class BoardCommunicator(Communicator):
             mine[end : portion.size] = portion[end:]
             if number < segments.portions:
                 self._meet(self.call.depth << 6 | _MORE)
-            else:
+            else:  # an error is kept until here, because all come to all rounds
                 self._end_folding(segments.error)
             present, ahead = slots[self._round & 1], slots[self._round + 1 & 1]
             if number > 0 and result is not None:
@@ -9550,18 +9579,20 @@ class BoardCommunicator(Communicator):
             yield inflow.message()
 
     def _end_turns(self, parity: int) -> None:
-        """Go on in a round of this parity, so that a slot that lies unread is not written to."""
-        # The next thing to be laid would go into slots of this parity, and main may not have looked
-        # yet at all that lies there. It comes to this round when it is through.
+        """Move on to a round of this parity, so that no slot is written to before it is read."""
+        # What is laid next would go into slots of this parity, and main may not have read yet all
+        # that lies there. Main comes to this extra round when it has.
         if self._round & 1 != parity:
             self._meet(self.call.depth << 6 | _MORE)
 
     # -- mail ---------------------------------------------------------------------------------
 
     def deliver(self, process: int, parcel: Parcel) -> None:
-        """Take in what has come through a ring."""
+        """Take in a parcel that has come through a ring."""
         if parcel.failure is not None and parcel.verb in ("control", "logs"):
-            return  # it will be asked again; and the error that follows matters more than a log
+            return  # whoever searches for a deadlock asks again; and a lack of memory tops a log
+        # There was no memory here for another process's failure. Its text is lost, but the run must
+        # end all the same, so a MemoryError stands for it.
         if parcel.failure is not None and parcel.verb == "failed":
             error = self.out_of_memory(process, parcel.failure)
             parcel = Parcel(parcel.run, parcel.verb, Message(pickle.dumps(error), []))
@@ -9576,9 +9607,10 @@ class BoardCommunicator(Communicator):
             self._await_room(process)
 
     def _await_room(self, process: int) -> None:
-        """Return when something more has been written."""
+        """Return when something more has been written, or all of it."""
         rings, before = self._rings, self._rings.sent
-        # Each wait is one of its own, so that a long transfer is not taken for a deadlock.
+        # Each step is a wait of its own, so that a long transfer that goes on is neither taken for
+        # a deadlock nor ended by `timeout`.
         self._wait_until(
             lambda: rings.sent > before or rings.has_sent(process),
             lambda: [process],
@@ -9587,9 +9619,10 @@ class BoardCommunicator(Communicator):
 
     def _raise_if_vain(self, ranks: Sequence[int], tag: int, doing: str) -> bool:
         if all(self.has_returned(self.members[rank]) for rank in ranks):
-            # Nothing more can come of them, but what they sent before they returned may not have
-            # been taken in.
-            self._rings.take_in()  # what they have sent before
+            # These ranks send nothing more, but what they sent before they returned may still lie
+            # in their rings. Those are read only after it is known that the ranks have returned: in
+            # the other order, mail that was sent in between could be missed.
+            self._rings.take_in()
             if self.first_sender(ranks, tag) is None:
                 told = f"rank {self.members[ranks[0]]} returned while rank {self.process}"
                 self._run.final = ContractError(f"{told} waits in {self._doing(doing)}")
@@ -9608,6 +9641,8 @@ class BoardCommunicator(Communicator):
         return False
 
     def _progress(self, seconds: float) -> None:
+        # Mail that has come may be what is waited for, so this does not sleep then. It looks at
+        # the handles all the same, so that a stream of mail cannot hide a death.
         if self._rings.move():
             seconds = 0
         tickets = [self._queue.handle] if self._queue is not None and self._at_queue else []
@@ -9617,13 +9652,15 @@ class BoardCommunicator(Communicator):
         self._rings.move()
 
     def _handles(self) -> Iterable[int]:
-        """What to wait for beside the doorbell."""
+        """Return the handles to wait for beside the doorbell."""
         return ()
 
     def _on_handle(self, handle: int) -> None:
-        """One of these is ready."""
+        """Handle what makes one of `_handles` ready."""
 
     def _fall_asleep(self) -> None:
+        # The board also says why a process sleeps, so that reading a parcel wakes only those that
+        # wait for room, and not those that wait for mail.
         wants_room = self._wants_room or self._rings.have_unsent()
         self._board.fall_asleep(self.process, _WANTS_ROOM if wants_room else _WANTS_NEWS)
 
@@ -9631,20 +9668,20 @@ class BoardCommunicator(Communicator):
         self._board.wake_up(self.process)
 
     def wake_others(self, processes: Iterable[int]) -> None:
-        """Those of them who sleep, after a fence."""
+        """Wake those of these processes that sleep; to be called after a fence."""
         sleepers = self._board.sleepers()
         for process in processes:
             if sleepers[process] and process != self.process:
                 self._doorbell.ring(process)
 
     def tell_of_room(self) -> None:
-        """Wake all others who wait for room, after a fence."""
+        """Wake all other processes that wait for room; to be called after a fence."""
         for process, why in enumerate(self._board.sleepers()):
             if why == _WANTS_ROOM and process != self.process:
                 self._doorbell.ring(process)
 
     def has_returned(self, process: int) -> bool:
-        """Whether its part in the current run is over, and well."""
+        """Whether a process has left the current run because its function has returned."""
         return self._board.has_returned(process, self._base)
 
     def wake(self) -> None:
@@ -9652,12 +9689,14 @@ class BoardCommunicator(Communicator):
 
     @property
     def queue(self) -> _ChunkQueue | None:
-        """For the chunks of a map whose members main leads."""
+        """The queue for the chunks of a map, if main leads the members; else None."""
         return self._queue if self.members[0] == 0 else None
 
     def await_ticket(self, doing: str) -> _Ticket:
-        """On a worker: the next ticket of main's queue."""
+        """Wait, on a worker, for the next ticket of main's queue."""
         assert self._queue is not None
+        # Looking for a ticket takes it. The search for deadlocks, too, asks whether this wait is
+        # over, so a ticket that has been taken is kept here, and no second one is taken.
         tickets: list[_Ticket] = []
 
         def is_there() -> bool:
@@ -9676,7 +9715,7 @@ class BoardCommunicator(Communicator):
         self._board.note(self.process, number)
 
     def wake_main(self) -> None:
-        """Have main look for what it waits for beside messages."""
+        """Wake main to look for what it waits for other than mail."""
         self._board.fence()
         self.wake_others([0])
 
@@ -9685,7 +9724,7 @@ class BoardCommunicator(Communicator):
         self.tell_of_room()
 
     def await_room(self, has_room: Callable[[], object], doing: str) -> None:
-        """On main: wait until others have read what lies in the queue, as they always do."""
+        """Wait, on main, until others have read what lies in the queue; they always do."""
         self._wants_room = True
         try:
             self.await_any(has_room, list, doing)
@@ -9724,7 +9763,7 @@ class _WorkerEnd(BoardCommunicator):
         return (self._life,)
 
     def _on_handle(self, handle: int) -> None:
-        os._exit(1)  # main is gone, and nobody is left to hear of it
+        os._exit(1)  # main is gone, so that nobody is left to report to
 
     def _is_called_off(self) -> bool:
         return self._board.called_off[0] == self._base
@@ -9733,7 +9772,8 @@ class _WorkerEnd(BoardCommunicator):
         return self._board.called(self.process) not in (0, self._base)
 
     def next_command(self) -> Message | None:
-        # Main may be about to come to a verb, or to an exception of its own.
+        # Main may compute, and not know yet that this process has failed. It gets a moment to come
+        # to a verb, or to an exception of its own, before a signal interrupts it.
         if self._unheard and not self.listen(
             _SETTLING, lambda: self._is_called_off() or self._is_called()
         ):
@@ -9746,9 +9786,11 @@ class _WorkerEnd(BoardCommunicator):
                 return None
             self._next_run(self._run.number + 1)
             # Rounds are counted from the one in which main has called, whatever this process has
-            # missed: it may be new, or have left the run before long ago.
+            # missed: it may be new, or may have left the previous run long before its end.
             self._round = self._base = number
             self._run.in_progress, self._unheard = True, False
+            # From here on, this process takes part. So an error ends the run as one of the user's
+            # function would, and the worker goes on to wait for the next command.
             try:
                 return self._take_command()
             except (RunEnded, ParallelizerError, MemoryError) as error:
@@ -9757,7 +9799,7 @@ class _WorkerEnd(BoardCommunicator):
                     raise
 
     def _take_command(self) -> Message:
-        """What lies in main's slot for this process, or for all that are called."""
+        """Return the command in main's slot: one for this process, or one for all."""
         with self.restricted_to(self._board.runners()):
             self._everyone, self._place = self.members, self.rank
             index = self.rank - 1
@@ -9769,18 +9811,19 @@ class _WorkerEnd(BoardCommunicator):
 
     def _end_run(self, error: BaseException) -> BaseException:
         if not (self._ends_own_run(error) or self._is_called_off()):
-            # Main alone decides how the run ends, so it is enough that main hears of this. It may
-            # have called the run off already, for another error: then nobody asks for this one.
+            # Main alone decides how the run ends, so it is enough to report to main. If main has
+            # already called the run off, for another error, nobody asks for this one.
             self._unheard = True
             self._tell_main(self._for_others(error))
-            # Main may compute, and take in nothing.
+            # Main may compute, and take in nothing until a signal interrupts it. This process must
+            # not leave the run before its report is sent, because its rings close then.
             if not self.listen(_SETTLING, lambda: self._rings.has_sent(0)):
                 _send_urgent(self._main_pid)
                 self.listen(math.inf, lambda: self._rings.has_sent(0))
         return error
 
     def _tell_main(self, error: BaseException) -> None:
-        """Main waits for it, so it is told whatever interrupts the pickling of `error`."""
+        """Report to main, which waits for that, whatever interrupts the pickling of `error`."""
         failure = Failure.in_words(error, self.process, self.world_size)
         try:
             failure = failure.with_exception(error)
@@ -9800,22 +9843,26 @@ class _MainEnd(BoardCommunicator):
 
     def _next_run(self, run: int) -> None:
         super()._next_run(run)
+        # Nobody else touches a ring now. One that was killed may have left half a record there,
+        # which would be taken for the beginning of the next run's mail.
         self._board.empty_rings()
         self._failures: dict[int, Failure | BaseException] = {}
-        self._items_begun: dict[int, tuple[int, float]] = {}  # and when they were first seen
-        self._called: set[int] = set()  # who knows of the run, and has not died in it
+        self._items_begun: dict[int, tuple[int, float]] = {}  # by process, with when main saw them
+        self._called: set[int] = set()  # processes that know of the run and have not died in it
 
     def _handles(self) -> Iterable[int]:
         return self._workers.sentinels
 
     def _on_handle(self, handle: int) -> None:
-        self._rings.take_in()  # its last words
+        # What the worker sent before it died comes first: if it reported a failure of its own, that
+        # is the cause, and its death adds nothing.
+        self._rings.take_in()
         if handle not in self._workers.sentinels:
-            return  # buried by its other one
+            return  # already buried, when its other handle became ready
         process = self._workers.sentinels[handle]
         error = self._workers.bury(process)
         if process in self._everyone and self._run.in_progress:
-            # Also where it has returned: others may be sending to it.
+            # Even if it has returned, because others may be sending to it.
             self._failures.setdefault(process, error)
         self._called.discard(process)
 
@@ -9828,7 +9875,8 @@ class _MainEnd(BoardCommunicator):
             self.end_the_stuck(seconds)
 
     def end_the_stuck(self, seconds: float) -> None:
-        # Who is stuck in compiled code does not raise the TimeoutError that it was to raise.
+        # A worker that is stuck in compiled code never raises the TimeoutError that is to end its
+        # item. Main sees on the board that it is still at that item, and kills it.
         now = time.monotonic()
         for process in self._workers.processes:
             item = self._board.computing[process]
@@ -9861,17 +9909,20 @@ class _MainEnd(BoardCommunicator):
     def begin_run(self) -> None:
         command, self._command = self._command, None
         super().begin_run()
-        self._handle_all()  # who died since the last run
+        self._handle_all()  # buries workers that died since the last run
         self._raise_failure()
         if command is not None:
             self._begin_on_others(command)
 
     def _begin_on_others(self, command: Sequence[Message]) -> None:
-        # Where a run has failed, the processes may have counted differently.
+        # After a failed run, processes may have counted differently. The new run counts from beyond
+        # every word on the board, so that no word of an earlier run can be taken for one of this.
         self._base = max(self._board.latest(), self._round, _LET_GO) + 1
-        self._round = self._base - 1
+        self._round = self._base - 1  # because `_lay` writes for the coming round
         chunks = self._lay(*command)
         self._round = self._base
+        # Set before they are called: from then on they must be made to leave the run, whatever
+        # happens here.
         self._called = set(self.members[1:])
         self._board.call(self.members, self._base)
         self.wake_others(self.members)
@@ -9881,15 +9932,17 @@ class _MainEnd(BoardCommunicator):
     # -- the end of a run that has failed -------------------------------------------------------
 
     def _inside(self) -> list[int]:
-        """Who has not left the run."""
+        """Return the processes that have not left the run."""
         return sorted(p for p in self._called if not self._board.has_left(p, self._base))
 
     def _end_run(self, error: BaseException) -> BaseException:
-        """Have all leave the run, and find the failure that is to be told."""
+        """Make all leave the run, and return the failure that `run` is to raise."""
         failures = self._failures
         if not self._ends_own_run(error):
             failures[0] = self._for_others(error)
         self._make_all_leave()
+        # Consequences of another failure come last; otherwise the lowest rank comes first, so that
+        # timing does not decide which error is raised.
         order = sorted(failures, key=lambda process: (_is_consequence(failures[process]), process))
         first, *others = [failures[process] for process in order]
         self.spokesman = order[0]
@@ -9901,24 +9954,26 @@ class _MainEnd(BoardCommunicator):
         return error if self.ends_outer_run(error) else raised
 
     def _make_all_leave(self) -> None:
-        """Return when all have left the run, or are killed, as they have not within their time."""
+        """Return when all have left the run; kill those that have not left in time."""
         doomed = list(self._workers.processes)
         try:
-            # Several may have failed at once.
+            # Several may be failing at once. Each gets a moment to come to its own failure, because
+            # a process that is called off first raises RunEnded instead.
             self.listen(_SETTLING, lambda: not self._inside())
             if not self._call_off():
                 _logger().warning(
                     "rank(s) %s did not leave a failed run within %s s", self._inside(), _GRACE
                 )
             doomed = self._inside()
-            self._rings.take_in()  # what they have told before they left
+            self._rings.take_in()  # what they reported before they left
         finally:  # a second Ctrl-C dooms them all
             self._workers.kill(doomed)
 
     def _call_off(self) -> bool:
-        """Whether all have left the run within the time they get."""
+        """Call the run off; return whether all have left it within the time they get."""
         self._board.call_off(self._base)
-        # Again and again, as Python swallows what a signal's handler raises in a destructor.
+        # Main does not know who sleeps and who computes, so it rings and sends a signal. It does so
+        # repeatedly, because Python swallows what a signal's handler raises in a destructor.
         for _ in range(10):
             for process in self._inside():
                 self.wake_others([process])
@@ -9932,7 +9987,7 @@ class _MainEnd(BoardCommunicator):
         if self._workers.owned:
             try:
                 if self._run.in_progress and self.user.thread is None:
-                    # an imap that nobody has ended
+                    # The run of an imap that nobody has ended.
                     self.fail_run(GeneratorExit())
                 self.command(None)
             finally:  # also after a Ctrl-C
@@ -9943,32 +9998,32 @@ class _MainEnd(BoardCommunicator):
 # Signals
 # ---------------------------------------------------------------------------------------------
 #
-# A handler may come between any two instructions. So it sets a flag and wakes who waits, and does
-# no more: it touches no ring and no lock, calls no verb, and raises nothing unless the
-# communicator is `interruptible`, which it is in the user's function alone.
+# A handler may run between any two instructions. So it only sets a flag and wakes a process that
+# waits: it touches no ring and no lock, calls no verb, and raises nothing unless the communicator
+# is `interruptible`, which it is only while the user's function itself executes.
 
 
-# Two signals concern a run. A Ctrl-C (SIGINT) calls the user's handler, which mostly ends the run.
-# By SIGURG main makes a worker that computes, or a worker makes main, look whether the run has been
-# called off. Neither is heeded amid a step of the protocol, but at the end of the verb, or at the
-# next turn of a wait.
+# Two signals concern a run. Ctrl-C (SIGINT) calls the user's handler, which usually ends the run.
+# SIGURG makes a process that computes look whether the run has been called off: main sends it to
+# workers, and a worker sends it to main. Neither acts in the middle of a step of the protocol: it
+# waits for the end of the verb, or for the next turn of a wait.
 class _CtrlC:
-    """When a Ctrl-C is heeded: while the user's function executes, or when it is waited for.
+    """Holds a Ctrl-C back until the user's function executes, or a wait allows it.
 
-    The handler that was there before is called then. A second Ctrl-C, while the first is still
-    waiting, calls it at once.
+    Then the handler that was installed before is called. A second Ctrl-C, while the first is still
+    pending, calls it at once.
     """
 
     def __init__(self) -> None:
         self.pending = False
         self._allowed = False
         self._before: Any = None
-        # What the main thread is doing, innermost last.
+        # What the main thread is doing; the innermost phase is last.
         self._phases: list[Communicator | None] = []
 
     @_context
     def governed_by(self, phase: Communicator | None) -> Iterator[None]:
-        """Within, it is heeded when this communicator allows it; or, without one, at the end."""
+        """Within, a Ctrl-C acts when this communicator allows it; without one, at the end."""
         handler = signal.getsignal(signal.SIGINT)
         if not (_on_main_thread() and (callable(handler) or self._phases)):
             yield
@@ -9981,14 +10036,14 @@ class _CtrlC:
                 signal.signal(signal.SIGINT, self._handle)
             yield
         finally:
-            del self._phases[0 if outermost else -1 :]  # nothing, if a Ctrl-C has come before
+            del self._phases[0 if outermost else -1 :]  # empty if a Ctrl-C came before the append
             if outermost and signal.getsignal(signal.SIGINT) == self._handle:
                 signal.signal(signal.SIGINT, self._before)
             if self.pending and (outermost or self._is_heeded()):
                 self.heed()
 
     def allow(self, wait: Callable[[], _T]) -> _T:
-        """The result of a wait, which it may break off."""
+        """Return the result of `wait`, which a Ctrl-C may break off."""
         self._allowed = True
         try:
             if self.pending:
@@ -10002,7 +10057,7 @@ class _CtrlC:
         self._before(signal.SIGINT, sys._getframe())
 
     def forget(self) -> None:
-        """In a process that has been forked within."""
+        """Restore the former handler in a process that was forked during a phase."""
         if self._phases and signal.getsignal(signal.SIGINT) == self._handle:
             signal.signal(signal.SIGINT, self._before)
         self._phases.clear()
@@ -10023,12 +10078,12 @@ class _CtrlC:
             self.pending = True
             phase = self._phase()
             if phase is not None:
-                phase.wake()  # because a system call goes on after a signal
+                phase.wake()  # because Python resumes a system call after a signal
 
 
 _CTRL_C = _CtrlC()
 
-# Ignored by default and used by nobody else to speak of, so it can be sent without harm.
+# SIGURG is ignored by default, and hardly anybody else uses it, so it can be sent without harm.
 _URGENT: int | None = getattr(signal, "SIGURG", None)
 
 
@@ -10044,19 +10099,19 @@ def _send_urgent_later() -> None:
     _send_urgent(os.getpid())
 
 
-# The communicators of this process that such a signal may concern, and who handled it before:
-# perhaps another copy of this module. There are several where a handler was put over this one;
-# each has come when so many communicators were listening.
+# The communicators of this process that SIGURG may concern; and the handlers that were installed
+# before this module's, perhaps by another copy of it. There are several if somebody has installed
+# a handler over this module's. Each is kept with the number of communicators that listened then.
 _LISTENING: list[Communicator] = []
 _HANDLERS_BEFORE: list[tuple[int, Any]] = []
 
 
-# Whose functions that take away what has died are called by the garbage collector.
+# The garbage collector calls functions of these modules, which remove references to dead objects.
 _WEAK_MODULES = ("_weakrefset", "weakref")
 
 
 def _is_finalizing(frame: types.FrameType | None) -> bool:
-    """Whether a finalizer is being executed, out of which Python lets no exception come."""
+    """Whether a finalizer is executing: Python swallows every exception that is raised in one."""
     while frame is not None:
         name = frame.f_code.co_name
         if name == "__del__" or (
@@ -10071,10 +10126,10 @@ def _on_urgent(signum: int, frame: types.FrameType | None) -> None:
     for communicator in _LISTENING:
         communicator.user.news = True
     if _is_finalizing(frame):
-        # What was raised here would be lost, and the function would go on.
+        # An exception that is raised now would be lost, and the function would go on.
         _thread.start_new_thread(_send_urgent_later, ())
         return
-    # None are left meanwhile, because one of them may call the one before it, which is this one.
+    # The list is empty meanwhile, because a handler may call the one before it, which is this one.
     before, _HANDLERS_BEFORE[:] = list(_HANDLERS_BEFORE), []
     try:
         for _, handler in before:
@@ -10088,7 +10143,7 @@ def _on_urgent(signum: int, frame: types.FrameType | None) -> None:
 
 
 def _on_main_thread() -> bool:
-    """Where Python handles signals; a run in another thread learns of news at its next verb."""
+    """Whether Python handles signals here; on other threads a run hears news at its next verb."""
     return threading.current_thread() is threading.main_thread()
 
 
@@ -10122,8 +10177,8 @@ def _signal_at_eof(file: int, signum: int) -> None:
         fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_ASYNC)
 
 
-# Signals by which somebody asks something of the program, and that end a process which does not
-# handle them; the faults of a process itself are not among them.
+# Signals by which somebody asks something of the program, and which end a process that does not
+# handle them. Those that tell of a process's own faults are not among them.
 _REQUESTS = (
     "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM",
     "SIGPROF", "SIGXCPU", "SIGIO", "SIGPWR", "SIGBREAK",
@@ -10139,20 +10194,20 @@ def _requests() -> frozenset[int]:
 
 
 def _leave_to_main(signum: int, frame: types.FrameType | None) -> None:
-    """Handle a request in a worker, which main has got as well."""
+    """Ignore a request on a worker, because main has received it as well."""
 
 
 def _leave_signals_to_main() -> None:
-    """On a worker: let only main hear what is sent to all processes of the program.
+    """Make this worker ignore requests that all processes of the program get; main heeds them.
 
     Terminals, `timeout` and batch systems signal the whole group. What main does then is its own
-    affair, and may be to save its state and go on; workers end with main anyway. So they survive
-    all requests, whether main handles them now, later or never, and whether they were forked. They
-    do so by a handler, because programs that they start would inherit that a signal is ignored.
-    Handlers in compiled code stay: that of faulthandler shows what a worker is doing.
+    affair: it may save its state and go on, and workers end with main anyway. So workers survive
+    all requests, whether main handles them now, later or never, and however workers were started.
+    They use a handler that does nothing, because programs that they start would inherit that a
+    signal is ignored. Handlers in compiled code stay: faulthandler's shows what a worker is doing.
     """
-    signal.set_wakeup_fd(-1)  # a fork has inherited the one by which main's asyncio hears of them
-    _HANDLERS_BEFORE.clear()  # main's, too
+    signal.set_wakeup_fd(-1)  # a forked worker has inherited the one that main's asyncio uses
+    _HANDLERS_BEFORE.clear()  # inherited from main, too
     caught = _caught_signals()
     for number in signal.valid_signals():
         handler = signal.getsignal(number)
@@ -10161,8 +10216,8 @@ def _leave_signals_to_main() -> None:
             signal.signal(number, _leave_to_main)
             if _POSIX:
                 signal.siginterrupt(number, False)  # compiled code may not expect to be interrupted
-        elif callable(handler):  # one of main's
-            # From its start on, Python ignores two that would end a process for a failed write.
+        elif callable(handler):  # inherited from main
+            # From its start on, Python ignores two signals that end a process whose write fails.
             ignored = number in (getattr(signal, "SIGPIPE", 0), getattr(signal, "SIGXFSZ", 0))
             signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     if _POSIX:
@@ -10171,7 +10226,7 @@ def _leave_signals_to_main() -> None:
 
 
 def _caught_signals() -> set[int]:
-    """Those that have a handler, also one that Python does not know; on Linux alone."""
+    """Return the signals with a handler, even one unknown to Python; none except on Linux."""
     found = 0
     with contextlib.suppress(OSError, IndexError):
         status = _read_proc("self/status")
@@ -10180,7 +10235,7 @@ def _caught_signals() -> set[int]:
 
 
 def _heed_termination() -> None:
-    """In a process that a worker has forked: be such that `multiprocessing` can terminate it."""
+    """Restore SIGTERM in a process that a worker forks: `multiprocessing` uses it to end one."""
     if signal.getsignal(signal.SIGTERM) is _leave_to_main:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -10189,14 +10244,25 @@ def _heed_termination() -> None:
 # The pool: workers are started, watched and ended
 # ---------------------------------------------------------------------------------------------
 #
-# `_Workers` starts them, buries the dead, and starts those anew; `_Guard` is a process that ends
-# them, and what they have started, when main is gone; `_worker_main` is what each of them runs.
+# `_Workers` starts the workers, buries the dead and replaces them. `_Guard` is a process that ends
+# the workers, and what they have started, when main is gone. `_worker_main` is what a worker runs.
+#
+# No process may outlive the program, whatever ends that. So each one is watched by another:
+#
+#   a worker dies   a handle becomes ready for which main waits: the sentinel that multiprocessing
+#                   makes, or a pidfd. On Linux a signal interrupts what main computes.
+#   main dies       its guard reads the end of a pipe, and kills the workers and their children.
+#   the guard dies  a second pipe ends, and then the kernel kills the workers (`_die_with_main`);
+#                   main sees their deaths, and starts others with a new guard.
+#
+# Some things a process can only inherit, and cannot be given later: blocked signals, its
+# environment, whether it can find the main program. Main sets them up around each start.
 
 
 class _WorkerSetup(NamedTuple):
-    """All that a worker is born with."""
+    """All that a worker is given when it starts."""
 
-    parallelizer: bytes  # pickled here, because its class may be of `__main__`
+    parallelizer: bytes  # pickled by main, because its class may be defined in `__main__`
     process: int
     board: _Board
     doorbell: _Doorbell
@@ -10218,21 +10284,21 @@ def _are_logs_passed_on(wanted: bool | None, method: str) -> bool:
 
 
 class _Initializer:
-    """Calls a function once on a worker, when that is born; if it fails, again in later runs."""
+    """Calls a function once on a new worker; if it fails, once more in each later run."""
 
     def __init__(self, func: Callable[..., object], arguments: tuple[Any, ...]) -> None:
         self._pickled: bytes | None = _dumps((func, arguments))
-        self._error: Exception | None = None  # by which it has failed, until a run has raised it
+        self._error: Exception | None = None  # of the first call, until a run has raised it
 
     def attempt(self) -> None:
-        """At birth, when there is no run that an error could end."""
+        """Call the function when the worker starts, before there is a run that it could fail."""
         try:
             self._call()
         except Exception as error:
             self._error = error
 
     def call_first(self, work: Callable[..., _R], **given: Any) -> _R:
-        """What `work` gives; or raise what keeps this worker from being initialized."""
+        """Return the result of `work`, or raise what keeps this worker from being initialized."""
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -10266,15 +10332,17 @@ class _Workers:
                 "worker of concurrent.futures.ProcessPoolExecutor"
             )
         self._method = method = method or _default_start_method()
-        self.lack_main = False  # whether functions of main's `__main__` are not to be found there
+        self.lack_main = False  # whether workers cannot find the functions of main's `__main__`
         context = multiprocessing.get_context(method)
         self._timeout = parallelizer.timeout
         self.owned = True
         self.processes: dict[int, Any] = {}
         self.sentinels: dict[int, int] = {}
-        self.killed: dict[int, str] = {}  # by main, and why
-        self.death_is_asked_for = False  # of all of them, amid a run
+        self.killed: dict[int, str] = {}  # workers that main has killed, and why
+        self.death_is_asked_for = False  # whether terminate() has killed all of them in a run
         self._guard: _Guard | None = None
+        # The limit of threads comes last, because it changes main itself: a pool that fails to
+        # open, for want of descriptors, must leave main as it was.
         try:
             pipes = [context.Pipe(duplex=False) for _ in range(nprocs)]
             self.board = _new_board(nprocs)
@@ -10295,9 +10363,11 @@ class _Workers:
         missing = [p for p in range(1, self.board.nprocs) if p not in self.processes]
         if not missing:
             return
-        # Now, because threads may have been started since the parallelizer was opened.
+        # The method is chosen at each start, because the program may have started threads since the
+        # parallelizer was opened.
         self._method = _safe_start_method(self._method, self.board.nprocs)
         try:
+            # Workers die with their guard, so new workers need a new guard.
             if self._guard is None or self._guard.is_gone():
                 self._guard = _Guard()
             if not self._start_all(missing, self._guard):
@@ -10310,13 +10380,13 @@ class _Workers:
             raise
 
     def _start_all(self, missing: Iterable[int], guard: _Guard) -> bool:
-        """Start these workers; False where the first of them shows that none must be forked.
+        """Start these workers; return False if the first of them shows that none must be forked.
 
         Some libraries run threads that Python knows nothing of. OpenBLAS, and so numpy, ends its
-        own just before a fork, and starts them anew when it needs them; OpenMP, polars, numba and
-        torch do not, and in a forked worker what their threads had locked stays locked. No list of
-        libraries says which threads are whose, nor how many there are. A fork does: threads that
-        are left after one are not stopped by it.
+        own just before a fork, and starts them anew when it needs them. OpenMP, polars, numba and
+        torch do not, and what their threads have locked stays locked in a forked worker. No list
+        of libraries says which threads are whose, nor how many there are. A fork does: a thread
+        that is still there after it belongs to a library that does not prepare for forks.
         """
         parallelizer = self._parallelizer()
         assert parallelizer is not None
@@ -10327,10 +10397,14 @@ class _Workers:
         if parallelizer.initializer is not None:
             initializer = _Initializer(parallelizer.initializer, parallelizer.initargs)
         with _shielded_start(self._method), _apart_from_the_mpi_job(), main:
+            # The fork server outlives this pool, so its environment must not have this pool's limit
+            # of threads: children for later pools would inherit that.
             if self._method == "forkserver":
                 with _ThreadLimit.set_aside():
                     _fork_server().ensure_running()
             for process in missing:
+                # What the board says about a dead worker is cleared first: its successor would take
+                # the old call to a run for a call to itself.
                 self.board.renew(process)
                 self._start(_WorkerSetup(
                     pickled, process, self.board, self._doorbells[process], self.queue,
@@ -10357,45 +10431,53 @@ class _Workers:
             process.start()
         self.processes[setup.process] = process
         self._tell_guard()
+        # A worker may have two handles. Its sentinel is the end of a pipe, and stays silent as long
+        # as a child of the worker lives, because that has inherited the other end. A pidfd tells of
+        # the worker alone.
         self.sentinels[process.sentinel] = setup.process
-        # The sentinel stays silent for as long as a child of the worker's own lives on.
         if hasattr(os, "pidfd_open"):
-            with contextlib.suppress(OSError):  # an older kernel, or it has died already
+            with contextlib.suppress(OSError):  # an older kernel, or the worker has died already
                 self.sentinels[os.pidfd_open(process.pid)] = setup.process
-                # Those of a fork server all speak, too, when that has died and not the worker.
+                # When a fork server dies, the sentinels of all its children become ready, though
+                # the children live. So only the pidfd is believed.
                 if setup.method == "forkserver":
                     del self.sentinels[process.sentinel]
+        # A death interrupts main while it computes, by the same signal as a worker's failure.
         if _URGENT is not None:
             _signal_at_eof(process.sentinel, _URGENT)
 
     def bury(self, number: int) -> ParallelizerError:
-        """Take a dead worker off the books; the error that says how it died."""
+        """Take a dead worker off the books; return the error that says how it died."""
+        # First of all, so that `kill_soon` on another thread does not find it any more.
         process = self.processes.pop(number)
         by_pid = self._pidfd(number, process)
         self.sentinels.pop(process.sentinel, None)
         if by_pid is not None:
             from multiprocessing.connection import wait
 
-            wait([by_pid])  # as a dead fork server does not tell of its end
+            # `join` below returns at once if the fork server is dead, whether or not the worker
+            # lives. The worker must be gone before another one takes its place on the board.
+            wait([by_pid])
             del self.sentinels[by_pid]
             os.close(by_pid)
         process.join()
         self._tell_guard()
         cause = self.killed.pop(number, None) or _cause_of_death(process.exitcode)
+        # Multiprocessing gives this code to every child whose fork server is dead.
         if process.exitcode == 255 and process._start_method == "forkserver":
             cause += ". Or the fork server was killed before, so that the exit code is unknown"
-            if by_pid is None:  # the worker may live, and must read nothing more
+            if by_pid is None:  # the worker may live, and must not read its successor's mail
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
         cause += self.board.last_seen(number)
         kind = ContractError if self.death_is_asked_for else WorkerDied
         died = kind(f"rank {number} (pid {process.pid}) died: {cause}")
-        with contextlib.suppress(ValueError):  # where somebody else has waited for it
+        with contextlib.suppress(ValueError):  # if somebody else has waited for it
             process.close()
         return died
 
     def _pidfd(self, number: int, process: Any) -> int | None:
-        # Of a copy, because another thread may terminate while this one buries.
+        # This reads a copy, because another thread may terminate while this one buries.
         owned = (handle for handle, owner in list(self.sentinels.items()) if owner == number)
         return next((handle for handle in owned if handle != process.sentinel), None)
 
@@ -10409,11 +10491,11 @@ class _Workers:
         self._guard.watch([process.pid for process in self.processes.values()])
 
     def kill_soon(self, number: int, why: str) -> None:
-        """Kill a worker in the middle of a run, which is told of its death as of any other."""
+        """Kill a worker in the middle of a run, which then ends as after any other death."""
         process = self.processes.get(number)
         if process is not None:
             self.killed[number] = f"killed, {why}"
-            with contextlib.suppress(ValueError):  # buried meanwhile, by the thread of the run
+            with contextlib.suppress(ValueError):  # the thread of the run has buried it meanwhile
                 _kill_families([process.pid])
                 self._send_kill(number, process)
 
@@ -10421,12 +10503,13 @@ class _Workers:
         by_pid = self._pidfd(number, process)
         if by_pid is None:
             process.kill()
-        else:  # as multiprocessing takes it for dead where the fork server is
+        else:  # because multiprocessing takes it for dead if the fork server is dead
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(by_pid, signal.SIGKILL)
 
     def kill(self, numbers: Sequence[int]) -> None:
         """Kill workers, with what they have started."""
+        # Their children are looked for first: once a worker is dead, nothing tells whose they were.
         _kill_families([self.processes[number].pid for number in numbers])
         for number in numbers:
             self._send_kill(number, self.processes[number])
@@ -10434,9 +10517,9 @@ class _Workers:
             self.bury(number)
 
     def disown(self) -> None:
-        """In a forked child: these are another process's workers."""
+        """Let go of the workers in a forked child, because they are its parent's."""
         self.owned = False
-        # multiprocessing would wait for them at exit.
+        # Or multiprocessing would wait for them when the child exits.
         children: Any = importlib.import_module("multiprocessing.process")._children
         children.difference_update(self.processes.values())
         if self._guard is not None:
@@ -10449,13 +10532,15 @@ class _Workers:
         """Wait for workers that were told to stop, kill those that do not, and free all else."""
         from multiprocessing.connection import wait
 
+        # The guard goes after the workers, in case main is killed while it waits for them.
         self.owned = False
         try:
             deadline = time.monotonic() + _GRACE
             while self.sentinels and time.monotonic() < deadline:
                 left = max(deadline - time.monotonic(), 0)
                 for handle in wait(list(self.sentinels), left):
-                    if isinstance(handle, int) and handle in self.sentinels:  # not twice
+                    # A worker's other handle may have led to its burial in this very loop.
+                    if isinstance(handle, int) and handle in self.sentinels:
                         self.bury(self.sentinels[handle])
         finally:
             self.kill(list(self.processes))
@@ -10468,27 +10553,32 @@ class _Workers:
             if self.queue is not None:
                 self.queue.close()
             self.board.close()
-            self.limit.lift()  # last, because it opens files, and there may have been too many
+            self.limit.lift()  # last, because it opens files, and too many may have been open
 
 
 class _Guard:
     """A shell that outlives main until it has killed the workers and what they have started.
 
-    Nobody else can do that when main is killed: a worker in compiled code handles no signal, and
-    when it is killed itself, nothing tells any more whose its children were. So the guard is told
-    who the workers are. It keeps open the pipe at whose end they are killed by the kernel (see
+    Nobody else can do that when main is killed. A worker in compiled code handles no signal, and
+    once it has been killed, nothing tells any more whose its children were. So the guard is told
+    who the workers are. It keeps open the pipe at whose end the kernel kills them (see
     `_die_with_main`), so that they end with the guard, however that ends. It is nobody's child, so
-    that a program which counts its children or waits for them does not meet it.
+    a program that counts its children or waits for them does not meet it.
 
     It costs a process of 1 MB per pool, and 2 ms. A process group per worker would cost nothing,
     but programs that workers start could not use the terminal then, nor would Ctrl-Z stop them.
-    Where there is no Linux or no shell, main keeps that pipe open itself, and what workers have
-    started outlives them when main is killed.
+    Without Linux or a shell, main keeps that pipe open itself, and what workers have started
+    outlives them when main is killed.
     """
 
-    # All are stopped before the first is killed, so that nobody starts anything in between.
-    # A resource tracker ends by itself, and removes what the others have left behind.
-    # It begins with a pipe for its answer as file 0, and the one that brings its orders as 2.
+    # All processes are stopped before the first is killed, so that none starts another in between.
+    # A resource tracker is spared: it ends by itself, and removes what the others leave behind.
+    #
+    # The shell starts with the pipe for its answer as file 0, with the pipe of the workers' lives,
+    # which it only keeps open, as file 1, and with the pipe that brings its orders as file 2. An
+    # order is a line with the numbers of all workers, and replaces the one before; the end of that
+    # pipe is the end of main. The shell that main starts ends at once, so that the one in its
+    # background is nobody's child.
     _SCRIPT = """# kills the workers of a parallelizer when main is gone
         stop() {
             read -r name </proc/$1/cmdline
@@ -10515,7 +10605,7 @@ class _Guard:
 
         self.life, self._writer = Pipe(duplex=False)
         self._orders: Connection | None = None
-        self._answer: Connection | None = None  # until it has told its number
+        self._answer: Connection | None = None  # until the guard has sent its process number
         self._shell = self._pid = 0
         if sys.platform == "linux":
             orders, self._orders = Pipe(duplex=False)
@@ -10524,13 +10614,15 @@ class _Guard:
                 self._shell = self._start([writer, self._writer, orders])
 
     def settle(self) -> None:
-        """Wait until it runs, which is not done at once, because workers start in the meantime."""
+        """Wait until the guard runs; called late, because workers can start in the meantime."""
         if self._answer is not None:
             with self._answer, contextlib.suppress(ChildProcessError):
                 self._pid = int(os.read(self._answer.fileno(), 32).strip() or 0)
-                if self._shell:  # else this would wait for a worker
+                if self._shell:  # without one, 0 would mean any child, such as a worker
                     os.waitpid(self._shell, 0)
             self._answer = None
+            # From here on the guard alone keeps the workers' pipe open, so that they end with it.
+            # Without a guard, main goes on to keep it open.
             if self._pid:
                 self._writer.close()
 
@@ -10538,7 +10630,7 @@ class _Guard:
         actions = [
             (os.POSIX_SPAWN_DUP2, file.fileno(), number) for number, file in enumerate(files)
         ]
-        # All signals are blocked, so that it survives what ends main.
+        # All signals are blocked, so that the guard survives what ends main.
         shell = ["sh", "-c", self._SCRIPT]
         with contextlib.suppress(FileNotFoundError, PermissionError):
             return os.posix_spawn(
@@ -10550,34 +10642,35 @@ class _Guard:
         return self._pid > 0 and self.life.poll()
 
     def watch(self, pids: Iterable[int]) -> None:
-        """Say who the workers are."""
+        """Tell the guard who the workers are."""
         if self._orders is not None:
-            with contextlib.suppress(BrokenPipeError):  # upon which they are killed, if it ran
+            with contextlib.suppress(BrokenPipeError):  # it is dead; if it ever ran, so are they
                 os.write(self._orders.fileno(), " ".join(map(str, pids)).encode() + b"\n")
 
     def disown(self) -> None:
-        """Let go of what keeps it waiting."""
+        """Let go of the pipes by which it sees that main lives."""
         self._writer.close()
         if self._orders is not None:
             self._orders.close()
 
     def close(self) -> None:
-        """Let it end when no worker is left."""
+        """Let the guard end, when no worker is left."""
         self.settle()
         self.disown()
         if self._pid and self.life.poll(_GRACE):
-            # In a container, main may be the parent of orphans.
+            # In a container, main may be the parent of orphans, and has to wait for them.
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self._pid, 0)
         self.life.close()
 
 
 def _kill_families(pids: Iterable[int]) -> None:
-    """Kill processes with what they have started, as `_Guard` does; on Linux alone."""
+    """Kill processes with what they have started, as `_Guard` does; only on Linux."""
+    # Each process is stopped before its children are listed, or it could start another unseen.
     family, waiting = [], list(pids) if sys.platform == "linux" else []
     while waiting:
         pid = waiting.pop()
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             if not _is_resource_tracker(pid):
                 os.kill(pid, signal.SIGSTOP)
                 family.append(pid)
@@ -10592,7 +10685,7 @@ def _is_resource_tracker(pid: int) -> bool:
 
 
 def _read_proc(path: str) -> bytes:
-    """A file of /proc; not by pathlib, which takes milliseconds to import in every worker."""
+    """Read a file of /proc; not by pathlib, whose import takes milliseconds in every worker."""
     with open(f"/proc/{path}", "rb") as file:  # noqa: PTH123
         return file.read()
 
@@ -10610,8 +10703,8 @@ def _children(pid: int) -> list[int]:
 def _fork_server() -> Any:
     """The fork server of this module's workers alone.
 
-    It is born with SIGINT blocked (see `_shielded_start`), and its children inherit that. What
-    others start by multiprocessing's own fork server must hear a Ctrl-C.
+    It is born with SIGINT blocked (see `_shielded_start`), and its children inherit that. Processes
+    that others start by multiprocessing's own fork server must hear a Ctrl-C.
     """
     module: Any = importlib.import_module("multiprocessing.forkserver")
     server = module.ForkServer()
@@ -10620,15 +10713,17 @@ def _fork_server() -> Any:
 
 
 def _start_by_fork_server(process: Any) -> None:
-    """Start a process by `_fork_server`; by a new one, where that has died."""
+    """Start a process by `_fork_server`, or by a new one if that has died."""
     module: Any = importlib.import_module("multiprocessing.forkserver")
+    # Multiprocessing looks this function up by its name when it starts a child. For one start the
+    # name leads to this module's fork server, which must serve nobody else.
     theirs = module.connect_to_new_process
-    for attempts_left in (2, 1, 0):  # as it may be about to die, and seem to live
+    for attempts_left in (2, 1, 0):  # because a server that is about to die still seems to live
         module.connect_to_new_process = _fork_server().connect_to_new_process
         try:
             process.start()
         except (ConnectionError, ChildProcessError, EOFError) as why:
-            if isinstance(why, ChildProcessError):  # somebody else has waited for it
+            if isinstance(why, ChildProcessError):  # somebody else has waited for the server
                 _fork_server.cache_clear()
             if not attempts_left:
                 raise
@@ -10643,11 +10738,11 @@ _RC_INITIALIZE = "MPI4PY_RC_INITIALIZE"
 
 @_context
 def _apart_from_the_mpi_job() -> Iterator[None]:
-    """Workers that are born within do not initialize MPI where a launcher started this process.
+    """Keep workers that start within from initializing MPI, if a launcher started this process.
 
-    They inherit its variables, by which MPI would take them for this very rank once more. The main
-    module, whose imports may do that, is imported before anything of ours, so mpi4py must find
-    this in the environment.
+    They inherit the launcher's variables, by which MPI would take them for this very rank once
+    more. A worker imports the main module, and with it perhaps mpi4py, before any code of this
+    file runs, so mpi4py must find its setting in the environment.
     """
     before = os.environ.get(_RC_INITIALIZE)
     if _launched_ranks() > 0:
@@ -10661,7 +10756,7 @@ def _apart_from_the_mpi_job() -> Iterator[None]:
 
 
 def _stay_apart_from_the_mpi_job() -> None:
-    """In a worker: the same for later imports, but not for programs that the worker starts."""
+    """Keep later imports in a worker from initializing MPI, but not programs that it starts."""
     if _launched_ranks() > 0 and os.environ.pop(_RC_INITIALIZE, "") == "0":
         with contextlib.suppress(ImportError):
             importlib.import_module("mpi4py").rc.initialize = False
@@ -10686,7 +10781,7 @@ def _new_board(nprocs: int) -> _Board:
 
 
 def _explain_start(nprocs: int, why: OSError) -> None:
-    """Raise what says more than `why`, where that met a limit or is about temporary files."""
+    """Raise an error that says more than `why`, if that is about a limit or temporary files."""
     if why.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
         raise ParallelizerError(
             f"could not start {nprocs - 1} worker processes: {why}. {nprocs} processes need about "
@@ -10701,7 +10796,7 @@ def _explain_start(nprocs: int, why: OSError) -> None:
 
 
 def _is_about_sockets(why: BaseException | None) -> bool:
-    """Whether the folder for temporary files has too long a path to hold one."""
+    """Whether the path of the folder for temporary files is too long for a socket in it."""
     return isinstance(why, OSError) and "AF_UNIX" in str(why)
 
 
@@ -10741,9 +10836,10 @@ def _cause_of_death(code: int | None) -> str:
 
 @_context
 def _shielded_start(method: str | None) -> Iterator[None]:
-    """Signals wait while children start: they neither kill them half-born nor interrupt main.
+    """Hold signals back while children start: none kills a half-born child or interrupts main.
 
-    The same holds for the fork server, and for its later children.
+    A fork server that starts within keeps this for life, and so do its later children until
+    `_leave_signals_to_main` lifts it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if _POSIX else set()
     deferred = _requests() | ({_URGENT} if _URGENT is not None else set())
@@ -10753,33 +10849,36 @@ def _shielded_start(method: str | None) -> Iterator[None]:
         if _POSIX:
             signal.pthread_sigmask(signal.SIG_BLOCK, deferred)  # children inherit the mask
         if _POSIX and method != "fork":
-            # It keeps the mask, so that no signal to all processes ends it; but it unblocks some.
+            # The resource tracker keeps the mask, so that no signal to the whole group ends it.
+            # Starting it unblocks some signals here, so they are blocked once more.
             importlib.import_module("multiprocessing.resource_tracker").ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, deferred)
         if _POSIX and _on_main_thread():
-            # A thread of a BLAS library may still take a signal, upon which Python calls its
-            # handler on this one.
+            # Threads of a BLAS library do not have this mask and may still take a signal. Python
+            # then calls the handler on this thread, so these handlers only note the signal.
             for number in deferred:
                 handler = signal.getsignal(number)
                 if callable(handler) and handler is not _leave_to_main:
                     handlers[number] = handler
                     signal.signal(number, lambda number, _: held.add(number))
         with warnings.catch_warnings():
-            # Python 3.12 warns of threads that it does not know. Where fork is used, they are
-            # harmless: see `_Workers._start_all`.
+            # From version 3.12 on, Python warns of a fork beside threads that it does not know.
+            # Here they are harmless, or the worker is ended: see `_Workers._start_all`.
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
             yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for number in held:
-            signal.raise_signal(number)  # which waits until it is unblocked
+            signal.raise_signal(number)  # takes effect when the mask is restored below
         if _POSIX:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _worker_main(setup: _WorkerSetup) -> None:
-    """A worker's whole life."""
+    """Live the whole life of a worker."""
+    # This comes first: a worker is born with signals blocked, and they are unblocked here, when
+    # handlers for them are in place.
     _leave_signals_to_main()
     setup = setup._replace(life=_die_with_main(setup.life))
     _stay_apart_from_the_mpi_job()
@@ -10790,7 +10889,7 @@ def _worker_main(setup: _WorkerSetup) -> None:
     Parallelizer._open[:] = [weakref.ref(parallelizer)]
     _forget_shared()
     _SHARED.obeys = True
-    # What a fork has inherited does not run here.
+    # A forked worker inherits main's parallelizers, which do not run here.
     Parallelizer._registry.clear()
     Parallelizer._living.clear()
     Parallelizer._living[parallelizer._key] = parallelizer
@@ -10801,8 +10900,8 @@ def _worker_main(setup: _WorkerSetup) -> None:
     if setup.passes_on_logs():
         communicator.logs = _LogsToMain(communicator)
         communicator.logs.attach(takes_all=setup.logs is True)
-    # What it has started and left running ends with it, at the very end, so that before, programs
-    # are ended as they want to be.
+    # What the worker has started and left running is killed, but only at the very end: whatever
+    # else is done at exit may end it properly before.
     from multiprocessing.util import Finalize
 
     Finalize(None, _end_what_was_started, exitpriority=-1000)
@@ -10810,7 +10909,8 @@ def _worker_main(setup: _WorkerSetup) -> None:
         parallelizer._initializer = setup.initializer
         setup.initializer.attempt()
     parallelizer.serve()
-    # Before Python 3.13, multiprocessing waits for the processes of executors before it ends them.
+    # This ends the user's executors. Before Python 3.13, multiprocessing would first wait for their
+    # processes, which nobody has told to end.
     getattr(threading, "_shutdown")()  # noqa: B009 - for type checkers
 
 
@@ -10823,7 +10923,9 @@ def _die_with_main(life: Any) -> Any:
     own = life
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            # A signal is asked for per opened file, and the siblings share the one inherited.
+            # The kernel keeps the receiver of a signal with the open file. Workers share a file
+            # that they inherit, and only the last to ask would get the signal; so each opens its
+            # own.
             file = os.open(f"/proc/self/fd/{life.fileno()}", os.O_RDONLY | os.O_NONBLOCK)
             own = type(life)(file, writable=False)
             _signal_at_eof(own.fileno(), signal.SIGKILL)
@@ -10834,19 +10936,20 @@ def _die_with_main(life: Any) -> Any:
 # Threads of BLAS, and the CPUs that there are for them
 # ---------------------------------------------------------------------------------------------
 #
-# Who may use how many threads, by `_ThreadLimit`; and how many CPUs this process may use at all.
+# `_ThreadLimit` decides how many threads each process may use; the functions at the end find out
+# how many CPUs there are for this process.
 
 
-# BLAS gives other last digits with another number of threads, so that is the same on all processes
-# of a pool, main included, and on all ranks of an MPI job.
+# BLAS gives different last digits with a different number of threads. So the number is the same on
+# all processes of a pool, main included, and on all ranks of an MPI job.
 #
-# Of libraries that are loaded, threadpoolctl tells and sets the numbers. Without it nobody is
-# limited, because all have the same number then: what their common environment gives them. What a
-# process loads later heeds its environment, and so do programs that it starts; therefore main's
-# environment holds the limit, too, while a pool is up. Where the user has set that environment, and
+# For libraries that are already loaded, threadpoolctl reads and sets the numbers. Without it nobody
+# is limited, because then all have the same number: the one from their common environment. What a
+# process loads later heeds its environment, and so do programs that it starts; so main's
+# environment holds the limit, too, while a pool is up. If the user has set that environment, and
 # has not asked for a number, nothing is limited. In any case workers are given what main has.
 
-# What libraries heed when they are loaded, and of which kind these are (threadpoolctl's user_api).
+# Variables that libraries heed when they are loaded, and which kind (threadpoolctl's user_api).
 _THREAD_VARIABLES = {
     "OMP_NUM_THREADS": "openmp", "NUMEXPR_NUM_THREADS": "openmp", "OPENBLAS_NUM_THREADS": "blas",
     "MKL_NUM_THREADS": "blas", "BLIS_NUM_THREADS": "blas", "VECLIB_MAXIMUM_THREADS": "blas",
@@ -10855,13 +10958,13 @@ _THREAD_KINDS = ("blas", "openmp")
 
 
 def _thread_libraries() -> dict[str, Any] | None:
-    """Controllers, by threadpoolctl, of what is loaded, by path; None without it."""
+    """Return threadpoolctl's controllers of the loaded libraries, by path; None without it."""
     return _find_thread_libraries(len(sys.modules))
 
 
 @functools.lru_cache(1)
 def _find_thread_libraries(imported: int) -> dict[str, Any] | None:  # noqa: ARG001 - a key
-    """It takes milliseconds, so it is done again only when modules have been imported."""
+    """Search for them, which takes milliseconds, only when modules have been imported since."""
     try:
         threadpoolctl = importlib.import_module("threadpoolctl")
     except ImportError:
@@ -10871,27 +10974,28 @@ def _find_thread_libraries(imported: int) -> dict[str, Any] | None:  # noqa: ARG
 
 
 def _thread_numbers() -> dict[str, int]:
-    """Threads of each library that is loaded, by path."""
+    """Return the number of threads of each loaded library, by path."""
     return {path: library.num_threads for path, library in (_thread_libraries() or {}).items()}
 
 
 def _set_thread_numbers(wanted: Callable[[str, str], int | None]) -> None:
-    """Give each library that is loaded the number that is wanted for its path and kind, if any."""
+    """Give each loaded library the number that is wanted for its path and kind, if any."""
     for path, library in (_thread_libraries() or {}).items():
         number = wanted(path, library.user_api)
         if number not in (None, library.num_threads):
             library.set_num_threads(number)
-            # Else threadpoolctl 3.8 lets no other thread set it for as long as this one lives.
+            # Otherwise threadpoolctl 3.8 lets no other thread set it as long as this one lives.
             getattr(library, "clear_controlling_thread", lambda: None)()
 
 
 def _take_thread_numbers(numbers: Mapping[str, int]) -> None:
-    """Give the libraries here the numbers that main has, which may be another machine."""
+    """Give the libraries here the numbers that main has, perhaps on another machine."""
     if numbers == _thread_numbers():
         return
     here = {os.path.split(path)[1] for path in _thread_libraries() or numbers}
     for path, number in numbers.items():
-        # What a function may load here, but to another number, is loaded now.
+        # A library that main has loaded is loaded now if it would take another number here when a
+        # function loads it.
         if os.path.split(path)[1] not in here and [number] != _threads_by_environment():
             with contextlib.suppress(OSError):
                 importlib.import_module("ctypes").CDLL(path)
@@ -10901,7 +11005,7 @@ def _take_thread_numbers(numbers: Mapping[str, int]) -> None:
 
 
 def _threads_by_kind() -> dict[str, list[int]]:
-    """The numbers that libraries of each kind have, or would have if they were loaded now."""
+    """Return the numbers that libraries of each kind have, or would have if loaded now."""
     loaded = (_thread_libraries() or {}).values()
     numbers = {
         kind: {library.num_threads for library in loaded if library.user_api == kind}
@@ -10911,20 +11015,20 @@ def _threads_by_kind() -> dict[str, list[int]]:
 
 
 def _threads_by_environment() -> list[int]:
-    """What a library takes that is loaded now; several numbers, where its variables differ."""
+    """Return what a library would take if loaded now; several numbers if its variables differ."""
     told = (os.environ.get(name, "").partition(",")[0] for name in _THREAD_VARIABLES)
     return sorted({int(number) for number in told if number.isdigit()}) or [len(_affinity())]
 
 
 class _ThreadState(NamedTuple):
-    """What decides on the threads of a process."""
+    """What determines the number of threads of a process."""
 
-    variables: dict[str, str | None]  # None where they are not set
+    variables: dict[str, str | None]  # None for those that are not set
     numbers: dict[str, int]  # see `_thread_numbers`
 
     @classmethod
     def present(cls) -> _ThreadState:
-        """Of this process, now."""
+        """The state of this process now."""
         return cls({name: os.environ.get(name) for name in _THREAD_VARIABLES}, _thread_numbers())
 
 
@@ -10936,13 +11040,14 @@ def _set_variables(values: Mapping[str, str | None]) -> None:
 
 
 class _ThreadLimit:
-    """So many threads for the libraries of each kind, on this process, until it is lifted.
+    """A number of threads for the libraries of each kind, on this process, until it is lifted.
 
-    Without counts it limits nothing, and tells the workers of a pool what main has. One that is not
-    imposed says what the numbers are anyway, to which `counting` returns when others are held.
+    Without counts it limits nothing, and only carries main's numbers to the workers of a pool. One
+    that is not imposed states numbers that hold already; `counting` returns to these while another
+    limit is held.
     """
 
-    _held: ClassVar[list[_ThreadLimit]] = []  # by this process; it is the last one that counts
+    _held: ClassVar[list[_ThreadLimit]] = []  # by this process; the last one counts
     _warned: ClassVar = False
 
     def __init__(self, counts: Mapping[str, int], *, imposed: bool = True) -> None:
@@ -10957,7 +11062,7 @@ class _ThreadLimit:
 
     @classmethod
     def of_pool(cls, asked: int | None, nprocs: int, method: str) -> _ThreadLimit:
-        """Of all processes of a pool, or of none of them, which a warning says."""
+        """The limit for all processes of a pool; or a warning, and none for any of them."""
         counts = _threads_of_pool(asked, nprocs)
         if _thread_libraries() is None:
             if counts and [*set(counts.values())] != _threads_by_environment():
@@ -10969,7 +11074,7 @@ class _ThreadLimit:
 
     @classmethod
     def warn(cls, consequence: str, *, aloud: bool = True) -> None:
-        """Say, once in a program, what follows from threadpoolctl's not being installed."""
+        """Say, once per program, what follows because threadpoolctl is not installed."""
         warned, cls._warned = cls._warned, True
         if aloud and not warned:
             _logger().warning(
@@ -10983,12 +11088,12 @@ class _ThreadLimit:
 
     @classmethod
     def users_variables(cls) -> dict[str, str | None]:
-        """The environment as it would be if nothing were held."""
+        """Return the environment as it would be if no limit were held."""
         present = _ThreadState.present().variables
         if not cls._held:
             return present
         users, held = cls._held[-1]._users, cls._held[-1]._variables()
-        # What is another than was put there has been set by the user in the meantime.
+        # A value that differs from the limit's has been set by the user in the meantime.
         return {
             name: users[name] if value == held[name] else value for name, value in present.items()
         }
@@ -10996,7 +11101,7 @@ class _ThreadLimit:
     @classmethod
     @_context
     def set_aside(cls) -> Iterator[None]:
-        """Within, the environment is the user's, for a process that outlives the limit."""
+        """Within, the environment is as the user set it, for a process that outlives the limit."""
         held = _ThreadState.present().variables
         _set_variables(cls.users_variables())
         try:
@@ -11006,7 +11111,7 @@ class _ThreadLimit:
 
     @_context
     def counting(self) -> Iterator[None]:
-        """Within, it is this one that counts, of several that are held."""
+        """Within, this limit counts, of several that are held."""
         if not (self._counts and self._held) or self._held[-1]._counts == self._counts:
             yield
             return
@@ -11017,15 +11122,15 @@ class _ThreadLimit:
             again.lift()
 
     def changed_numbers(self) -> dict[str, int] | None:
-        """The numbers of now, where they are others than at first.
+        """Return the present numbers if they have changed, else None.
 
-        The user may have set others, as by ``with threadpoolctl.threadpool_limits(1)``.
+        The user may have changed them, as by ``with threadpoolctl.threadpool_limits(1)``.
         """
         numbers = _thread_numbers()
         return None if numbers == self.state.numbers else numbers
 
     def lift(self) -> None:
-        """Put back what was before; if another one counts, that does it when it is lifted."""
+        """Restore what was before; if a later limit counts, leave that to it."""
         if self not in self._held:
             return
         position = self._held.index(self)
@@ -11034,33 +11139,33 @@ class _ThreadLimit:
             self._held[position]._before = self._before
             return
         (variables, numbers), mine = self._before, self._variables()
-        # Not what the user has set in the meantime.
+        # What the user has set in the meantime stays.
         _set_variables({n: v for n, v in variables.items() if os.environ.get(n) == mine[n]})
-        # What was loaded under the limit has never had a number of its own.
+        # A library that was loaded under the limit has never had a number of its own.
         most = max(numbers.values(), default=None)
         _set_thread_numbers(lambda path, _: numbers.get(path, most))
 
     def adopt(self) -> None:
-        """On a worker: have what main had when it made this."""
+        """Give a worker the numbers that main had when it made this limit."""
         self._held[:] = [self] if self._counts else []
-        _ThreadLimit._warned = True  # main warns, where there is need
+        _ThreadLimit._warned = True  # because main warns, if there is need
         _set_variables(self.state.variables)
         _take_thread_numbers(self.state.numbers)
 
 
 def _threads_of_pool(asked: int | None, nprocs: int) -> dict[str, int]:
-    """Threads of each kind for a process of a pool; empty where the user's environment says it."""
+    """Return each kind's threads in a process of a pool; empty if the environment sets them."""
     if asked is not None:
         return dict.fromkeys(_THREAD_KINDS, asked)
     if any(_ThreadLimit.users_variables().values()):
         return {}
     share = max(1, _available_cpus() // nprocs)
-    # Never more than the program has set itself.
+    # No process gets more than the program itself has set.
     return {kind: min(share, *numbers) for kind, numbers in _threads_by_kind().items()}
 
 
 def _variables_at_start() -> dict[str, str | None]:
-    """As this program was started with; where that is not to be known, as they are."""
+    """Return the variables that this program started with; if unknown, the present ones."""
     try:
         content = _read_proc("self/environ")
     except OSError:
@@ -11071,26 +11176,26 @@ def _variables_at_start() -> dict[str, str | None]:
 
 
 def _memory_limits() -> list[int]:
-    """Bytes, of the cgroup (Linux)."""
+    """Return the memory limit of the cgroup in bytes, if there is one (Linux)."""
     from pathlib import Path
 
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # v2, v1
         with contextlib.suppress(OSError, ValueError):  # "max" stands for no limit
             limit = int((Path("/sys/fs/cgroup") / name).read_text())
-            if limit < 2**60:  # or v1 means none
+            if limit < 2**60:  # because v1 has a huge number for no limit
                 return [limit]
     return []
 
 
 def _affinity() -> set[int]:
-    """The CPUs that the system lets this process run on."""
+    """Return the CPUs that the system lets this process run on."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
 def _available_cpus() -> int:
-    """CPUs that this process may use: affinity, cgroup quota, and Slurm's share of a task."""
+    """Return how many CPUs this process may use: by affinity, cgroup quota and Slurm's share."""
     limits = [len(_affinity())]
     if hasattr(os, "process_cpu_count"):  # Python 3.13: heeds PYTHON_CPU_COUNT
         limits.append(getattr(os, "process_cpu_count")() or 1)  # noqa: B009 - for type checkers
@@ -11098,24 +11203,24 @@ def _available_cpus() -> int:
 
 
 def _cpus_of_task() -> list[int]:
-    """How many Slurm grants this process."""
+    """Return how many CPUs Slurm grants this process, if it says so."""
     return _numbers_of_environment("SLURM_CPUS_PER_TASK")
 
 
 def _cpus_of_job() -> list[int]:
-    """How many all processes of this job may use together on this machine."""
+    """Return how many CPUs all processes of this job may use together on this machine."""
     return _cgroup_cpus() + _numbers_of_environment("SLURM_CPUS_ON_NODE")
 
 
 def _cgroup_cpus() -> list[int]:
-    """Quota over period, rounded up (Linux, docs.kernel.org: cgroup-v2 and sched-bwc)."""
+    """Return quota over period, rounded up (Linux, docs.kernel.org: cgroup-v2 and sched-bwc)."""
     from pathlib import Path
 
     folder = Path("/sys/fs/cgroup")
     for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
         with contextlib.suppress(OSError, ValueError):
             quota, period = " ".join((folder / name).read_text() for name in files).split()
-            if int(quota) > 0:  # else there is none, which v2 calls "max"
+            if int(quota) > 0:  # otherwise there is no quota; v2 says "max" then
                 return [math.ceil(int(quota) / int(period))]
     return []
 
@@ -11125,48 +11230,55 @@ def _cgroup_cpus() -> list[int]:
 # ---------------------------------------------------------------------------------------------
 #
 # `_CardsByAllgather` (or `_CardsByAllreduce`) is a round, `_Bulk` moves what is large, `_Letters`
-# is mail; `MPICommunicator` is the transport that these make up.
+# are the mail; together they make up the transport, `MPICommunicator`.
 
 
 # What a rank brings to a round is a *card* of fixed size: its word, the sizes of its message, and
-# as much of that as there is room for. One collective shows all cards to all. What does not fit
-# follows as MPI moves it best, from array to array, as all know the sizes by then.
+# as much of the message as there is room for. One collective shows all cards to all. What does not
+# fit follows by the calls of MPI that move it best, from array to array, because all know the sizes
+# by then.
 #
-# A round that has begun cannot be left, because MPI has no way out of a collective. So whoever
-# fails shows that by its card of the next round, and waits until all have come to it; all see it
-# in the same round, and who waits for mail meanwhile is told by a letter. The end of a run, and
-# that of the program, are rounds as well. Where a wait is given up all the same, as `timeout`
-# asks for, the communicator cannot be used any more. And what cannot be told is not left unsaid:
-# an error of MPI, want of memory for what has been announced, a second Ctrl-C amid a round, or one
-# that has waited there for a second, end the job with their traceback.
+# A round that has begun cannot be left, because MPI has no way out of a collective. So a rank that
+# fails shows that by its card of the next round, and waits until all have come to it. All see the
+# failure in the same round; a letter calls those that wait for mail to it. The end of a run, and
+# the end of the program, are rounds as well. If a wait is given up all the same, as `timeout` asks
+# for, the communicator cannot be used any more. Some failures cannot be shown in a round: an error
+# of MPI, a lack of memory for what has been announced, a second Ctrl-C during a round, or one that
+# has waited there for a second. These end the job, with their traceback.
 #
-# A process that computes is told nothing, as MPI has no signals across hosts: it learns of a
-# failure at its next verb. Whoever has failed waits _GRACE for that, and then raises alone, with
-# its card under way. If nobody handles its exception, `_JobEnd` aborts the job; if somebody does,
-# the next verb completes that round first.
+# A process that computes hears nothing, because MPI has no signals across hosts: it learns of a
+# failure at its next verb. The rank that has failed waits _GRACE for that, and then raises alone,
+# with its card under way. If nobody handles its exception, `_JobEnd` aborts the job; if somebody
+# does, the next verb completes that round first.
+#
+# Three rules of MPI shape what follows. All ranks of a communicator must call its collectives in
+# the same order, so whether one is called may depend only on what all know. Between two ranks,
+# messages of one tag on one communicator do not overtake each other; across tags or communicators
+# no order can be relied on. And memory that was handed to MPI must live, and be left alone, until
+# the request is done: nothing else keeps it.
 #
 # What 1,000 ranks cost, on paper. A round is an allreduce of 0.5 KiB: 10 steps of one message,
-# some 20 us on a cluster, and as many Python calls as for two ranks, 14 for `wait` and some 35
-# where values are packed. A small broadcast is that, too; to what all ranks bring, as to a gather,
-# an allgather of 0.5 KiB for each rank comes, some 0.5 ms. Of what is large, main handles 1,000
-# messages in gather and scatter, some 10 ms, and moves each byte once; alltoall and an allgather
-# have each rank do so, and a reduction of large arrays for each 4 MiB of them, twice. A run ends
-# with a round, to which each brings its report. A failure is a round, and two letters to each
-# rank. Of `map`, main handles two letters per chunk, some 64 chunks per rank. A rank holds two
-# communicators, and one for each group that has broadcast or scattered what is large; and 0.5 KiB
-# per other rank for cards.
+# some 20 us on a cluster. It takes as many Python calls as for two ranks, 14 for `wait` and some 35
+# if values are packed. A small broadcast costs the same. If all ranks bring something, as in a
+# gather, an allgather of 0.5 KiB per rank is added, some 0.5 ms. For large data in gather and
+# scatter, main handles 1,000 messages, some 10 ms, and moves each byte once; in alltoall and
+# allgather each rank does so, and in a reduction of large arrays each rank does so twice for each
+# 4 MiB of them. A run ends with a round, to which each rank brings its report. A failure is a
+# round, and two letters to each rank. For `map`, main handles two letters per chunk, some 64 chunks
+# per rank. A rank holds two communicators, one more for each group that has broadcast or scattered
+# large data, and 0.5 KiB per other rank for cards.
 _CARD_BYTES = 512
 _ROOM = _CARD_BYTES - 8  # beside the word
-_MOST_BY_ALLGATHER = 32  # ranks; to more of them, cards go where they are needed
-_CELL_BYTES = 256  # of sizes, and perhaps a head, for each rank in scatter and alltoall
-_CELL = struct.Struct("<QQ")  # bytes, and those of the head
-_FAILED = struct.Struct("<?H")  # of a failure: whether it is a consequence, bytes of its summary
-_SPINNING = 250e-6  # seconds, in which others may come soon
+_MOST_BY_ALLGATHER = 32  # ranks; among more, all cards go to all only if they are needed
+_CELL_BYTES = 256  # for sizes, and perhaps a head, for each rank in scatter and alltoall
+_CELL = struct.Struct("<QQ")  # bytes of a message, and of its head
+_FAILED = struct.Struct("<?H")  # whether a failure is a consequence; bytes of its summary
+_SPINNING = 250e-6  # seconds in which a rank that waits looks again without a nap
 _LONGEST_NAP, _LONGEST_IDLE_NAP = 5e-3, 25e-3
 _EAGER_BYTES = 1 << 13  # up to here the parts of a message ride in its letter
-_UNIT_BYTES = 64  # of what is longer than MPI can count in bytes before version 4
+_UNIT_BYTES = 64  # in which arrays are counted that are too long for MPI before version 4
 _LONG_BYTES = 1 << 16  # from here on, a part is moved by itself, from array to array
-_JOINT_BYTES = 1 << 18  # about as many of shorter parts are moved as one
+_JOINT_BYTES = 1 << 18  # shorter parts are moved together, in pieces of about this size
 _LETTER = struct.Struct("<qBqII")  # run, verb, tag, bulk tag, number of parts
 _BULK_TAGS = 1 << 14  # MPI promises 2**15; 0 is for what follows a round
 _MOST_UNDER_WAY = 256  # letters that nobody has taken in yet
@@ -11189,13 +11301,13 @@ def _abort_mpi_job(mpi: Any, status: int, text: str = "") -> NoReturn:
     """End all ranks, and with them this process."""
     _complain(text)
     _flush_output()
-    time.sleep(4 * _SETTLING)  # a launcher may drop what it has not yet passed on
+    time.sleep(4 * _SETTLING)  # because a launcher may drop output that it has not yet passed on
     mpi.COMM_WORLD.Abort(status)
     os._exit(status)
 
 
 def _complain(text: str) -> None:
-    with contextlib.suppress(Exception):  # a full disk must not stop what comes next
+    with contextlib.suppress(Exception):  # a full disk must not prevent the abort that follows
         print(text, end="\n" if text else "", file=sys.stderr, flush=True)
 
 
@@ -11206,12 +11318,12 @@ def _flush_output() -> None:
 
 
 def _riding(sizes: Sequence[int]) -> int:
-    """How many of the parts of a message, the pickle first, ride in its letter."""
+    """Return how many parts of a message, the pickle first, ride in its letter."""
     return sum(end <= _EAGER_BYTES for end in itertools.accumulate(sizes))
 
 
 class _OthersCompute(ParallelizerError):
-    """They do not come to the round that tells them of a failure: this rank raises alone."""
+    """Others do not come to the round that shows them a failure: this rank raises alone."""
 
 
 class _CardsByAllgather:
@@ -11224,10 +11336,14 @@ class _CardsByAllgather:
         self.words = np.frombuffer(self.all, np.uint64)[:: _CARD_BYTES // 8]
         self._persistent: list[Any] = []
         self._gather = self._collective("allgather", [self.own, mpi.BYTE], [self.all, mpi.BYTE])
-        self.active = False  # whether a round has begun, and has not been found to be complete
+        # Whether a round has begun and has not been found complete. As long as it lasts, MPI reads
+        # `own` and writes `all`, and to start the next one would be an error.
+        self.active = False
 
     def _collective(self, name: str, *arguments: Any) -> Callable[[], Any]:
-        """What starts it: a persistent one, where both MPI and mpi4py know such."""
+        """Return what starts a collective: a persistent one, if both MPI and mpi4py have these."""
+        # This is decided by versions, and not by trying: a persistent collective on one rank does
+        # not match an ordinary one on another.
         init = getattr(self._comm, f"{name.capitalize()}_init", None)
         if init is None or self._mpi.Get_version() < (4, 0):
             return functools.partial(getattr(self._comm, f"I{name}"), *arguments)
@@ -11252,11 +11368,11 @@ class _CardsByAllgather:
 
 
 class _CardsByAllreduce(_CardsByAllgather):
-    """The same for many ranks: all cards go to all where they differ, or several have laid any.
+    """The same for many ranks: an allreduce, and all cards to all only if that is not enough.
 
-    First comes the maximum over all ranks of the word and of its complement, of the rank if it has
-    laid something on its card, counted from either end, and of what it has laid. If all words are
-    the same, and one rank alone has laid something, that is on the card of this one.
+    The allreduce finds the maxima, over all ranks, of the word, of its complement, of the rank's
+    place counted from either end if it has laid something on its card, and of what it has laid. If
+    all words are the same, and one rank alone has laid something, these maxima are its card.
     """
 
     def __init__(self, mpi: Any, comm: Any) -> None:
@@ -11271,9 +11387,10 @@ class _CardsByAllreduce(_CardsByAllgather):
     def start(self, word: int, *, laid: bool) -> None:
         self.own[:8] = word.to_bytes(8, sys.byteorder)
         self._offered[4:] = np.frombuffer(self.own, np.uint64)[1:] if laid else 0
-        # Two maxima tell whether one rank alone has laid something: counted from the front and
-        # from the back, its places add up to one more than the size. Likewise a word and its
-        # complement have maxima that add up to all ones, if all words are the same.
+        # Two maxima tell whether one rank alone has laid something: its places, counted from the
+        # front and from the back, add up to one more than the size, and those of two ranks to more.
+        # In the same way, the maxima of the words and of their complements add up to all ones only
+        # if all words are the same.
         places = (self._rank + 1, self._size - self._rank) if laid else (0, 0)
         self._offered[:4] = (word, word ^ 2**64 - 1, *places)
         self._request = self._reduce()
@@ -11283,10 +11400,14 @@ class _CardsByAllreduce(_CardsByAllgather):
     def _test_reduction(self) -> bool:
         if not self._request.Test():
             return False
+        # All ranks have the same maxima, so that all start the second collective, or none does. The
+        # sums are those of Python's integers, because 64 bits could overflow.
         word, complement, first, last = self._most[:4].tolist()
         if word + complement != 2**64 - 1 or first + last > self._size + 1:
             self.test = self._gather().Test
             return False
+        # Other cards keep what an earlier round has left there: nobody looks for what a rank has
+        # brought that has brought nothing.
         self.words[:] = word
         if first:
             cards = np.frombuffer(self.all, np.uint64).reshape(self._size, -1)
@@ -11295,7 +11416,7 @@ class _CardsByAllreduce(_CardsByAllgather):
 
 
 class _Arrival:
-    """A message of which only the sizes, and perhaps the head, have come with the cards."""
+    """A message of which the sizes, and perhaps the head, have come with the cards."""
 
     def __init__(self, source: int, memory: Any, place: int, room: int) -> None:
         self.source = source
@@ -11304,19 +11425,19 @@ class _Arrival:
         self.head: Any = memory[start:end] if end <= place + room else None
 
     def head_to_come(self) -> list[_Bytes]:
-        """Where the head is to be received, if it has not come."""
+        """Return the memory that is to receive the head, if it has not come."""
         if self.head is None:
             self.head = _allocate(self._head_bytes)
             return [self.head]
         return []
 
     def open(self) -> bytes:
-        """When the head has come: the pickle."""
+        """Return the pickle, once the head has come."""
         self._sizes, self.pickled = _parse_head(bytes(self.head))
         return self.pickled
 
     def place(self, buffers: Sequence[_Bytes] | None) -> Sequence[_Bytes]:
-        """Where the buffers are to be received; in fresh memory for None."""
+        """Return the memory that is to receive the buffers: `buffers`, or fresh memory for None."""
         self._buffers = [_allocate(size) for size in self._sizes] if buffers is None else buffers
         return self._buffers
 
@@ -11327,6 +11448,9 @@ class _Arrival:
 class _Bulk:
     """Moves what is too large for a card or a letter, from array to array."""
 
+    # On its communicator, tag 0 is for what follows a round, where all know who sends what to whom;
+    # from 1 on, tags are for the long parts of letters.
+
     def __init__(self, mpi: Any, comm: Any) -> None:
         self._mpi = mpi
         self.comm = comm
@@ -11335,28 +11459,31 @@ class _Bulk:
         self._scratch = _allocate(0)
 
     def group(self, members: tuple[int, ...]) -> Any:
-        """The communicator of these ranks, who have agreed and make it when they first need it."""
+        """Return the communicator of these ranks, which all make when they first need it."""
         if members not in self._groups:
             everyone = self.comm.Get_group()
             group = everyone.Incl(list(members))
-            # Not beside the letters, as MPI may do it by messages that would be taken for some.
+            # It is not made on the letters' communicator: MPI may use messages for this, which
+            # would be taken for letters. The tag is one that nothing else has.
             self._groups[members] = self.comm.Create_group(group, _BULK_TAGS + 1)
             group.Free()
             everyone.Free()
         return self._groups[members]
 
     def pieces(self, parts: Iterable[bytes | _Bytes], *, sent: bool = False) -> Iterator[list[Any]]:
-        """The parts as MPI takes them: short neighbours in one piece, each long one by itself.
+        """Yield the parts as MPI takes them: short neighbours in one piece, a long one by itself.
 
-        Short ones are `sent` from a copy in one stretch, as MPICH moves scattered memory only
-        while its sender calls MPI, too; they are received into their scattered places.
+        Short ones are `sent` from a copy in one stretch, because MPICH moves scattered memory only
+        while its sender, too, calls MPI. They are received into their scattered places.
         """
+        # Sender and receiver cut by the sizes alone, and so into the same pieces. How the bytes of
+        # a piece lie in memory may differ: MPI only asks that they are as many.
         views = [_as_bytes(part) for part in parts]
         if len(views) == 1:
             yield from self._countable(views[0])
             return
         ends = itertools.accumulate(map(len, views))
-        # Neighbours that end in the same stretch of the message.
+        # Short neighbours go together if they end in the same stretch of the message.
         keys = [
             (len(view) >= _LONG_BYTES, end // _JOINT_BYTES)
             for view, end in zip(views, ends, strict=True)
@@ -11375,10 +11502,10 @@ class _Bulk:
                 )
                 kind = self._mpi.BYTE.Create_hindexed(sizes, places).Commit()
                 yield [self._mpi.BOTTOM, 1, kind]
-                kind.Free()  # MPI keeps it for what is under way
+                kind.Free()  # MPI keeps the type for what is under way
 
     def _countable(self, view: _Bytes) -> Iterator[list[Any]]:
-        """In larger units, if there are more bytes than MPI counts before version 4."""
+        """Count in larger units, if there are more bytes than MPI could count before version 4."""
         if view.nbytes < 2**31:
             yield [view, self._mpi.BYTE]
             return
@@ -11388,7 +11515,7 @@ class _Bulk:
             yield [view[units * _UNIT_BYTES :], self._mpi.BYTE]
 
     def cells(self, messages: Sequence[Message]) -> np.ndarray[Any, Any]:
-        """A row for each rank, of what is for it."""
+        """Return a row for each rank, which describes the message for that rank."""
         cells = np.zeros((len(messages), _CELL_BYTES), np.uint8)
         for cell, message in zip(cells, messages, strict=True):
             head = message.head()
@@ -11401,8 +11528,9 @@ class _Bulk:
     def broadcast(
         self, members: tuple[int, ...], message: Message | None, arrival: _Arrival
     ) -> Message:
-        """The message that the first of the members has."""
+        """Return the message of the first member."""
         group, byte = self.group(members), self._mpi.BYTE
+        # All read the same card, the sender too, so that all call this collective or none does.
         if arrival.head is None:
             head: Any = arrival.head_to_come() if message is None else [message.head()]
             group.Bcast([*head, byte])
@@ -11416,7 +11544,7 @@ class _Bulk:
         return result
 
     def send(self, messages: Iterable[tuple[int, Message]], room: int) -> list[Any]:
-        """Begin to send what does not ride; the requests, and what they need."""
+        """Begin to send what does not ride; return requests, with the memory that they need."""
         pending: list[Any] = []
         for process, message in messages:
             head = message.head()
@@ -11432,7 +11560,10 @@ class _Bulk:
         place: Callable[[Sequence[bytes]], Sequence[_Bytes] | None] | None,
         pending: list[Any],
     ) -> list[Message]:
-        """All of these, when what is `pending` is done, too; `place` may say where they go."""
+        """Return all of these, when `pending` is done, too; `place` may say where they go."""
+        # Messages of one tag arrive in the order in which they were sent. So all heads are received
+        # before any buffer, as `send` sends them. To wait for them here is safe: each rank has
+        # begun all its sends before it comes here, and the wait moves those of this rank along.
         heads = [(one, part) for one in arrivals for part in one.head_to_come()]
         self.wait(
             [(self.comm.Irecv([part, self._mpi.BYTE], one.source, 0), part) for one, part in heads]
@@ -11452,8 +11583,10 @@ class _Bulk:
         outgoing: Sequence[tuple[int, np.ndarray[Any, Any]]],
         incoming: Sequence[tuple[int, np.ndarray[Any, Any]]],
     ) -> None:
-        """Send flat arrays to some and receive such from some, whose sizes all know."""
+        """Send flat arrays to some ranks and receive some from others; all know the sizes."""
         comm, byte = self.comm, self._mpi.BYTE
+        # Receives are begun first, so that what comes goes straight to its place. Empty arrays are
+        # left out by both sides, or a later message would be taken for one of them.
         pending = [
             (comm.Irecv([one, byte], source, 0), one) for source, one in incoming if one.size
         ]
@@ -11461,7 +11594,8 @@ class _Bulk:
         self.wait(pending)
 
     def scratch(self, nbytes: int) -> _Bytes:
-        """Memory whose pages have mostly been touched, by an earlier call in the same run."""
+        """Return memory whose pages an earlier call in the same run has mostly touched."""
+        # The page faults of fresh memory cost more than the transfer into it.
         if self._scratch.nbytes < nbytes:
             self._scratch = _allocate(nbytes)
         return self._scratch[:nbytes]
@@ -11476,7 +11610,7 @@ class _Bulk:
             self._mpi.Request.Waitall([request for request, _ in pending])
 
     def free(self) -> None:
-        for comm in self._groups.values():
+        for comm in self._groups.values():  # its own communicator is the group of all
             comm.Free()
         self._unit.Free()
 
@@ -11510,23 +11644,26 @@ class _Letter(Parcel):
 
 
 class _Letters:
-    """What a rank sends to others, one by one, and hears from them."""
+    """The mail of a rank: what it sends to single others, and what it receives from them."""
 
     def __init__(self, mpi: Any, comm: Any, bulk: _Bulk) -> None:
         self._mpi = mpi
         self.comm = comm
         self._bulk = bulk
         self._status = mpi.Status()
+        # Letters to and from each rank, which are compared before the communicator is freed.
         self.sent, self.taken = [0] * comm.Get_size(), [0] * comm.Get_size()
-        self._spins = 0  # turns of waiting since something has happened
+        self._spins = 0  # turns of a wait since something last happened
         self._bulk_tag = 0
-        # Requests, and what must not go before they are done.
+        # Requests, with the memory that must live until they are done.
         self._sending: collections.deque[tuple[_Requests, object]] = collections.deque()
         self._receiving: list[tuple[_Requests, object]] = []
-        self._incomplete: list[tuple[int, _Letter]] = []  # words that are not whole yet
+        self._incomplete: list[tuple[int, _Letter]] = []  # short mail that is not whole yet
 
     def take(self) -> tuple[int, _Letter] | None:
-        """Receive one, and its sender; None where there is none, or not the whole of a word."""
+        """Receive a letter; return it with its sender, or None if there is none that is ready."""
+        # Short mail is acted on when it is delivered, so it has to be whole. Other mail is handed
+        # on when it begins, so that the mailbox has it in the order in which it was sent.
         for source, word in self._incomplete:
             if word.done():
                 self._incomplete.remove((source, word))
@@ -11534,6 +11671,8 @@ class _Letters:
         status = self._status
         if not self.comm.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG, status):
             return None
+        # The next receipt from this source is of the letter that was found: only one thread of this
+        # rank receives here, and later letters from the same source do not overtake it.
         content = bytearray(status.Get_count(self._mpi.BYTE))
         source = status.Get_source()
         self.comm.Recv([content, self._mpi.BYTE], source)
@@ -11555,23 +11694,25 @@ class _Letters:
         return functools.partial(self.are_done, requests)
 
     def are_coming(self) -> bool:
-        """Whether parts of some are under way."""
+        """Whether parts of some letters are on their way to this rank."""
         self._receiving = [item for item in self._receiving if not self.are_done(item[0])]
         return bool(self._receiving)
 
     def send(self, process: int, parcel: Parcel, *, synchronous: bool) -> _Requests:
-        """Send a letter on its way, and what follows it; the requests of that."""
+        """Begin to send a letter and what follows it; return the requests of what follows."""
         assert parcel.message is not None
         parts: list[Any] = [parcel.message.pickled, *parcel.message.buffers]
         sizes = [len(part) for part in parts]
         riding = _riding(sizes)
         self._bulk_tag = tag = self._bulk_tag % _BULK_TAGS + 1
-        # What is short rides in the letter, and costs one message. What is long follows under a
-        # tag that no other letter between these two uses at the time, so that it may be received
-        # out of turn, straight into its place.
+        # Short parts ride in the letter, which then is the only message. Long ones follow on the
+        # other communicator, under a tag that no other letter between these two ranks uses at the
+        # time, so that they are received straight into their place, whatever else comes meanwhile.
+        # Tags begin anew after _BULK_TAGS letters, many more than `has_room` lets be under way.
         head = _LETTER.pack(parcel.run, _CODES[parcel.verb], parcel.tag, tag, len(sizes))
         letter = b"".join([head, struct.pack(f"<{len(sizes)}Q", *sizes), *parts[:riding]])
-        # Of a synchronous one it is known when it has been taken in, so that they do not pile up.
+        # A synchronous send is done only when its receiver has taken the letter in, so that letters
+        # do not pile up there.
         send = self.comm.Issend if synchronous else self.comm.Isend
         self._keep([send([letter, self._mpi.BYTE], process)], letter)
         self.sent[process] += 1
@@ -11584,34 +11725,34 @@ class _Letters:
         return self._keep(following, parts)
 
     def _keep(self, requests: Iterable[Any], data: object) -> _Requests:
-        """Keep alive what is on its way."""
+        """Keep alive what is under way."""
         while self._sending and self.are_done(self._sending[0][0]):
             self._sending.popleft()
         self._sending.append((collections.deque(requests), data))
         return self._sending[-1][0]
 
     def are_done(self, requests: _Requests) -> bool:
-        """Whether all are; those found to be so are dropped, as there may be many."""
+        """Whether all are done; those that are get dropped, because there may be many."""
         while requests and requests[0].Test():
             requests.popleft()
             self._spins = 0
         return not requests
 
     def has_room(self) -> bool:
-        """Whether not too much is under way."""
+        """Whether so little is under way that more may be sent."""
         most = _MOST_UNDER_WAY + len(self.sent)
         if len(self._sending) > most:
             self.forget_done()
         return len(self._sending) <= most
 
     def forget_done(self) -> None:
-        """Let go of what has been sent and received."""
+        """Let go of requests that are done, and of their memory."""
         still = (item for item in self._sending if not self.are_done(item[0]))
         self._sending = collections.deque(still)
         self.are_coming()
 
     def rest(self, seconds: float) -> None:
-        """MPI has no handle to wait for: try often at first, then ever less so."""
+        """Pause, ever longer, between two looks: MPI has no handle to wait for."""
         self._spins += 1
         if self._spins == 1000:
             self.forget_done()
@@ -11621,7 +11762,7 @@ class _Letters:
             os.sched_yield()
 
     def try_often(self) -> None:
-        """A wait begins."""
+        """Begin a wait, with short pauses."""
         self._spins = 0
 
     def are_sent(self) -> bool:
@@ -11638,8 +11779,8 @@ class _MPIRun(_Run):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.laid = False  # whether this rank has put something on its next card
-        self.leaves_after = math.inf  # seconds of waiting for others to come to the end of it
-        self.own_failure: Failure | None = None  # that this rank's latest card tells of
+        self.leaves_after = math.inf  # seconds after which it leaves a round that others miss
+        self.own_failure: Failure | None = None  # the one that this rank's latest card shows
 
 
 class _Seat(NamedTuple):
@@ -11664,27 +11805,29 @@ class MPICommunicator(Communicator):
         super().__init__(comm.Get_rank(), comm.Get_size())
         self._mpi = mpi
         self.users_comm = comm
-        # Apart from the user's own messages, and from each other.
+        # Two communicators, so that neither letters nor what belongs to rounds meets the user's own
+        # messages, or each other: a look for letters takes in whatever comes on theirs.
         self._comm = comm.Dup()
         self._bulk = _Bulk(mpi, self._comm)
         self._letters = _Letters(mpi, comm.Dup(), self._bulk)
-        # By which pickled parallelizers find it, the same on all ranks.
+        # The key by which pickled parallelizers find it is the same on all ranks.
         self.key: str = self._comm.bcast(os.urandom(16).hex())
         self.known[self.key] = self
-        self.made = 0  # parallelizers, by this rank
+        self.made = 0  # how many parallelizers this rank has made on it
         by_allgather = self.world_size <= _MOST_BY_ALLGATHER
         self._cards = (_CardsByAllgather if by_allgather else _CardsByAllreduce)(mpi, self._comm)
         self._seats: list[_Seat] = [_Seat(_hostname(), _machine(), os.getpid())]  # of all ranks
-        self._here: set[int] = set()  # who has told to be in the round in which this one waits
+        self._here: set[int] = set()  # ranks that are known to be in the round where this one waits
         self.closed = False
         self.lost = ""  # why it cannot be used any more
-        self._exits = self._all_have_left = False  # at the end of the program
-        # Of the runs around the current one, on this thread. When one of those fails, a rank waits
-        # in a round of this one, to which nobody else would come: it asks the others to.
+        self._exits = self._all_have_left = False  # whether its program, and all, have ended
+        # The communicators of the runs around the current one, on this thread. When such a run
+        # fails, others leave this one along with it, and a rank may wait in a round to which nobody
+        # would come. So it asks them to come.
         self._outer: list[MPICommunicator] = []
         self._asked_to_come = self._asks = 0
         self._failures: dict[tuple[int, int], Failure] = {}  # by rank and round, as they come
-        self.dying: set[int] = set()  # by the precedence of what they have to tell
+        self.dying: set[int] = set()  # precedences of the ranks that are about to end the job
 
     def cut_off(self) -> None:
         super().cut_off()
@@ -11692,10 +11835,10 @@ class MPICommunicator(Communicator):
         self._comm = self._letters = self._bulk = self._cards = no_way
 
     def agree_on_threads(self) -> None:
-        """Give all ranks the least of the numbers that each would have; they stay so.
+        """Give all ranks, for good, the least of the numbers that each would have.
 
-        Each would have its share of the CPUs that it may use, which ranks of one machine may have
-        to share, or what its user has set by the environment.
+        A rank would have what the user has set by the environment, or else its share of the CPUs
+        that it may use, which other ranks of its machine may use, too.
         """
         share = self._share_of_cpus()
         present = _threads_by_kind()
@@ -11733,7 +11876,8 @@ class MPICommunicator(Communicator):
         return super().passing_on_logs()
 
     def watch_others(self) -> None:
-        """Have the job ended where another rank of this machine dies and no launcher sees to it."""
+        """End the job if another rank of this machine dies and the launcher does not end it."""
+        # A higher rank waits longer, so that as a rule one rank alone reports the death.
         peers = {
             self._seats[one].pid: f"rank {self._told(one)}"
             for one in self.beside()
@@ -11743,7 +11887,8 @@ class MPICommunicator(Communicator):
         _watch_peers(peers, _job_end(), headline, 2 * _GRACE + _SETTLING * min(self.process, 20))
 
     def _share_of_cpus(self) -> int:
-        """CPUs for this rank, where each is divided among the ranks that may run on it."""
+        """Return the CPUs for this rank: each CPU is divided among the ranks that may use it."""
+        # The same collective tells this rank where all the others run.
         (seat,), own = self._seats, _affinity()
         told = self._comm.allgather((seat, own))
         self._seats = [one for one, _ in told]
@@ -11760,12 +11905,11 @@ class MPICommunicator(Communicator):
         try:
             self._settle()
         except BaseException:
-            self._round -= 1  # to which this rank has not come
+            self._round -= 1  # because this rank has not come to it
             raise
         cards.start(word, laid=self._run.laid)
         self._run.laid = False
-        # Mostly all come within a few microseconds, for which it is not worth while to look at a
-        # clock.
+        # Usually all come within a few microseconds, which are too few to look at a clock.
         for _ in range(20):
             if cards.test():
                 cards.active = False
@@ -11788,16 +11932,20 @@ class MPICommunicator(Communicator):
                     return
                 if hasattr(os, "sched_yield"):
                     os.sched_yield()
-            # From here on this rank answers to those who search for a deadlock, and takes in
-            # letters, as those of a rank that has failed while others wait.
+            # From here on this rank answers those that search for a deadlock, and takes in letters,
+            # such as that of a rank that has failed.
             self._watch.begin(self._describe_round)
-            # A nap delays all who wait for this rank in turn, along the steps of a collective.
+            # A nap delays all that wait for this rank in turn, step by step of the collective. So a
+            # nap is a small part of the wait so far, and the smaller, the more steps there are.
             share = 64 * max(math.log2(self.world_size), 1)
             longest = _LONGEST_IDLE_NAP if self._idle else _LONGEST_NAP
             interrupted = math.inf
-            # What the first look finds may only be a step of the collective.
+            # The first test may only complete a step of the collective and begin the next one, so a
+            # second one follows before this rank takes a nap.
             while not (cards.test() or cards.test()):
                 self._look_after(waited)
+                # The user's handler may raise, and a round cannot be left. So a Ctrl-C waits for
+                # the end of the round; if that does not come within a second, it ends the job.
                 if _CTRL_C.pending:
                     interrupted = min(interrupted, waited)
                 if waited - interrupted >= _GRACE:
@@ -11806,6 +11954,9 @@ class MPICommunicator(Communicator):
                 waited = time.perf_counter() - begun
             cards.active = False
         except BaseException as error:  # of a signal's handler, or of MPI itself
+            # The others would wait for ever for a rank that goes on without this round. There are
+            # two exceptions: a rank that leaves a failed run completes the round at its next verb,
+            # and after an error of this module's own nobody uses the communicator any more.
             if not isinstance(error, ParallelizerError) and self._run.leaves_after == math.inf:
                 self._abort(error)
             raise
@@ -11814,14 +11965,13 @@ class MPICommunicator(Communicator):
             self.account.add_wait(begun)
 
     def _settle(self) -> None:
-        """Wait for the end of a round that this rank has come to, and left alone.
+        """Complete a round that this rank has come to, and then left alone.
 
-        Who fails again meanwhile does not leave again, or the others would lose count.
+        A rank that fails again meanwhile does not leave again, or ranks would count differently.
         """
         if self._cards.active:
-            # MPI has no way to take back a card. So the round that this rank has left goes on
-            # under way, and is completed before the next word is shown, or the ranks would count
-            # differently.
+            # MPI cannot take back a card. So the round that this rank has left is still under way,
+            # and must be complete before this rank shows its next word.
             leaves, self._run.leaves_after = self._run.leaves_after, math.inf
             self._await_cards()
             self._run.leaves_after = leaves
@@ -11835,7 +11985,9 @@ class MPICommunicator(Communicator):
         _abort_mpi_job(self._mpi, 1, f"{_formatted(error)}{told}")
 
     def _look_after(self, waited: float) -> None:
-        """While a round is not complete: what else there is to do, or to heed."""
+        """Do, and heed, what there is beside a round that is not complete."""
+        # Letters of all communicators on this thread are taken in, because the others may miss this
+        # round on account of a run around it, or of one within it.
         for other in list(_COMMUNICATORS):
             if isinstance(other, MPICommunicator) and other.is_of_this_thread():
                 other.handle_letters()
@@ -11854,25 +12006,25 @@ class MPICommunicator(Communicator):
             self._give_up_waiting()
 
     def is_of_this_thread(self) -> bool:
-        """Whether no other one is at work with it."""
+        """Whether no other thread is at work with it."""
         is_up = not (self.gone or self.closed)
         return is_up and self.user.thread in (None, threading.get_ident())
 
     def handle_letters(self) -> None:
-        """Take in what has come; and come to a round, if another rank is lost there."""
+        """Take in letters; come to a round in which another rank is stuck and asks for that."""
         self._handle_all()
-        # Another rank has left a run within this one's run, because that has failed, and now waits
-        # in a round to which the others would never come. It asks them to, and they do so from
+        # The run around this one's run has failed. Others have left both, while another rank waits
+        # in a round here to which they would never come. It asks them to come, and they do so from
         # wherever they wait.
         if self._asked_to_come == self._round + 1 and not self._cards.active:
-            self._run.over = True  # if there is a run, as the one around it has failed
+            self._run.over = True  # if there is one, because the run around it has failed
             self._round += 1
             self._cards.start(self._round << _BITS | _LEFT << 1, laid=False)
 
     def _give_up_waiting(self) -> None:
-        """Tell who is missing, if anybody is; those who have come answer at once."""
-        # Nobody sees who is missing: a collective tells nothing before it is complete. So all are
-        # asked by letter, and those who are in the same round say so.
+        """Raise an error that names the ranks that are missing, if any are."""
+        # A collective shows nothing before it is complete, so nobody sees who is missing. All are
+        # asked by letter, and those that are in the same round answer at once.
         self._here = {self.process}
         self.tell_all("here", self.process, self._round, True)
         self.listen(4 * _SETTLING, lambda: len(self._here) == self.world_size)
@@ -11898,6 +12050,8 @@ class MPICommunicator(Communicator):
 
     def _heed_failure(self, word: int, shown: Mapping[int, int]) -> None:
         super()._heed_failure(word, shown)
+        # "left" answers the failed exit of another rank. If no rank shows one, a run around this
+        # one has failed, and the rank was asked to come (`handle_letters`).
         left = [process for process, one in shown.items() if _verb_of(one) == _LEFT]
         if left and not any(map(_is_failed_exit, shown.values())):
             self._run.over = True
@@ -11907,25 +12061,25 @@ class MPICommunicator(Communicator):
             raise self._run.final
 
     def _failure_of(self, process: int) -> Failure:
-        # The card tells who has failed, and in a line why; the exception itself may be long, and
-        # comes by letter, since a second collective could not be left by a rank that goes on to
-        # fail.
+        # The card says who has failed, and in a line why. The exception itself may be long, and
+        # comes by letter, because a rank that goes on to fail could not leave a second collective.
         told = (process, self._round)
         if not self.listen(3 * _GRACE, lambda: told in self._failures):
-            lost = "(its traceback has not come)"  # as that process computes again, perhaps
+            lost = "(its traceback has not come)"  # that process may compute again, and not send
             self._failures[told] = Failure(process, self._told_of(process)[1], lost)
         failure = self._failures[told]
         self._failures = {at: one for at, one in self._failures.items() if at[1] > self._round}
         return failure
 
     def _pass_on_failure(self) -> None:
-        """By letters, because this rank may be about to leave the others alone."""
+        """Send it by letters, because this rank may be about to leave the others alone."""
         if self._run.own_failure is None:
             return
         for process in self._everyone:
             if process != self.process:
                 self._tell(process, "failed", (self._round, self._run.own_failure))
-        # What is too long for a letter moves only while both sides call MPI.
+        # What is too long for a letter moves only while both sides call MPI, so this rank stays for
+        # a moment.
         self.listen(_GRACE, self._letters.are_sent)
 
     def _on_failure(self, source: int, parcel: Parcel) -> None:
@@ -11944,7 +12098,7 @@ class MPICommunicator(Communicator):
         self._write_card(_FAILED.pack(failure.consequence, len(summary)) + summary)
 
     def _write_card(self, content: bytes) -> None:
-        self._settle()  # as MPI may still read what lies there
+        self._settle()  # because MPI may still read the card
         self._cards.own[8 : 8 + len(content)] = content
         self._run.laid = True
 
@@ -11956,8 +12110,8 @@ class MPICommunicator(Communicator):
     def _lay(self, *messages: Message) -> Sequence[Message] | None:
         pieces, nbytes = self._described(messages)
         if nbytes > _ROOM:
-            # If not all fits, the head alone rides if it can: with it, receivers can make room
-            # where the array belongs before it comes.
+            # If not everything fits, the head rides alone if it can: from it, receivers know where
+            # the array belongs before it comes.
             head_fits = len(messages) == 1 and _LAID.size + len(pieces[1]) <= _ROOM
             pieces = pieces[:2] if head_fits else [pieces[0][: _LAID.size]]
         self._write_card(b"".join(pieces))
@@ -11965,13 +12119,15 @@ class MPICommunicator(Communicator):
 
     @contextlib.contextmanager
     def _unbreakable(self) -> Iterator[None]:
-        """Within, what all have agreed on is moved: nobody may leave that alone."""
+        """Within, all move what they have agreed on; a rank that cannot go on ends the job."""
+        # Letters come first: one may say that the others have given up their wait for this rank,
+        # and are gone. Otherwise they are on their way to the same calls of MPI.
         try:
             self._handle_all()
         except BaseException as error:
             self._abort(error)
-        self.check_is_open()  # who has come too late finds the others gone
-        # MPI returns from what has stalled when it has come, and not before.
+        self.check_is_open()
+        # MPI does not return from a transfer that has stalled, so a thread watches the time.
         watch = self._watch_transfer(self.timeout) if self.timeout else None
         try:
             yield
@@ -11988,7 +12144,7 @@ class MPICommunicator(Communicator):
         return watch
 
     def _abort_stalled(self, thread: int) -> None:
-        """On a thread of its own: nobody else can end a transfer that takes too long."""
+        """End the job, on a thread of its own, because nothing else can end a stalled transfer."""
         frame = sys._current_frames().get(thread)
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
         others = ", ".join(map(self._told, self.others))
@@ -12002,7 +12158,7 @@ class MPICommunicator(Communicator):
         )
 
     def _arrival(self, process: int) -> _Arrival:
-        """Of the only message that it brings to this round."""
+        """The only message that a process brings to this round."""
         memory, place = self._place_of(process, 0)
         return _Arrival(process, memory, place + 8, _ROOM - 8)
 
@@ -12015,6 +12171,8 @@ class MPICommunicator(Communicator):
             if count == 1:
                 message = messages[0] if messages else None
                 return bulk.broadcast(self.members, message, self._arrival(root))
+            # A scatter. The card has no room for the sizes of many messages, so each rank gets a
+            # cell for its own. Rank 0 has no message for itself, but a scatter asks for a cell.
             own = np.empty(_CELL_BYTES, np.uint8)
             cells = [bulk.cells([Message(b"", ()), *messages]), byte] if messages else None
             bulk.group(self.members).Scatter(cells, [own, byte])
@@ -12037,10 +12195,10 @@ class MPICommunicator(Communicator):
                 if rest is not None:
                     self._bulk.wait(self._bulk.send([(self.members[0], message)], _ROOM - 8))
                 return []
-            # Sends are begun before anything is received, and waited for after it, so that all may
-            # send to all at once.
+            # Sends begin before anything is received, and are waited for after that, so that all
+            # may send to all at once.
             pending = []
-            if rest is not None:  # an allgather, as main brings nothing to a gather
+            if rest is not None:  # only in an allgather, because main brings nothing to a gather
                 pending = self._bulk.send([(other, message) for other in others], _ROOM - 8)
             riding = {p: self._peek(p) for p in others if p not in large}
 
@@ -12061,6 +12219,8 @@ class MPICommunicator(Communicator):
             received = dict(zip((p for p in others if p in large),
                                 self._bulk.receive(arrivals, place, pending),
                                 strict=True))  # fmt: skip
+            # What rides still lies on the cards, which the next round overwrites. So it is copied,
+            # unless that has been done into the result.
             for p, one in riding.items():
                 received[p] = one if plan.result is not None else self._copy(one, p)
             received[self.process] = message
@@ -12103,8 +12263,8 @@ class MPICommunicator(Communicator):
         segments = _Segments(own, self.size, self.portion_bytes)
         others = [(rank, p) for rank, p in enumerate(self.members) if p != self.process]
         with self._unbreakable():
-            # Apart, as numpy 1 takes neighbours in memory for arrays that overlap, and multiplies
-            # complex numbers in another way then, to other digits.
+            # The rows lie apart, because numpy 1 takes neighbours in memory for arrays that
+            # overlap, and then multiplies complex numbers in another way, to different digits.
             row = segments.length + 64
             memory = self._bulk.scratch(self.size * row * own.itemsize).view(own.dtype)
             rows = memory.reshape(self.size, row)
@@ -12117,6 +12277,8 @@ class MPICommunicator(Communicator):
                     [(process, own[places[rank]]) for rank, process in others],
                     [(process, values[rank]) for rank, process in others],
                 )
+                # This rank's values are in `own`, so the row for them is free for the result. The
+                # fold is never in place: see `_fold_alike`.
                 folded = values[self.rank] if result is None else result[place]
                 values[self.rank] = own[place]
                 segments.fold(fold, values, folded)
@@ -12134,7 +12296,8 @@ class MPICommunicator(Communicator):
         with self._unbreakable():
             if process == self.process and rest is not None:
                 pending = self._bulk.send([(self.members[0], rest[0])], _ROOM - 8)
-                # Main may be long in coming to it, as it works on what it gets.
+                # Main may take long to come to this, because it works on each message that it gets.
+                # A wait of MPI's own would burn CPU time all the while.
                 self._letters.try_often()
                 while not all(request.Test() for request, _ in pending):
                     self._letters.rest(_LONGEST_NAP)
@@ -12172,7 +12335,7 @@ class MPICommunicator(Communicator):
         return False
 
     def wake(self) -> None:
-        """It wakes by itself, often enough."""
+        """Do nothing, because it wakes by itself, often enough."""
 
     def _on_control(self, content: Any) -> None:
         kind, *about = content
@@ -12204,6 +12367,7 @@ class MPICommunicator(Communicator):
                 outer.heed()
 
     def _post(self, process: int, parcel: Parcel) -> None:
+        # Not synchronous, because nobody waits until these letters have been taken in.
         self._letters.send(process, parcel, synchronous=False)
 
     def _transmit(self, process: int, parcel: Parcel) -> None:
@@ -12224,14 +12388,16 @@ class MPICommunicator(Communicator):
             if isinstance(other, MPICommunicator) and other is not self and other.is_executed_here()
         ]
         for outer in self._outer:
-            outer.heed()  # before this run begins
+            outer.heed()  # raises, if that run has failed, before this one begins
         super()._start_run()
 
     def _finish(self, *, failed: bool = False) -> None:
         super()._finish(failed=failed)
         self._outer = []
-        self._handle_all()  # what nobody has received, which is forgotten
-        self._next_run(self._number_of_next_run())  # mail may be sent between two runs, too
+        # What nobody has received is taken in first, and forgotten when the number of the run ends.
+        # From then on mail is kept, because ranks may send between two runs, too.
+        self._handle_all()
+        self._next_run(self._number_of_next_run())
         self._letters.forget_done()
         self._bulk.forget_scratch()
 
@@ -12247,12 +12413,13 @@ class MPICommunicator(Communicator):
         self._run.leaves_after = _GRACE
         try:
             super()._show_end(error)
-        except BaseException:  # this rank leaves, perhaps before the others come
+        except BaseException:  # this rank leaves, perhaps before the others have come
             self._pass_on_failure()
             raise
 
     def _come_to_end(self, depth: int) -> None:
-        # Later than who has failed, whose error is to come. A group is left together.
+        # A rank that has heard of a failure leaves later than the one that has failed, whose error
+        # it waits for. A group is left together, however long that takes.
         self._run.leaves_after = 2 * _GRACE if depth == 1 else math.inf
         try:
             super()._come_to_end(depth)
@@ -12269,7 +12436,7 @@ class MPICommunicator(Communicator):
         return self._run.in_progress and (self._run.over or ends)
 
     def heed(self) -> None:
-        """Raise where this run is known to have failed, while another one waits within it."""
+        """Raise if this run is known to have failed, while another run waits within it."""
         self._handle_all()
         if self._run.in_progress and self._run.over:
             raise RunEnded(self)
@@ -12278,7 +12445,7 @@ class MPICommunicator(Communicator):
     # -- the end of the program -----------------------------------------------------------------
 
     def begin_leaving(self) -> Callable[[], bool]:
-        """Come to rounds until the programs of all ranks have ended; whether they have."""
+        """Begin to come to rounds until all ranks have ended; return the test whether they have."""
         if not self._exits:
             self._exits = True
             self._between_runs()
@@ -12290,6 +12457,8 @@ class MPICommunicator(Communicator):
 
     def _have_all_left(self) -> bool:
         cards, code = self._cards, _CODES["exit"] << 1
+        # Other ranks may still run. This one comes to each of their rounds with the word "exit", so
+        # that a rank that calls a verb in vain sees why, and all go on to count alike.
         if cards.active and not cards.test():
             return False
         cards.active = False
@@ -12301,16 +12470,16 @@ class MPICommunicator(Communicator):
         return self._all_have_left
 
     def close(self) -> None:
-        """Its communicator is freed, or MPI is finalized."""
+        """Close it, because its communicator is freed or MPI is finalized."""
         if not self.closed:
             self.closed = True
-            if not self._cards.active:
+            if not self._cards.active:  # MPI frees no persistent collective that is under way
                 self._cards.free()
 
     def free(self) -> None:
-        """Give back what MPI keeps for it: all ranks come here, and run nothing any more."""
+        """Give back what MPI keeps for it; all ranks come here, and run nothing any more."""
         if self.lost:
-            self.closed = True  # others wait in what would be freed
+            self.closed = True  # because other ranks wait in what would be freed
         if not self.closed:
             self._take_in_the_rest()
             self.close()
@@ -12320,11 +12489,12 @@ class MPICommunicator(Communicator):
     def _take_in_the_rest(self) -> None:
         """Leave nothing under way: MPI could hand it to a later communicator in this one's place.
 
-        When all are here, nobody sends any more, and each can be told how much is to come.
+        When all ranks are here, nobody sends any more, and each can learn how much is to come.
         """
         self._settle()
         self._next_run(self._number_of_next_run())
-        # Where another rank does not come, it may show cards on the other communicator.
+        # These collectives are on the letters' communicator, because a rank that does not come here
+        # may still show cards on the other one.
         barrier = self._letters.comm.Ibarrier()
         others = [process for process in range(self.world_size) if process != self.process]
         self._wait_until(barrier.Test, lambda: others, "Free of its communicator")
@@ -12358,10 +12528,15 @@ class MPICommunicator(Communicator):
 #
 # An error that ends one rank's program ends the job: `_ProgramEnd` knows how the program of this
 # process ends, and `_JobEnd` sees to the others.
+#
+# A program can end in three ways, and each must reach `_JobEnd`: by an exception (`_on_error`, when
+# it leaves the outermost frame), by its last line or an exit status (`_at_exit`), or by a call of
+# MPI_Finalize (`on_finalize`, which MPI calls first of all). Nothing on these ways may raise, hang,
+# or be stopped by a full disk, because then other ranks would wait for ever.
 
 
 class _LastWord(str):
-    """What `sys.exit` was given to print, on a Python that does not tell when it prints that."""
+    """A text that `sys.exit` was given, on a Python that does not tell when it prints it."""
 
     __slots__ = ("is_silent",)
 
@@ -12370,7 +12545,7 @@ class _LastWord(str):
     def __str__(self) -> str:
         try:
             sys._getframe(1)
-        except ValueError:  # no code of the program asks: it has ended
+        except ValueError:  # there is no frame, so it is Python that prints, after the program
             if self.is_silent(self):
                 return ""
         return str.__str__(self)
@@ -12380,13 +12555,13 @@ class _ProgramEnd:
     """Knows how the program of this process ends: by which exception, or with which status.
 
     From Python 3.12 on, `sys.monitoring` tells what leaves the program's outermost frame, whoever
-    has raised SystemExit, and before any `sys.excepthook`. Earlier, hooks have to do: a status is
-    known where `sys.exit`, looked up when it was called, has set it, and an error is known late
-    where the program has set a `sys.excepthook` of its own after this.
+    has raised SystemExit, and before any `sys.excepthook`. Before that, hooks have to do: a status
+    is known only if it was given to `sys.exit`, looked up when it was called; and an error is known
+    late if the program has set a `sys.excepthook` of its own after this.
     """
 
     def __init__(self, on_error: Callable[[BaseException, Callable[..., object]], None]) -> None:
-        self._on_error = on_error  # gets the exception, and what prints it
+        self._on_error = on_error  # is called with the exception and a function that prints it
         self._status: object = None
         self._process = os.getpid()
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
@@ -12395,6 +12570,8 @@ class _ProgramEnd:
         self._outermost = frame
         self._set_events: Callable[[int], None] | None = None
         monitoring: Any = getattr(sys, "monitoring", None)
+        # This event occurs only when an exception leaves a function, so nothing else gets slower.
+        # Older Pythons have no such thing: tracing slows down every call, an audit hook every `id`.
         for tool in (4, 3, 5):  # the others are for debuggers, coverage and profilers
             if monitoring is not None and monitoring.get_tool(tool) is None:
                 unwind = monitoring.events.PY_UNWIND
@@ -12428,27 +12605,28 @@ class _ProgramEnd:
         self._exit(status)
 
     def _is_silent(self, word: str) -> bool:
-        """Whether another rank prints what this one was to print."""
+        """Whether another rank prints what this rank was given to print."""
         error = SystemExit(word)
         if os.getpid() == self._process:
             self._on_error(error, sys.excepthook)
         return error.code is not word
 
     def close(self) -> int | None:
-        """At exit, once: the status, of which the system sees one byte; None in a forked child."""
+        """Return, once and at exit, the byte that the system sees; None in a forked child."""
         if os.getpid() != self._process:
             return None
         status = self._status
         if self._set_events is not None:
             self._set_events(0)
         elif not self._is_left_early():
-            status = None  # whatever has called sys.exit was caught
+            status = None  # what sys.exit raised was caught
         elif self._has_been_told():
             status = 1
         return 0 if status is None else status & 0xFF if isinstance(status, int) else 1
 
     def _is_left_early(self) -> bool:
         """Whether an exception has ended the program, and not its last line."""
+        # This is asked only before Python 3.12, where a frame that ends well stands at its return.
         import opcode
 
         frame = self._outermost
@@ -12465,12 +12643,12 @@ class _ProgramEnd:
 def _watch_peers(peers: Mapping[int, str], job: _JobEnd, headline: str, patience: float) -> None:
     """End the job if one of these processes, by pid, ends before the program of this one.
 
-    Most launchers end the job themselves, and sooner than after `patience` seconds; ``srun`` does
-    not, unless it is told to. Linux alone tells a process of the end of one that is not its child.
+    Most launchers end the job themselves, and before `patience` seconds have passed; ``srun`` does
+    not, unless it is asked to. Only Linux tells a process of the end of one that is not its child.
     """
     told: dict[int, str] = {}
     for pid, name in peers.items() if hasattr(os, "pidfd_open") else ():
-        with contextlib.suppress(OSError):  # where the system has no such call, or it has ended
+        with contextlib.suppress(OSError):  # the system has no such call, or the process has ended
             told[os.pidfd_open(pid)] = f"{name} (pid {pid})"
     if not told:
         return
@@ -12480,6 +12658,8 @@ def _watch_peers(peers: Mapping[int, str], job: _JobEnd, headline: str, patience
 
     def watch() -> None:
         (file, _), *_ = poll.poll()
+        # A peer whose program has ended well may be gone a little earlier than this rank. That is
+        # no death, and `is_over` is set by then.
         time.sleep(patience)
         if not job.is_over:
             error = WorkerDied(
@@ -12488,31 +12668,33 @@ def _watch_peers(peers: Mapping[int, str], job: _JobEnd, headline: str, patience
             )
             _abort_mpi_job(sys.modules["mpi4py.MPI"], 1, f"{headline}\n{_formatted(error)}")
 
-    # Of no interest to `threading`: it ends with the program, and holds nothing that a fork needs.
+    # `threading` does not know of it: it ends with the program, and holds nothing a fork needs.
     _thread.start_new_thread(watch, ())
 
 
 class _JobEnd:
     """Ends the MPI job as a whole, when one rank's program ends by an error or an exit status.
 
-    Without it, the other ranks would wait for that one for ever, in a verb or in MPI_Finalize.
-    Who has something to tell prints it and aborts the job; the others wait to be ended with it,
-    so that the user sees one traceback and not one per rank. All flush what they have printed
-    before they may be ended.
+    Without it, the other ranks would wait for that one for ever, in a verb or in MPI_Finalize. One
+    rank reports the error and aborts the job; the others wait to be ended with it, so that the user
+    sees one traceback and not one per rank. All ranks flush what they have printed before they may
+    be ended.
     """
 
     def __init__(self) -> None:
         self.communicators: list[MPICommunicator] = []  # in which this rank takes part
         self._has_begun = self._left = False
-        self.is_over = False  # all ranks have come to the end of their programs
+        self.is_over = False  # whether all ranks have come to the end of their programs
         self._program = _ProgramEnd(self._on_error)
         atexit.register(self._at_exit)
 
     def begin(self, mpi: Any) -> None:
-        """Before the first communicator is made."""
+        """Get ready, before the first communicator is made."""
         if self._has_begun:
             return
         self._has_begun = True
+        # MPI_Finalize deletes the attributes of COMM_SELF while MPI is still up, so this is called
+        # also if the program itself finalizes MPI.
         mpi.COMM_SELF.Set_attr(_finalize_keyval(mpi), self)
         # A rank that computes when the job is ended does not get to flush.
         if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
@@ -12520,7 +12702,7 @@ class _JobEnd:
                 sys.stdout.reconfigure(line_buffering=True)
 
     def _mpi(self) -> Any:
-        """The module of mpi4py, where there are other ranks that may wait for this one."""
+        """The module of mpi4py, if there are other ranks that may wait for this one."""
         mpi = sys.modules["mpi4py.MPI"] if _mpi_is_up() else None
         return mpi if mpi is not None and mpi.COMM_WORLD.Get_size() > 1 else None
 
@@ -12529,7 +12711,7 @@ class _JobEnd:
             communicator.tell_all("dying", precedence)
 
     def _listen(self, seconds: float, ready: Callable[[], bool]) -> bool:
-        """Handle what arrives by any of the communicators, as `Communicator.listen` does."""
+        """Handle what arrives through any of the communicators, as `Communicator.listen` does."""
         deadline = time.monotonic() + seconds
         while not ready() and time.monotonic() < deadline:
             for communicator in self.communicators:
@@ -12539,12 +12721,14 @@ class _JobEnd:
         return ready()
 
     def _speaks(self, error: BaseException, world: Any) -> bool:
-        """Whether it is for this rank to tell of an error, which others may have had, too."""
+        """Whether it is for this rank to report an error, which others may have had, too."""
+        # Where the end of a run has settled whose error is raised, that rank speaks.
         agreed = [c.process == c.spokesman for c in self.communicators if c.spokesman is not None]
         if not all(agreed):
             return False
-        # Else the lowest rank speaks; but what this module raises is mostly a consequence, of
-        # another rank's exception, or of its exit status, which has `world.size`.
+        # Otherwise the lowest rank speaks. But what this module raises is mostly a consequence of
+        # another rank's exception or exit status. So exceptions have the rank as precedence, an
+        # exit status has the number of ranks, and errors of this module come after both.
         precedence = world.rank + isinstance(error, ParallelizerError) * (world.size + 1)
         self._tell_dying(precedence)
         return not self._listen(
@@ -12553,19 +12737,23 @@ class _JobEnd:
         )
 
     def _turn(self, rank: int) -> float:
-        """Seconds that others get to speak first, and to end this rank if it cannot hear them."""
+        """Return the seconds that others get to speak first, or to end a rank that cannot hear."""
+        # Ranks without a communicator cannot hear who is about to speak, so they take turns.
         return _GRACE / 2 * (1 if self.communicators else min(rank, 8))
 
     def _on_error(self, error: BaseException, show: Callable[..., object]) -> None:
-        """The program ends by `error`: `show` it and end the job, unless another rank does."""
+        """Handle the program's end by `error`: `show` it and abort, unless another rank does."""
         mpi = self._mpi()
-        if mpi is None:  # the launcher may end the others when rank 0 has told what all have to
+        # Without MPI, rank 0 reports first what all ranks may have to report: the launcher may end
+        # the others when it has.
+        if mpi is None:
             time.sleep(self._turn(_launched_rank()))
             return
         world = mpi.COMM_WORLD
         _flush_output()
         if isinstance(error, SystemExit):
-            # What is no number Python prints, which one rank shall do.
+            # Python prints a status that is not a number, and only one rank is to do that. The job
+            # ends later, at exit.
             if not isinstance(error.code, (int, type(None))) and not self._speaks(error, world):
                 error.code = 1
                 self._listen(3 * _GRACE, lambda: False)
@@ -12576,7 +12764,7 @@ class _JobEnd:
         _complain(_headline(world.rank, world.size))
         try:
             show(type(error), error, error.__traceback__)
-        except BaseException:  # of somebody's excepthook
+        except BaseException:  # raised by somebody's excepthook
             sys.__excepthook__(type(error), error, error.__traceback__)
         _abort_mpi_job(mpi, 1)
 
@@ -12586,11 +12774,11 @@ class _JobEnd:
             self.leave(status)
 
     def leave(self, status: int = 0) -> None:
-        """At the end of the program, or in MPI_Finalize: wait for the others, or end the job."""
+        """Wait for the others, or end the job: at the end of the program, or in MPI_Finalize."""
         mpi = self._mpi()
         if self._left or mpi is None:
             return
-        self._left = True
+        self._left = True  # because a program that finalizes MPI comes here once more at exit
         _flush_output()
         with self._no_way_out():
             self._wait_for_all(mpi, status)
@@ -12606,11 +12794,16 @@ class _JobEnd:
         if status != 0:
             self._tell_dying(world.size)
         left = [communicator.begin_leaving() for communicator in self.communicators]
-        # With a status, all ranks must have come, and without, those that know this module.
+        # MPI has one way to end a job with a status: to abort it. That is not needed if all ranks
+        # come to their ends, which is seen only by a communicator of all ranks. So the others get a
+        # moment for that. Without a status, this rank waits for those that share a communicator
+        # with it, for as long as they take.
         can_come = status == 0 or any(c.world_size == world.size for c in self.communicators)
         patience = math.inf if status == 0 else _GRACE + self._turn(world.rank)
 
-        def all_have_left() -> bool:  # each is asked, or it would not show that this rank leaves
+        # Each communicator is asked every time, because to ask is also to show that this rank
+        # leaves: no short cut after the first that says no.
+        def all_have_left() -> bool:
             return False not in [has_left() for has_left in left]
 
         if not self._listen(patience, lambda: all_have_left() and can_come):
@@ -12618,7 +12811,7 @@ class _JobEnd:
             _abort_mpi_job(mpi, status, f"{ended} while others go on")
 
     def free(self, communicator: MPICommunicator) -> None:
-        """Free what MPI keeps for it, together with its other ranks."""
+        """Free what MPI keeps for a communicator, together with its other ranks."""
         with self._no_way_out():
             communicator.free()
         if communicator in self.communicators:
@@ -12626,7 +12819,7 @@ class _JobEnd:
 
     @contextlib.contextmanager
     def _no_way_out(self) -> Iterator[None]:
-        """What is raised within ends the job, as it would not come out of a callback."""
+        """Within, an exception ends the job, because it would not get out of a callback of MPI."""
         try:
             yield
         except BaseException as error:
@@ -12638,7 +12831,7 @@ class _JobEnd:
 # The self-test and the command line
 # ---------------------------------------------------------------------------------------------
 #
-# ``python -m parallelizer`` checks the module on this machine, on every backend that there is.
+# ``python -m parallelizer`` checks the module on this machine, on every available backend.
 
 
 def _content(value: Any) -> Any:
@@ -12657,7 +12850,7 @@ def _draw(_: int, rng: np.random.Generator) -> float:
 
 
 def _contract(*, parallelizer: Parallelizer) -> None:
-    """Call every verb; each process knows what it must give."""
+    """Call every verb; each process knows what the result must be."""
     rank, size, main = parallelizer.id, parallelizer.nprocs, parallelizer.on_main
     for sample in (
         np.linspace(0, 1, 400_001),
@@ -12690,7 +12883,7 @@ def _contract(*, parallelizer: Parallelizer) -> None:
 
 
 def _shared_travels(*, parallelizer: Parallelizer) -> None:
-    """What is shared is each machine's own, however it comes there."""
+    """Check that a shared object is its machine's own copy, in whatever way it comes there."""
     rank, size, numbers = parallelizer.id, parallelizer.nprocs, np.arange(10_000.0)
     shared: Any = parallelizer.share({"x": numbers} if parallelizer.on_main else None)
     again: Any = parallelizer.broadcast(shared if parallelizer.on_main else None)
@@ -12715,7 +12908,7 @@ def _last_rank_fails(*, parallelizer: Parallelizer) -> None:
 
 def _ranks_disagree(*, parallelizer: Parallelizer) -> None:
     if parallelizer.nprocs == 1:
-        parallelizer.receive(0)  # which it has not sent
+        parallelizer.receive(0)  # an error, because it has sent nothing to itself
     elif parallelizer.on_main:
         parallelizer.gather(0)
     else:
@@ -12736,7 +12929,7 @@ def _host(*, parallelizer: Parallelizer) -> Any:
 
 
 def _told_ranks(hosts: Sequence[str]) -> str:
-    """How many run where, in a column's width if there are not too many hosts."""
+    """How many ranks run where, as wide as a column if there are not too many hosts."""
     counts = collections.Counter(hosts)
     told = ", ".join(f"{count} on {host}" for host, count in counts.items())
     return told if len(told) < 23 else f"{len(hosts)} on {len(counts)} host(s)"
@@ -12755,12 +12948,12 @@ def _test_backend(name: str, make: Callable[[], Parallelizer]) -> bool:
                 raised: BaseException | None = None
                 try:
                     parallelizer.run(check)
-                except Exception as error:  # a failed check must not keep the others from running
+                except Exception as error:  # a failed check must not prevent the others
                     raised = error
                 if type(raised) is not (wanted or type(None)):
                     told = "".join(traceback.format_exception(raised))
                     failures.append(f"{check.__name__} must raise {wanted}, but raised {told}")
-    except Exception as error:  # it cannot be brought up, or down, here
+    except Exception as error:  # the backend cannot be opened, or closed, here
         main = True
         failures.append("".join(traceback.format_exception(error)))
     if main:
@@ -12775,7 +12968,7 @@ def _test_backend(name: str, make: Callable[[], Parallelizer]) -> bool:
 def _versions() -> str:
     import importlib.metadata
 
-    # Not by importing mpi4py, which would bring MPI up and so rule fork out.
+    # This does not import mpi4py, which would bring MPI up and thus rule fork out.
     try:
         mpi4py = importlib.metadata.version("mpi4py")
     except importlib.metadata.PackageNotFoundError:
@@ -12789,7 +12982,7 @@ def _test_mpi_by_launcher(nprocs: int) -> bool:
     import shutil
     import subprocess
 
-    # It may stand beside a Python that is not on the PATH.
+    # The launcher may lie beside a Python that is not on the PATH.
     path = os.pathsep.join([os.path.split(sys.executable)[0], os.environ.get("PATH", "")])
     launcher, mpi4py = shutil.which("mpiexec", path=path), importlib.util.find_spec("mpi4py")
     if launcher is None or mpi4py is None:
@@ -12797,7 +12990,7 @@ def _test_mpi_by_launcher(nprocs: int) -> bool:
         print(f"{'mpi':<28}not checked: {missing} (pip install mpi4py mpich)", flush=True)
         return True
     command = [launcher, "-n", str(nprocs), sys.executable, __file__, "--backend", "mpi"]
-    # Open MPI counts cores, and wants a word before it runs as root.
+    # Open MPI counts cores, and has to be allowed to run as root.
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
                "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # fmt: skip
     try:
@@ -12825,7 +13018,7 @@ def _self_test(backend: str | None, nprocs: int) -> bool:
         passed = _test_backend("serial", SerialNonParallelizer)
         for method in _start_methods():
             if method == "fork" and launched:
-                continue  # never where MPI is up
+                continue  # fork is never used while MPI is up
             make = functools.partial(MultiprocessingParallelizer, nprocs, start_method=method)
             passed &= _test_backend(f"multiprocessing, {method}", make)
     return passed & (_self_test("mpi", nprocs) if launched else _test_mpi_by_launcher(nprocs))
@@ -12850,11 +13043,11 @@ def _command_line() -> int:
 
 
 if __name__ == "__main__":
-    # The importable module, not a second one of the name __main__, so that all processes agree.
+    # This runs the importable module, not a second one named __main__, so that all processes agree.
     _spec = globals()["__spec__"]
     _name = _spec.name if _spec else os.path.split(__file__)[1].removesuffix(".py")
     sys.exit(importlib.import_module(_name)._command_line())
 elif _launched_ranks() > 1:
-    # An error of one rank before its first MPIParallelizer would leave the others waiting in
-    # theirs. This watches how the program ends, and does no more.
+    # If one rank failed before it made its first MPIParallelizer, the others would wait for it in
+    # making theirs. This watches how the program ends, and does no more.
     _job_end()
