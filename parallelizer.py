@@ -6365,7 +6365,7 @@ class _ChunksByTicket(_ChunksByMail):
                     message = queue.read(ticket)
                 except (MemoryError, OSError) as why:  # mmap raises OSError
                     raise comm.out_of_memory(0, why) from why
-                comm.tell_of_room_in_queue()
+                comm.free_chunk(ticket)
                 yield _unpack(message, "a chunk")
         finally:
             queue.leave(comm.process)
@@ -8134,10 +8134,13 @@ class Communicator(abc.ABC):
         # From here on a signal only leaves a note. What it raised between two steps of the protocol
         # would leave the others in a round that is never completed.
         self.user.interruptible = False
-        if self._run.final is not None:
+        try:
+            if self._run.final is not None:
+                raise self._run.final
+            self._raise_failure()
+        except BaseException:
             self.user.interruptible = self.user.executing
-            raise self._run.final
-        self._raise_failure()
+            raise
         if self.account.spans is not None:
             self.account.begin_verb(verb)
         self.user.entered_at = time.perf_counter()
@@ -9222,7 +9225,7 @@ class _ChunkQueue:
         return ticket
 
     def read(self, ticket: _Ticket) -> Message:
-        """Return a copy of the chunk, and free its place."""
+        """Return a copy of the chunk."""
         place = ticket.offset + self._ALIGNED
         if place + ticket.nbytes > self._size:
             self._map_file()
@@ -9233,7 +9236,6 @@ class _ChunkQueue:
             buffers.append(_allocate(size))
             buffers[-1][:] = self._memory[place : place + size]
             place += size
-        self.forget(ticket)
         return Message(pickled, buffers)
 
     def forget(self, ticket: _Ticket) -> None:
@@ -9719,7 +9721,11 @@ class BoardCommunicator(Communicator):
         self._board.fence()
         self.wake_others([0])
 
-    def tell_of_room_in_queue(self) -> None:
+    def free_chunk(self, ticket: _Ticket) -> None:
+        """Let main use the place of a chunk again that has been copied."""
+        assert self._queue is not None
+        self._board.fence()  # or main could write there before the copy is complete
+        self._queue.forget(ticket)
         self._board.fence()
         self.tell_of_room()
 

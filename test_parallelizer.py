@@ -3042,7 +3042,7 @@ def test_what_workers_log_reaches_main_once(engine: str, logs: bool, tmp_path: P
     code, out, err = finish(*arguments, ranks=ranks, PYTHONWARNINGS="default")
     assert code == 0, err
     lines = out.splitlines()
-    own = ["0|begins, 0|thread|ends|3", "0|begins, 0|thread|long xxxxxxxxxxx|long xxxxxxxxxxx"]
+    own = ["0|begins, 0|thread|ends|3", "0|begins, 0|thread|xxxxxxxxxxxxxxxx|xxxxxxxxxxxxxxxx"]
     assert lines[0] == own[0]
     assert lines[3].startswith(own[1])
     if logs or engine in ("forkserver", "spawn"):
