@@ -6047,7 +6047,7 @@ def run_as_rank(folder: Path, *options: str) -> int:
     return code
 
 
-EXAMPLES = ["quickstart", "mapping", "sample_program", "client_server", "hessian"]
+EXAMPLES = ["quickstart", "mapping", "sample_program", "client_server", "hessian", "imbalance"]
 
 
 def example(name: str, backend: str) -> list[str]:
@@ -6080,10 +6080,12 @@ def test_examples_give_the_same_numbers_on_every_backend(name: str) -> None:
     assert results_of(outputs["mpi"]) == results_of(outputs["serial"])
 
 
-def test_an_example_ends_in_a_picture(tmp_path: Path) -> None:
-    picture = tmp_path / "spectrum.png"
-    argv = ["--backend", "multiprocessing", "--cells", "2", "--plot", str(picture)]
-    run_program(str(HERE / "examples" / "hessian.py"), *argv)
+@pytest.mark.parametrize("name", ["hessian", "imbalance"])
+def test_an_example_ends_in_a_picture(name: str, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    argv = ["--backend", "multiprocessing", "--nprocs", "2", "--plot", str(picture)]
+    argv += ["--cells", "2"] if name == "hessian" else []
+    run_program(str(HERE / "examples" / f"{name}.py"), *argv, MPLBACKEND="Agg")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
