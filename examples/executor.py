@@ -126,7 +126,10 @@ class ParallelizerExecutor(Executor):
     """
 
     def __init__(self, parallelizer: Parallelizer) -> None:
-        parallelizer.__enter__()  # by this thread, because a fork beside others is not safe
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(parallelizer)
+            parallelizer.map(abs, ())  # starts the workers now, because a thread would forbid fork
+            stack.pop_all()  # `drive` closes it
         self._jobs = Jobs()
         self._driver = threading.Thread(target=drive, args=(parallelizer, self._jobs), daemon=True)
         self._driver.start()
