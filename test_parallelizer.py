@@ -5940,7 +5940,11 @@ def finish(
 ) -> tuple[int, str, str]:
     """Run Python with `argv` to its end, or kill its whole process group at the `limit`."""
     command = [*(mpiexec(ranks) if ranks else []), *options, sys.executable, *argv]
-    process = subprocess.Popen(
+    return finish_command(command, limit=limit, cwd=cwd, **env)
+
+
+def start_command(command: Sequence[str], cwd: Path, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         command,
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(HERE)} | MPI_SETTINGS | env,
@@ -5950,6 +5954,13 @@ def finish(
         text=True,
         start_new_session=True,
     )
+
+
+def finish_command(
+    command: Sequence[str], *, limit: float = 100, cwd: Path = HERE, **env: str
+) -> tuple[int, str, str]:
+    """Run a command to its end, or kill its whole process group at the `limit`."""
+    process = start_command(command, cwd, **env)
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -6153,6 +6164,45 @@ def test_the_code_of_the_readme_runs(number: int, tmp_path: Path) -> None:
     assert run_program(str(script), cwd=tmp_path)
     if "MPI" in script.read_text() or '"auto"' in script.read_text():
         assert run_program(str(script), ranks=3, cwd=tmp_path)
+
+
+HEADINGS_AND_BLOCKS = re.compile(
+    r"^#+ (?P<heading>[^\n]+)$|^```\w+\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+
+
+def blocks_under(heading: str) -> list[str]:
+    """Find the blocks of code, in any language, under a heading of README."""
+    blocks, current = [], ""
+    for match in HEADINGS_AND_BLOCKS.finditer(README):
+        current = match["heading"] or current
+        if current == heading and match["code"]:
+            blocks.append(match["code"])
+    assert blocks, f"README has no code under {heading!r}"
+    return blocks
+
+
+def test_an_error_of_a_rank_hangs_mpi4py_and_ends_our_job(tmp_path: Path) -> None:
+    script, session = blocks_under("An error on one rank")
+    (tmp_path / "demo.py").write_text(script)
+    code, out, err = finish("demo.py", ranks=4, cwd=tmp_path)
+    assert (code, out) == (1, "")
+    told = [line for line in session.splitlines() if "Error" in line or "Traceback" in line]
+    assert len(told) == 2
+    assert all(err.count(line) == 1 for line in told), err
+    assert err.startswith("### rank 2 of 4")
+
+    command = [*mpiexec(4), sys.executable, "demo.py", "mpi4py"]
+    with start_command(command, tmp_path) as program:
+        try:
+            assert program.stderr is not None
+            assert any(told[-1] in line for line in program.stderr)
+            with pytest.raises(subprocess.TimeoutExpired):
+                program.wait(timeout=3)
+        finally:
+            os.killpg(program.pid, signal.SIGTERM)  # mpiexec passes it on to its ranks
+        program.communicate(timeout=20)
+    wait_until(lambda: not group_members(program.pid))
 
 
 def messages_of_the_module() -> Iterator[list[str]]:
