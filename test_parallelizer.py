@@ -6205,6 +6205,129 @@ def test_an_error_of_a_rank_hangs_mpi4py_and_ends_our_job(tmp_path: Path) -> Non
     wait_until(lambda: not group_members(program.pid))
 
 
+def rows_for_users_of(library: str) -> list[tuple[str, str]]:
+    """Read a table of README: what is written with a library, and what stands for it here."""
+    _, found, rest = README.partition(f"\n| {library} | parallelizer |\n| --- | --- |\n")
+    assert found, f"README has no table for {library}"
+    rows = [re.findall("`(.+?)`", row) for row in rest.partition("\n\n")[0].splitlines()]
+    return [(theirs, ours) for theirs, ours in rows]
+
+
+def value_of(code: str, names: dict[str, Any]) -> Any:
+    """Evaluate an expression, or execute statements and take what they have assigned to ``y``."""
+    names = dict(names)
+    try:
+        found = eval(code, names)
+    except SyntaxError:
+        exec(code, names)
+        found = names.get("y")
+    return None if found is Parallelizer.InWorkerProcess else found
+
+
+def set_factor(factor: int) -> None:
+    os.environ["FACTOR"] = str(factor)
+
+
+def scales_and_tells_threads(x: int) -> tuple[int, str]:
+    return int(os.environ.get("FACTOR", "1")) * x, os.environ["OMP_NUM_THREADS"]
+
+
+def adds_sum(x: int, y: Any) -> int:
+    return x + int(np.sum(y))
+
+
+def compute_rows_of_mpi4py(by_us: bool, *, parallelizer: Par) -> None:
+    """Print a line for each row of the table: the values on all ranks."""
+    rank, size = parallelizer.id, parallelizer.nprocs
+    names = {
+        "p": parallelizer, "np": np, "x": rank + 1, "xs": [10 * rank + n for n in range(size)],
+        "a": np.arange(10) * 1.5, "f": scales_and_tells_threads,
+        "counts": [len(block_of(range(10), n, size)) for n in range(size)],
+    }  # fmt: skip
+    if not by_us:
+        names["MPI"] = importlib.import_module("mpi4py.MPI")
+        names["comm"] = names["MPI"].COMM_WORLD
+    for row in rows_for_users_of("mpi4py"):
+        if by_us or "MPIPoolExecutor" not in row[0]:
+            everywhere = parallelizer.allgather([value_of(row[by_us], names)], concatenate=False)
+            parallelizer.print([value for (value,) in everywhere], where="main")
+
+
+def compute_row_of_mpi4py_futures() -> None:
+    """Print what the last row of the table gives on main, under ``-m mpi4py.futures``."""
+    rows = rows_for_users_of("mpi4py")
+    executor = importlib.import_module("mpi4py.futures").MPIPoolExecutor
+    names = {"MPIPoolExecutor": executor, "f": scales_and_tells_threads, "xs": [0, 1, 2]}
+    print([value_of(rows[-1][0], names), None, None])
+
+
+@pytest.mark.timeout(150)
+def test_what_stands_for_the_calls_of_mpi4py(tmp_path: Path) -> None:
+    def run(kind: str, by_us: bool, ranks: int | None = None) -> str:
+        call = f"import test_parallelizer as t; t.{kind}.run(t.compute_rows_of_mpi4py, {by_us})"
+        return run_program("-c", call, ranks=ranks)
+
+    theirs = run("MPIParallelizer()", False, ranks=3)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import test_parallelizer\n"
+        "if __name__ == '__main__':  # its workers import this\n"
+        "    test_parallelizer.compute_row_of_mpi4py_futures()\n"
+    )
+    theirs += run_program("-m", "mpi4py.futures", str(script), ranks=3)
+    assert len(theirs.splitlines()) == len(rows_for_users_of("mpi4py")) > 10
+    assert run("MPIParallelizer()", True, ranks=3) == theirs
+    assert run("MultiprocessingParallelizer(3)", True) == theirs
+
+
+LIBRARIES = {"multiprocessing": "Pool", "joblib": "", "schwimmbad": "MultiPool"}
+
+
+def compute_rows_of_pools(library: str, by_us: bool, *, parallelizer: Par = None) -> None:
+    """Print a line for each row of a table: its value, by the library or by a parallelizer."""
+    names = {
+        "f": scales_and_tells_threads, "g": adds_sum, "xs": [*range(20)], "init": set_factor,
+        "pairs": [(n, n * n) for n in range(20)], "a": np.ones(300_000, int), "p": parallelizer,
+        "Parallelizer": Parallelizer, "MultiprocessingParallelizer": MultiprocessingParallelizer,
+        "args": types.SimpleNamespace(mpi=False, n=2, backend="multiprocessing", nprocs=2),
+    }  # fmt: skip
+    if not by_us:
+        names |= vars(importlib.import_module(library))
+    for row in rows_for_users_of(library):
+        os.environ.pop("FACTOR", None)
+        with contextlib.ExitStack() as stack:
+            if not by_us and re.search(r"\bpool\.", row[0]) and "with" not in row[0]:
+                names["pool"] = stack.enter_context(names[LIBRARIES[library]](2))
+            print(value_of(row[by_us], names))
+
+
+def compute_our_rows_of_pools(library: str) -> None:
+    with MultiprocessingParallelizer(2) as parallelizer:
+        compute_rows_of_pools(library, True, parallelizer=parallelizer)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_what_stands_for_the_calls_of_a_pool(library: str) -> None:
+    def run(call: str) -> str:
+        call = f"import test_parallelizer as t; t.{call}"
+        return run_program("-c", call, OMP_NUM_THREADS="2")
+
+    theirs = run(f"compute_rows_of_pools({library!r}, False)")
+    assert len(theirs.splitlines()) == len(rows_for_users_of(library)) > 2
+    assert run(f"compute_our_rows_of_pools({library!r})") == theirs
+
+
+def test_what_stands_for_the_mpi_pool_of_schwimmbad(tmp_path: Path) -> None:
+    heading = "Coming from mpi4py, multiprocessing, joblib or schwimmbad"
+    head = "import sys\nfrom math import sqrt as f\nfrom {} import {}\nxs = range(10)\n"
+    imports = [("schwimmbad", "MPIPool"), ("parallelizer", "ClientServerRunner")]
+    outputs = []
+    for names, block in zip(imports, blocks_under(heading), strict=True):
+        (tmp_path / "script.py").write_text(head.format(*names) + block)
+        outputs.append(run_program("script.py", ranks=3, cwd=tmp_path))
+    assert outputs == [f"{[math.sqrt(x) for x in range(10)]}\n"] * 2
+
+
 def messages_of_the_module() -> Iterator[list[str]]:
     """Find the fixed parts of the text of each exception that is made, and of each warning."""
     for node in ast.walk(ast.parse((HERE / "parallelizer.py").read_text())):
