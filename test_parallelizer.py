@@ -6161,7 +6161,8 @@ BLOCKS_OF_README = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.
 def test_the_code_of_the_readme_runs(number: int, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(BLOCKS_OF_README[number])
-    assert run_program(str(script), cwd=tmp_path)
+    folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
+    assert run_program(str(script), cwd=tmp_path, PYTHONPATH=folders)
     if "MPI" in script.read_text() or '"auto"' in script.read_text():
         assert run_program(str(script), ranks=3, cwd=tmp_path)
 
@@ -6326,6 +6327,127 @@ def test_what_stands_for_the_mpi_pool_of_schwimmbad(tmp_path: Path) -> None:
         (tmp_path / "script.py").write_text(head.format(*names) + block)
         outputs.append(run_program("script.py", ranks=3, cwd=tmp_path))
     assert outputs == [f"{[math.sqrt(x) for x in range(10)]}\n"] * 2
+
+
+def write_script(heading: str, folder: Path) -> str:
+    """Write the one Python program under a heading of README to ``script.py``; its text."""
+    (script,) = [block for block in blocks_under(heading) if "import" in block]
+    (folder / "script.py").write_text(script)
+    return script
+
+
+def test_groups_of_ranks_find_what_the_readme_says(tmp_path: Path) -> None:
+    assert "[280, 308] on 4 ranks" in write_script("Groups of ranks", tmp_path)
+    assert run_program("script.py", ranks=4, cwd=tmp_path) == "[280, 308]\n"
+
+
+WORKERS_WITH_GPUS = """
+import os
+
+from parallelizer import MultiprocessingParallelizer
+from script import GPUS, choose_gpu
+
+
+def visible(*, parallelizer):
+    return parallelizer.gather(os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+if __name__ == "__main__":
+    for method in ["fork", "forkserver", "spawn"]:
+        with MultiprocessingParallelizer(
+            4, start_method=method, initializer=choose_gpu, initargs=(GPUS,), main_computes=False
+        ) as p:
+            print(p.run(visible))
+"""
+
+
+def test_each_rank_sees_a_gpu(tmp_path: Path) -> None:
+    write_script("One GPU per rank", tmp_path)
+    (tmp_path / "workers.py").write_text(WORKERS_WITH_GPUS)
+
+    def run(script: str, ranks: int | None = None) -> str:
+        path = os.pathsep.join([str(tmp_path), str(HERE)])
+        return run_program(
+            script, ranks=ranks, cwd=tmp_path, PYTHONPATH=path, CUDA_VISIBLE_DEVICES="4,7"
+        )
+
+    assert run("script.py", ranks=3) == "['4', '7', '4']\n"
+    cpus = internals._available_cpus()
+    assert run("script.py") == f"{[*itertools.islice(itertools.cycle('47'), cpus)]}\n"
+    assert run("workers.py").splitlines() == ["['4,7', '7', '4', '7']"] * 3
+
+
+def test_rows_in_hdf5_are_the_same_from_processes_and_ranks(tmp_path: Path) -> None:
+    write_script("Results into HDF5 as they come", tmp_path)
+    found = []
+    for ranks in (None, 3):
+        run_program("script.py", ranks=ranks, cwd=tmp_path)
+        with importlib.import_module("h5py").File(tmp_path / "results.h5") as file:
+            found.append(file["rows"][:])
+    check(found[0], found[1])
+    assert np.isfinite(found[0]).all()
+
+
+def test_asyncio_awaits_jobs(tmp_path: Path) -> None:
+    write_script("asyncio", tmp_path)
+    folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
+    assert run_program("script.py", cwd=tmp_path, PYTHONPATH=folders) == "[0, 1, 4, 9, 16]\n"
+
+
+def beside_python() -> str:
+    """Make a PATH on which this interpreter, and what belongs to it, comes first."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def test_a_task_of_a_slurm_array_resumes_where_it_was_killed(tmp_path: Path) -> None:
+    job, script = blocks_under("A Slurm array that resumes")
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    told = "    os.write(1, f'computes {parameter}\\n'.encode())\n    time.sleep(0.02)\n    return"
+    for folder, text in [
+        (undisturbed, script),
+        (killed, "import time\n" + script.replace("    return", told, 1)),
+    ]:
+        folder.mkdir()
+        (folder / "job.sh").write_text(job)
+        (folder / "scan.py").write_text(text)
+
+    def finish_job(folder: Path) -> str:
+        code, out, err = finish_command(
+            ["bash", "job.sh"], cwd=folder, PATH=beside_python(), SLURM_ARRAY_TASK_ID="3"
+        )
+        assert code == 0, err
+        return out
+
+    wanted = finish_job(undisturbed)
+    assert wanted.startswith("3 100 ")
+    checkpoint = killed / "scan-3.checkpoint"
+    with start_command(
+        ["bash", "job.sh"], killed, PATH=beside_python(), SLURM_ARRAY_TASK_ID="3"
+    ) as program:
+        try:
+            wait_until(lambda: checkpoint.exists() and checkpoint.stat().st_size > 1000)
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)
+        before, _ = program.communicate(timeout=20)
+    wait_until(lambda: not group_members(program.pid))
+    *again, result = finish_job(killed).splitlines()
+    assert f"{result}\n" == wanted
+    assert {*before.splitlines(), *again} == {f"computes {n}" for n in range(3, 1000, 10)}
+    assert 0 < len(again) < 100
+
+
+def test_tests_take_a_parallelizer_from_a_fixture(tmp_path: Path) -> None:
+    tests, command = blocks_under("pytest")
+    (tmp_path / "test_total.py").write_text(tests)
+    told = run_program("-m", "pytest", "-p", "no:cacheprovider", cwd=tmp_path)
+    assert "2 passed" in told
+    code, told, err = finish_command(["bash", "-c", command], cwd=tmp_path, PATH=beside_python())
+    assert code == 0, err
+    assert told.count("1 passed") == 3
+    (tmp_path / "test_total.py").write_text(tests.replace("== 45", "== 46"))
+    code, told, _ = finish_command(["bash", "-c", command], cwd=tmp_path, PATH=beside_python())
+    assert code == 1
+    assert "assert 45 == 46" in told
 
 
 def messages_of_the_module() -> Iterator[list[str]]:
