@@ -93,12 +93,15 @@ environment        OMP_NUM_THREADS and similar variables are set, for libraries 
                    later, while a pool is up; under MPI, from the first parallelizer on. They are
                    left alone if you have set one of them: do so, or choose the number by
                    ``threads_per_process``. MPI4PY_RC_INITIALIZE is set while workers start under
-                   an MPI launcher. The file reads all these, PARALLELIZER, what launchers and
-                   Slurm set (`_launched_ranks`, `_cpus_of_job`), and PATH
+                   an MPI launcher. The file reads all these, PARALLELIZER, PARALLELIZER_TRACE,
+                   what launchers and Slurm set (`_launched_ranks`, `_cpus_of_job`), and PATH
 threads of BLAS    limited at the same times to this process's share of the CPUs, by
                    threadpoolctl. Where that is not installed, neither is done
 random numbers     on each worker of a pool, the global generators of Python and numpy start from
                    fresh entropy; on main, they are not touched. Use `Parallelizer.rng`
+logging, warnings  on workers that are not forked, the handlers that importing your script has made
+                   give way to one that passes records on to main, and warnings are captured; avoid
+                   it by ``logs=False``
 stdout             under MPI, line-buffered from the first parallelizer on
 threads            `imap` may read its items on a thread of main's. Under MPI on Linux, one thread
                    waits for other ranks of this machine to end; with ``timeout=``, there is one
@@ -183,7 +186,7 @@ if TYPE_CHECKING:
     import logging
     from multiprocessing.connection import Connection
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ClientServerRunner",
     "Communicator",
