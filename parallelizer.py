@@ -2946,15 +2946,25 @@ def _split(data: Any, parts: int) -> list[Any]:
     """Split `data` into blocks; those of an array are views if views can be sent as they are."""
     data = list(data) if isinstance(data, Iterator) else data
     sized = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    if not sized or isinstance(data, Mapping) or (isinstance(data, np.ndarray) and not data.ndim):
+    if not sized or isinstance(data, Mapping) or getattr(data, "shape", None) == ():
         raise TypeError(
             f"scatter splits arrays with a first axis, sequences with slices, and iterators, but "
             f"main passed {_describe(data)}; broadcast it instead, or put it in a list"
         )
     # Plain slices of pandas objects may go by the labels of the index instead of by position.
     slices = getattr(data, "iloc", data)
-    blocks = [slices[start:stop] for start, stop in _block_bounds(len(data), parts)]
+    blocks = [slices[start:stop] for start, stop in _block_bounds(_length(data), parts)]
     return [_own_rows(b) for b in blocks] if isinstance(data, np.ndarray) else blocks
+
+
+def _length(data: Any) -> int:
+    """Number of items along the first axis."""
+    try:
+        return len(data)
+    except TypeError:  # of a sparse matrix, which leaves open what that would be
+        if not hasattr(data, "shape"):
+            raise
+        return int(data.shape[0])
 
 
 def _own_rows(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -5796,11 +5806,11 @@ def _map_blocks(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
     else:
         (block,) = parallelizer.scatter(_blocks_for_workers(data, parallelizer))
     # If there are no items at all, a call on main shows what an empty result looks like.
-    wanted = len(block) > 0 or (parallelizer.on_main and len(data) == 0)
+    wanted = _length(block) > 0 or (parallelizer.on_main and _length(data) == 0)
     begun = time.perf_counter()
     with task.arithmetic, _UsersCode():
         own = [task.call(block)] if wanted else []
-    parallelizer._communicator().account.record("block", begun, items=len(block))
+    parallelizer._communicator().account.record("block", begun, items=_length(block))
     results = parallelizer.gather(own, concatenate=False)
     if not parallelizer.on_main:
         return results
