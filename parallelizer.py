@@ -1115,7 +1115,7 @@ class Parallelizer:
             try:
                 own, *others = _split(data, comm.size)
                 messages = [_pack(other, "a block that main scatters", comm) for other in others]
-                own = _as_sent(own)
+                own = _own_part(own)
             except Exception as why:
                 comm.scatter([_refuse(why, comm)] * comm.size)
                 raise
@@ -3160,8 +3160,8 @@ def _is_raw(array: np.ndarray[Any, Any]) -> bool:
 
 def _raw(array: np.ndarray[Any, Any]) -> tuple[_ArraySpec, np.ndarray[Any, Any]]:
     """Spec and bytes (a view if the array is contiguous) of an array that `_is_raw`."""
-    if not (array.flags.c_contiguous or array.flags.f_contiguous):
-        array = np.ascontiguousarray(array)
+    if not _is_laid_out(array):
+        array = array.copy(order="A")
     order: Literal["C", "F"] = "C" if array.flags.c_contiguous else "F"
     spec = _ArraySpec(array.dtype, array.shape, order)
     return spec, array.reshape(-1, order=order).view(np.uint8)
@@ -3669,6 +3669,16 @@ def _sent(value: Any) -> Any:
 def _as_sent(value: Any) -> Any:
     """Return what another process would get: `value` itself if that is the same."""
     return value if type(value) in _ATOMS or _is_plain(value) else _sent(value)
+
+
+def _own_part(value: Any) -> Any:
+    """As `_as_sent`, but arrays that could be written to, and were laid out, are views."""
+    if type(value) in _ATOMS or _is_plain(value):
+        return value
+    what = "what this process keeps"
+    message = _pack(value, what)
+    buffers = [part if part.flags.writeable else part.copy() for part in message.buffers]
+    return _unpack(message._replace(buffers=buffers), what)
 
 
 def _laid_out(value: Any) -> Any:
@@ -4274,9 +4284,7 @@ def _share(value: Any, *, lent: bool = False, writable: bool = False, token: byt
     spec, content = _raw(value)
     flat: np.ndarray[Any, Any]
     if lent and not writable:  # laid out as a copy would be
-        flat = np.asarray(_Lent(content if value.flags.aligned else content.copy())).view(
-            spec.dtype
-        )
+        flat = np.asarray(_Lent(content)).view(spec.dtype)
     else:
         mapped = _shared_copy([content], writable=writable)
         _SHARED.keep(token, mapped)
