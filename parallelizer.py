@@ -3202,6 +3202,75 @@ def _masked_array(kind: Any, data: Any, mask: Any, state: dict[str, Any]) -> Any
     return np.ma.MaskedArray.__new__(kind, data, mask, copy=False, **state)
 
 
+# Other libraries pickle some of their arrays byte by byte, or with the whole that they are cut
+# from. They are known by the modules of their classes, as none may be imported for that.
+
+
+def _reduce_tensor(tensor: Any) -> Any:
+    """A tensor of torch, as an array of numpy's that lies in the same memory."""
+    torch = importlib.import_module("torch")
+    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+        return None
+    if tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested or tensor.is_shared():
+        return None
+    if tensor.is_conj() or tensor.is_neg() or tensor._backward_hooks or vars(tensor):
+        return None
+    # The axes by their strides: what is contiguous then, keeps them.
+    axes = sorted(range(tensor.ndim), key=tensor.stride().__getitem__, reverse=True)
+    # numpy does not know all dtypes of up to four bytes.
+    raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), tensor.dtype)
+    numbers = tensor.detach().view(raw).permute(axes).numpy()
+    return _tensor, (numbers, tensor.dtype, axes, tensor.requires_grad)
+
+
+def _tensor(numbers: Any, dtype: Any, axes: Sequence[int], requires_grad: bool) -> Any:
+    if not numbers.flags.writeable:  # as every tensor is
+        numbers = numbers.copy()
+    tensor = importlib.import_module("torch").from_numpy(numbers).view(dtype)
+    places = sorted(range(len(axes)), key=axes.__getitem__)
+    return tensor.permute(places).detach().requires_grad_(requires_grad)
+
+
+def _is_shared_by_torch(obj: Any) -> bool:
+    """Whether a tensor or a storage lies in shared memory; true of what is neither."""
+    ask = getattr(obj, "_is_shared", None) or getattr(obj, "is_shared", None)  # the last may warn
+    try:
+        return ask is None or bool(ask())
+    except NotImplementedError:  # of a sparse tensor, whose parts are asked next
+        return False
+
+
+def _reduce_jax_array(array: Any) -> Any:
+    jax = importlib.import_module("jax")
+    if not isinstance(array, jax.Array) or array.weak_type:
+        return None
+    return _jax_array, (np.asarray(array),)
+
+
+def _jax_array(numbers: Any) -> Any:
+    return importlib.import_module("jax").device_put(numbers)
+
+
+def _reduce_arrow_array(array: Any) -> Any:
+    """A part of a longer array without the rest; None where there is little of that."""
+    pyarrow = importlib.import_module("pyarrow")
+    if not isinstance(array, pyarrow.Array):
+        return None
+    try:
+        is_whole = 4 * array.nbytes > 3 * array.get_total_buffer_size()
+        return None if is_whole else pyarrow.concat_arrays([array]).__reduce__()
+    except NotImplementedError:  # for a few types
+        return None
+
+
+_REDUCERS: dict[str, Callable[[Any], Any]] = {
+    "torch": _reduce_tensor,
+    "jaxlib._jax": _reduce_jax_array,
+    "jaxlib.xla_extension": _reduce_jax_array,  # in earlier versions
+    "pyarrow.lib": _reduce_arrow_array,
+}
+
+
 # Pickle would call the class of an exception with its ``args``, which the constructor may reject
 # or mistake for something else. So an exception is made by its builtin base, and its parts are set
 # through their descriptors, no matter how its class handles attributes.
@@ -3365,6 +3434,9 @@ class _Pickler(pickle.Pickler):
             return _open_shared, (shared.token, shared.content)
         if isinstance(obj, np.ndarray):
             return self._reduce_array(obj)
+        reduce = _REDUCERS.get(type(obj).__module__)
+        if reduce is not None and (reduced := reduce(obj)) is not None:
+            return reduced
         if issubclass(type(obj), BaseException):
             return self._reduce_exception(obj)
         if type(obj) in _known_to_multiprocessing():
@@ -3420,6 +3492,9 @@ class _Pickler(pickle.Pickler):
         kind, reducer = type(obj), _known_to_multiprocessing()[type(obj)]
         itself = _pickles_itself(kind)
         ordinary = itself and reducer.__module__.startswith("multiprocessing.")  # methods, for one
+        # All else torch would put into shared memory first, so that what arrives were no copy.
+        if itself and reducer.__module__.startswith("torch."):
+            ordinary = not _is_shared_by_torch(obj)
         if ordinary or reducer is copyreg.dispatch_table.get(kind):
             return NotImplemented
         if self._comm is None:
@@ -3705,10 +3780,13 @@ class _LayoutSearch(_Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray):
             return super().reducer_override(obj)
-        # Functions may not be picklable, and the arrays of other libraries, which all speak
-        # dlpack, would be copied. Neither is laid out differently on another process.
-        if isinstance(obj, types.FunctionType) or hasattr(type(obj), "__dlpack__"):
+        # Functions may not be picklable, and the arrays of other libraries, all of which speak
+        # dlpack, would be copied. None but torch's lie otherwise elsewhere.
+        if isinstance(obj, types.FunctionType):
             return int, ()
+        if hasattr(type(obj), "__dlpack__"):
+            is_tensor = type(obj).__module__.partition(".")[0] == "torch"
+            return (_reduce_tensor(obj.data) if is_tensor else None) or (int, ())
         return NotImplemented
 
 

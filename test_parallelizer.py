@@ -7227,6 +7227,255 @@ def test_subclasses_of_arrays_travel_apart_from_the_pickle(p: Par, name: str) ->
     expect(p, p.run(sent_and_shared, value), [wanted] * p.nprocs)
 
 
+# Arrays of numpy's subclasses and of other libraries, as far as these are installed.
+
+
+def row_numbers() -> Array:
+    return np.arange(3000.0) % 7 - 3
+
+
+def mixed_frame(pandas: Any) -> Any:
+    number = np.arange(3000)
+    return pandas.DataFrame({
+        "integers": number,
+        "numbers": row_numbers(),
+        "objects": [None, (1, "x"), "text"] * 1000,
+        "times": pandas.date_range("2020", periods=3000, freq="h", tz="UTC"),
+        "periods": pandas.period_range("2000", periods=3000, freq="D"),
+        "kinds": pandas.Categorical(["a", "b", "c"] * 1000, ordered=True),
+        "Int64": pandas.array([1, None, 3] * 1000, dtype="Int64"),
+        "text": pandas.array(["a", None, "c"] * 1000, dtype="string[python]"),
+        "sparse": pandas.arrays.SparseArray(row_numbers(), fill_value=0.0),
+    })  # fmt: skip
+
+
+def leveled_frame(pandas: Any) -> Any:
+    rows = pandas.MultiIndex.from_product([range(100), [*"abcdefghij"]], names=["u", "v"])
+    columns = pandas.MultiIndex.from_tuples([("a", 1), ("a", 2), ("b", 1)])
+    return pandas.DataFrame(row_numbers().reshape(1000, 3), rows, columns)
+
+
+def arrow_frame(pandas: Any) -> Any:
+    numbers = pandas.array(row_numbers(), dtype="double[pyarrow]")
+    text = pandas.array([f"text {i}" for i in range(3000)], dtype="string[pyarrow]")
+    return pandas.DataFrame({"numbers": numbers, "text": text})
+
+
+def arrow_table(pyarrow: Any) -> Any:
+    text = pyarrow.array([f"text {i}" for i in range(3000)])
+    gaps = pyarrow.array([1, None, 3] * 1000)
+    kinds = pyarrow.array(["a", "b", "c"] * 1000).dictionary_encode()
+    return pyarrow.table({"n": row_numbers(), "text": text, "gaps": gaps, "kinds": kinds})
+
+
+def labelled_array(xarray: Any) -> Any:
+    labels = {"t": np.arange(1000), "c": list("abc"), "phase": ("t", np.arange(1000.0))}
+    numbers = row_numbers().reshape(1000, 3)
+    return xarray.DataArray(numbers, labels, ("t", "c"), "q", {"unit": "m"})
+
+
+def sparse(kind: str, sparse: Any) -> Any:
+    return getattr(sparse, kind)(np.where(np.eye(300), row_numbers()[:300], 0.0))
+
+
+def tensor(torch: Any, dtype: str = "float64") -> Any:
+    return torch.from_numpy(np.tile(row_numbers(), 3).reshape(3000, 3)).to(getattr(torch, dtype))
+
+
+# Words before a colon are the modules that it takes, of which the first makes it.
+OF_LIBRARIES: dict[str, Callable[[Any], Any]] = {
+    "numpy: structured": lambda np: np.ones(3000, [("a", "i1"), ("b", "f8")]),
+    "numpy: records": lambda np: np.rec.fromarrays([row_numbers(), -row_numbers()], names="x, y"),
+    "numpy: matrix": lambda np: row_numbers().reshape(1000, 3).view(np.matrix),
+    "numpy: masked": lambda np: np.ma.masked_array(row_numbers(), row_numbers() > 0, fill_value=7),
+    "numpy: masked rows": lambda np: np.ma.masked_equal(row_numbers().reshape(1000, 3), 2.0),
+    "numpy: without a mask": lambda np: np.ma.masked_array(row_numbers()),
+    "numpy: masked fields": lambda np: np.ma.masked_array(
+        np.ones(3000, "f8, i4"), [(True, False)] * 3000
+    ),
+    "pandas: numbers": lambda pandas: pandas.DataFrame(row_numbers().reshape(1000, 3)),
+    "pandas: series": lambda pandas: pandas.Series(row_numbers(), np.arange(3000)[::-1], name="q"),
+    "pandas: mixed": mixed_frame,
+    "pandas: levels": leveled_frame,
+    "pandas pyarrow: columns": arrow_frame,
+    "pyarrow: table": arrow_table,
+    "pyarrow: array": lambda pyarrow: pyarrow.array(np.arange(9000.0))[3000:6000],
+    "xarray: array": labelled_array,
+    "xarray: dataset": lambda xarray: xarray.Dataset({"q": labelled_array(xarray)}),
+    **{
+        f"scipy.sparse: {form}_{kind}": functools.partial(sparse, f"{form}_{kind}")
+        for form in ("csr", "csc", "coo", "dia", "bsr")
+        for kind in ("array", "matrix")
+    },
+    "torch: float64": tensor,
+    "torch: bfloat16": functools.partial(tensor, dtype="bfloat16"),
+    "torch: bool": functools.partial(tensor, dtype="bool"),
+    "torch: complex64": functools.partial(tensor, dtype="complex64"),
+    "torch: transposed": lambda torch: tensor(torch).reshape(3, 3000).T,
+    "torch: strided": lambda torch: tensor(torch).reshape(1500, 6)[:, ::2],
+    "torch: with gradient": lambda torch: tensor(torch).requires_grad_(),
+    "torch: parameter": lambda torch: torch.nn.Parameter(tensor(torch)),
+    "torch: sparse": lambda torch: torch.eye(100).to_sparse(),
+    "jax.numpy: float32": lambda jnp: jnp.asarray(row_numbers().reshape(1000, 3), "float32"),
+    "jax.numpy: bfloat16": lambda jnp: jnp.asarray(row_numbers(), "bfloat16"),
+}
+
+
+def is_installed(library: str) -> bool:
+    return importlib.util.find_spec(library.partition(".")[0]) is not None
+
+
+OF_LIBRARIES = {
+    name: make
+    for name, make in OF_LIBRARIES.items()
+    if all(map(is_installed, name.partition(":")[0].split()))
+}
+# What starts threads, so that the processes of other tests could not be forked any more.
+WITH_THREADS = [name for name in OF_LIBRARIES if name.startswith(("torch", "jax"))]
+WITHOUT_THREADS = [name for name in OF_LIBRARIES if name not in WITH_THREADS]
+NOT_CUT = ("dataset", "coo", "dia", "bsr", "torch: sparse")
+NOT_ADDED = ("numpy: structured", "numpy: records", "masked fields", "mixed", "pyarrow")
+
+
+def made(name: str) -> Any:
+    return OF_LIBRARIES[name](importlib.import_module(name.partition(":")[0].split()[0]))
+
+
+def has_rows(name: str) -> bool:
+    return not any(word in name for word in NOT_CUT)
+
+
+def length_of(value: Any) -> int:
+    return int(value.shape[0]) if hasattr(value, "shape") else len(value)
+
+
+def rows_of(value: Any, part: slice) -> Any:
+    return getattr(value, "iloc", value)[part]
+
+
+def is_same(found: Any, wanted: Any) -> bool:
+    """Whether the types are the same, and all that the values hold."""
+    if type(found) is not type(wanted):
+        return False
+    if isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(is_same, found, wanted))
+    if isinstance(wanted, np.ndarray):
+        traits = [repr(all_of_it(it)[:-1]) for it in (found, wanted)]
+        return traits[0] == traits[1] and not difference(found, wanted)
+    compare: dict[str, Callable[[Any, Any], bool]] = {
+        "pandas": is_same_of_pandas,
+        "pyarrow": lambda found, wanted: bool(found.equals(wanted)),
+        "xarray": lambda found, wanted: bool(found.identical(wanted)),
+        "scipy": lambda found, wanted: is_same(found.toarray(), wanted.toarray()),
+        "torch": is_same_of_torch,
+        "jaxlib": lambda found, wanted: is_same(np.asarray(found), np.asarray(wanted)),
+    }
+    return compare[type(wanted).__module__.partition(".")[0]](found, wanted)
+
+
+def is_same_of_pandas(found: Any, wanted: Any) -> bool:
+    testing = importlib.import_module("pandas.testing")
+    kind = "frame" if wanted.ndim > 1 else "series"
+    getattr(testing, f"assert_{kind}_equal")(found, wanted, check_exact=True)
+    return True
+
+
+def is_same_of_torch(found: Any, wanted: Any) -> bool:
+    torch = importlib.import_module("torch")
+    if wanted.layout is not torch.strided:
+        return found.layout is wanted.layout and torch.equal(found.to_dense(), wanted.to_dense())
+    traits = [(it.dtype, it.requires_grad, it.clone().stride()) for it in (found, wanted)]
+    return traits[0] == traits[1] and torch.equal(found, wanted)
+
+
+def travels(name: str, *, parallelizer: Par) -> Any:
+    """Names of the verbs by which something else comes than was sent."""
+    p, value = parallelizer, made(name)
+    mine = value if p.on_main else None
+    everyones = [value] * p.nprocs
+    p.send([value], (p.id + 1) % p.nprocs)
+    pairs = {
+        "receive": (p.receive((p.id - 1) % p.nprocs), [value]),
+        "broadcast": (p.broadcast(mine), value),
+        "allgather": (p.allgather(value, concatenate=False), everyones),
+        "alltoall": (p.alltoall(everyones), everyones),
+        "share": (p.share({"it": value} if p.on_main else None)["it"], value),
+    }
+    gathered, mapped = p.gather(value), p.map(operator.itemgetter(0), [[value]] * 5)
+    if p.on_main:
+        is_plain = type(value) is np.ndarray
+        pairs["gather"] = gathered, joined(everyones) if is_plain else everyones
+        pairs["map"] = mapped, [value] * 5
+    if has_rows(name):
+        bounds = [block_of(range(length_of(value)), rank, p.nprocs) for rank in range(p.nprocs)]
+        blocks = [rows_of(value, slice(rows.start, rows.stop)) for rows in bounds]
+        found = p.scatter(mine)
+        pairs["scatter"] = found, leaf(blocks[p.id])
+        mapped = p.map(copy.copy, mine, vectorized=True, concatenate=False)
+        if p.on_main:
+            pairs["map over blocks"] = mapped, [*map(leaf, blocks)]
+    if not any(word in name for word in NOT_ADDED):
+        pairs["allreduce"] = p.allreduce(value), functools.reduce(operator.add, everyones)
+    wrong = [verb for verb, (found, wanted) in pairs.items() if not is_same(found, leaf(wanted))]
+    if name == "torch: float64" and not p.on_main:
+        pairs["broadcast"][0].zero_()  # a copy, as whatever has been sent
+    p.wait()
+    return p.gather(wrong + ["untouched"] * (not is_same(value, made(name))), concatenate=False)
+
+
+def leaf(value: Any) -> Any:
+    """Itself; of a tensor that has been computed, what it is where it has no history."""
+    has_history = getattr(value, "grad_fn", None) is not None
+    return value.detach().requires_grad_() if has_history else value
+
+
+def moves_only_what_it_must(name: str) -> None:
+    """Check that the numbers are apart from the pickle, and that a part takes no more than that."""
+    whole = internals._pack(made(name), "it")
+    assert len(whole.pickled) < whole.nbytes // 2 or "sparse" in name
+    if has_rows(name):
+        value = made(name)
+        part = internals._pack(rows_of(value, slice(length_of(value) // 10)), "it")
+        assert part.nbytes < max(whole.nbytes // 4, 3000)
+
+
+@pytest.mark.parametrize("name", WITHOUT_THREADS)
+def test_ecosystem_of_arrays(p: Par, name: str) -> None:
+    expect(p, p.run(travels, name), [[]] * p.nprocs)
+
+
+@pytest.mark.parametrize("name", [name for name in WITHOUT_THREADS if "mixed" not in name])
+def test_what_is_cut_travels_without_the_rest(name: str) -> None:
+    moves_only_what_it_must(name)
+
+
+def writes_to_shared_tensor(*, parallelizer: Par) -> Any:
+    torch = importlib.import_module("torch")
+    mine = torch.zeros(2000).share_memory_() if parallelizer.on_main else None
+    tensor = parallelizer.broadcast(mine)
+    tensor[parallelizer.id] += 1
+    parallelizer.wait()
+    return parallelizer.gather(float(tensor.sum()))
+
+
+def all_with_threads_travel(engine: str) -> None:
+    with create(engine) as p:
+        for name in WITH_THREADS:
+            wrong = p.run(travels, name)
+            assert not p.on_main or wrong == [[]] * p.nprocs, (name, wrong)
+            moves_only_what_it_must(name)
+        if is_installed("torch") and engine != "mpi":
+            assert p.run(writes_to_shared_tensor) == [float(p.nprocs)] * p.nprocs
+
+
+if WITH_THREADS:
+
+    @pytest.mark.parametrize("engine_name", ["serial", *MULTIPROCESSING, "mpi"])
+    def test_arrays_of_libraries_with_threads(engine_name: str) -> None:
+        call = f"import test_parallelizer as t; t.all_with_threads_travel({engine_name!r})"
+        run_program("-c", call, ranks=2 if engine_name == "mpi" else None)
+
+
 # What is more than numbers is shared as what it is.
 SHARED_AS_OBJECTS: dict[str, Callable[[], Any]] = {
     "objects": lambda: np.array([None, 1.5, "x"]),
