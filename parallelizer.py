@@ -3202,8 +3202,9 @@ def _masked_array(kind: Any, data: Any, mask: Any, state: dict[str, Any]) -> Any
     return np.ma.MaskedArray.__new__(kind, data, mask, copy=False, **state)
 
 
-# Other libraries pickle some of their arrays byte by byte, or with the whole that they are cut
-# from. They are known by the modules of their classes, as none may be imported for that.
+# Other libraries pickle some of their arrays byte by byte, or together with the whole from which
+# they are cut. Such arrays are recognized by the modules of their classes, because no library may
+# be imported just to find out.
 
 
 def _reduce_tensor(tensor: Any) -> Any:
@@ -3215,9 +3216,9 @@ def _reduce_tensor(tensor: Any) -> Any:
         return None
     if tensor.is_conj() or tensor.is_neg() or tensor._backward_hooks or vars(tensor):
         return None
-    # The axes by their strides: what is contiguous then, keeps them.
+    # Ordered by their strides, the axes are those of a C-contiguous array, if there is one.
     axes = sorted(range(tensor.ndim), key=tensor.stride().__getitem__, reverse=True)
-    # numpy does not know all dtypes of up to four bytes.
+    # numpy lacks some of torch's dtypes of up to four bytes, so integers of that size travel.
     raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), tensor.dtype)
     numbers = tensor.detach().view(raw).permute(axes).numpy()
     return _tensor, (numbers, tensor.dtype, axes, tensor.requires_grad)
@@ -3492,7 +3493,7 @@ class _Pickler(pickle.Pickler):
         kind, reducer = type(obj), _known_to_multiprocessing()[type(obj)]
         itself = _pickles_itself(kind)
         ordinary = itself and reducer.__module__.startswith("multiprocessing.")  # methods, for one
-        # All else torch would put into shared memory first, so that what arrives were no copy.
+        # Torch would move any other tensor to shared memory, so that what arrives is no copy.
         if itself and reducer.__module__.startswith("torch."):
             ordinary = not _is_shared_by_torch(obj)
         if ordinary or reducer is copyreg.dispatch_table.get(kind):
