@@ -12738,7 +12738,8 @@ class _ProgramEnd:
         frame = self._outermost
         if frame is None:
             return False
-        return frame.f_code.co_code[frame.f_lasti] != opcode.opmap["RETURN_VALUE"]
+        # In Python 3.12 and 3.13, that line ends in RETURN_CONST.
+        return not opcode.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN_")
 
     def _has_been_told(self) -> bool:
         """Whether Python, or somebody's excepthook, has printed the exception that did."""
