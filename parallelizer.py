@@ -6919,24 +6919,17 @@ class _Watch:
 
 def _deadlock_error(circle: tuple[_Wait, ...]) -> ContractError:
     """Describe a circle of waits by the two neighbours that show best what is wrong."""
-
-    def disagree(one: _Wait, other: _Wait) -> bool:
-        return one.call[:2] == other.call[:2] and one.call != other.call
-
     waiter, other = min(
         zip(circle, (*circle[1:], circle[0]), strict=True),
         key=lambda two: (
             two[0].doing == "exit",
             two[0].doing == "return",
-            not disagree(*two),
             two[1].doing not in _GONE,
         ),
     )
     waits = f"rank {waiter.process} waits in {waiter.doing}"
     if other.doing in _GONE:
         told = f"rank {other.process} {_GONE[other.doing]} while {waits}"
-    elif disagree(waiter, other):
-        told = f"rank {other.process} {other.call} where rank {waiter.process} {waiter.call}"
     else:
         told = f"rank {other.process} waits in {other.doing} while {waits}: neither can go on"
     words = {w.doing if w.doing in ("exit", "serve") else w.call.verb for w in (waiter, other)}

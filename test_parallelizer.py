@@ -10898,6 +10898,35 @@ def test_a_program_that_ends_early_is_told(verb: str, told: str) -> None:
     assert err.count(f"ContractError: {told}" + "\n" * (verb != "serve")) == 1, err
 
 
+def mpi_vain(verbs: Sequence[str]) -> None:
+    """Two ranks wait for each other, after calls outside a run, which all have the same number."""
+    par = MPIParallelizer()
+    par.wait()
+    arguments = {"gather": [0], "receive": [1 - par.id], "serve": []}
+    getattr(par, verbs[par.id])(*arguments[verbs[par.id]])
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize(
+    ("verbs", "told"),
+    [
+        (
+            ["gather", "receive"],
+            "rank 0 waits in gather #1 while rank 1 waits in receive(0, tag=0): neither can go on",
+        ),
+        (
+            ["receive", "serve"],
+            "rank 1 waits in serve while rank 0 waits in receive(1, tag=0): neither can go on; if",
+        ),
+    ],
+)
+def test_who_waits_in_vain_outside_a_run_is_told_why(verbs: list[str], told: str) -> None:
+    call = f"import test_parallelizer as t; t.mpi_vain({verbs})"
+    code, _, err = finish("-c", call, ranks=2, limit=60)
+    assert code != 0
+    assert f"ContractError: {told}" in err, err
+
+
 def mpi_idiom(idiom: str, verb: str) -> None:
     """What other pools have workers do while main maps."""
     par = MPIParallelizer()
