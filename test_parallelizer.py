@@ -11855,18 +11855,30 @@ def test_the_end_of_an_outer_run_passes_through_an_inner_pool(
         assert par.run(pids) == before  # else it would have had to be killed
 
 
-def takes_part_in_an_outer_gather(ranks: int, outer: Par, *, parallelizer: Par) -> None:
-    if parallelizer.id < ranks:
-        outer.gather(0)
+def gathers_in_the_outer(other: str, outer: Par, *, parallelizer: Par) -> None:
+    """Main does; and the other rank does what this says."""
+    outer.send(None, 2)
+    if other == "receives" and not parallelizer.on_main:
+        parallelizer.receive(0)
+    if other == "raises" and not parallelizer.on_main:
+        raise ValueError("of the inner run")
+    try:
+        if parallelizer.on_main or other in ("too", "raises then"):
+            outer.gather(0)
+    finally:
+        if other == "raises then" and not parallelizer.on_main:
+            raise ValueError("of the inner run")
     parallelizer.gather(0)
 
 
-def has_an_inner_run_of_two(inner: Par | None, ranks: int, *, parallelizer: Par) -> None:
+def has_an_inner_run_of_two(inner: Par | None, other: str, *, parallelizer: Par) -> None:
     if inner is None:
+        parallelizer.receive(0), parallelizer.receive(1)  # when the inner run has begun
         raise KeyError("of the outer run")
     with contextlib.suppress(Exception):
-        inner.run(takes_part_in_an_outer_gather, ranks, parallelizer)
-    if parallelizer.on_main:  # the other one need not have heard of it yet
+        inner.run(gathers_in_the_outer, other, parallelizer)
+    # Who has raised for itself need not have heard of it yet.
+    if parallelizer.on_main or not other.startswith("raises"):
         print("went on", flush=True)
 
 
@@ -11875,9 +11887,9 @@ def mpi_outer_end() -> None:
     world = MPIParallelizer()
     part = mpi.COMM_WORLD.Split(0 if world.id < 2 else mpi.UNDEFINED)
     inner = MPIParallelizer(comm=part) if world.id < 2 else None
-    for ranks_in_the_outer in (1, 2):
+    for other in ("gathers in the inner", "too", "receives", "raises", "raises then"):
         with pytest.raises(KeyError, match="of the outer run"):
-            world.run(has_an_inner_run_of_two, inner, ranks_in_the_outer)
+            world.run(has_an_inner_run_of_two, inner, other)
     if isinstance(all_ranks := world.run(ranks), list):
         print(all_ranks)
 
