@@ -10733,6 +10733,12 @@ def in_a_subset(mode: str, parallelizer: Par) -> Any:
     return parallelizer.gather(parallelizer.run(ranks, comm=[0, 2]))
 
 
+def brings_an_array_late(*, parallelizer: Par) -> Any:
+    if parallelizer.on_main:
+        time.sleep(3)
+    return parallelizer.broadcast(np.ones(MIB))
+
+
 def late_is_told(par: Par) -> str:
     """What is told of rank 2, which is late: to itself, that the others are gone."""
     return r"rank\(s\) 2 on \S+, which" if par.id < 2 else "has given up its wait in gather #1"
@@ -10746,6 +10752,10 @@ def mpi_late_and_absent() -> None:
     for _ in range(2):
         with pytest.raises(ContractError, match=r"cannot be used any more, because rank [01] has"):
             par.run(late)
+    par = MPIParallelizer(world.Dup(), timeout=1)
+    # The round is complete when main comes to it, and nobody is left to move the array.
+    with pytest.raises(ContractError if par.on_main else WaitTimeout, match=r"in broadcast #1"):
+        par.run(brings_an_array_late)
     par = MPIParallelizer(world.Dup(), timeout=1)
     told = pytest.raises(WaitTimeout, match="send")
     with told if par.id < 2 else contextlib.nullcontext():
