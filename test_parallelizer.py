@@ -10832,14 +10832,16 @@ def test_ranks_that_are_in_another_run() -> None:
 
 
 def fails_while_others_compute(culprits: list[int], *, parallelizer: Par) -> Any:
+    parallelizer.wait()  # until all have begun
     if parallelizer.id in culprits:
         raise Odd(parallelizer.id, detail="")
     time.sleep(2)
     return parallelizer.gather(parallelizer.id)
 
 
-def mpi_handled_alone(culprits: list[int]) -> None:
+def mpi_handled_alone(culprits: list[int], most_by_allgather: int) -> None:
     """Who fails raises before the others know of it, and meets them again in the next run."""
+    internals._MOST_BY_ALLGATHER = most_by_allgather
     par = MPIParallelizer()
     for _ in range(2):
         begun = time.monotonic()
@@ -10849,14 +10851,21 @@ def mpi_handled_alone(culprits: list[int]) -> None:
             caught.value.args == Odd(par.id if par.id in culprits else culprits[0], detail="").args
         )
         assert (time.monotonic() - begun < 1.9) == (par.id in culprits)
+        if par.id not in culprits:
+            notes = [f"rank {one} failed too: {__name__}.Odd: odd {one}" for one in culprits[1:]]
+            assert getattr(caught.value, "__notes__", []) == notes
         assert par.run(ranks) == ([0, 1, 2] if par.on_main else Parallelizer.InWorkerProcess)
     par.print("all met", where="main")
 
 
 @pytest.mark.timeout(100)
-@pytest.mark.parametrize("culprits", [[0], [2], [0, 2]])
-def test_a_rank_that_fails_while_others_compute_raises_alone(culprits: list[int]) -> None:
-    call = f"import test_parallelizer as t; t.mpi_handled_alone({culprits})"
+@pytest.mark.parametrize(
+    ("culprits", "most_by_allgather"), [([0], 3), ([2], 2), ([0, 2], 3), ([0, 2], 2)]
+)
+def test_a_rank_that_fails_while_others_compute_raises_alone(
+    culprits: list[int], most_by_allgather: int
+) -> None:
+    call = f"import test_parallelizer as t; t.mpi_handled_alone({culprits}, {most_by_allgather})"
     assert run_program("-c", call, ranks=3, limit=60) == "all met\n"
 
 
