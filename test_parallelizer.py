@@ -11031,6 +11031,20 @@ def test_a_fault_among_a_part_of_the_ranks_ends_the_mpi_job(fault: str, whole: b
         assert f"### rank {3 if fault == 'raise' else 2} of 4 on" in err
 
 
+def mpi_part() -> None:
+    """Where this module is for some of the ranks alone, and the others need not know of it."""
+    mpi = importlib.import_module("mpi4py.MPI")
+    part = mpi.COMM_WORLD.Split(0 if mpi.COMM_WORLD.rank < 2 else mpi.UNDEFINED)
+    if part:
+        par = MPIParallelizer(comm=part)
+        print_on_main(par.run(ranks), par)
+
+
+def test_a_program_for_a_part_of_the_ranks_comes_to_its_end() -> None:
+    call = "import test_parallelizer as t; t.mpi_part()"
+    assert run_program("-c", call, ranks=3, limit=60) == "[0, 1]\n"
+
+
 def ends_unseen(how: str, stage: str, *, parallelizer: Par) -> None:
     if parallelizer.id == 1:
         if how == "exit":
