@@ -8556,9 +8556,14 @@ def brings(rank: int, step: int) -> Array:
     return np.full([0, 3, 2000, 5000][(5 * step + 3 * rank) % 4], 100 * step + rank)
 
 
+def is_late(comm: Any, verb: str) -> None:
+    if verb == "late" or comm.rank == 0:
+        comm._doorbell._pool.schedule.switch(lambda: False, 0.3)
+
+
 def call_verb(comm: Any, verb: str, step: int) -> Any:
-    if verb == "late":
-        return comm._doorbell._pool.schedule.switch(lambda: False, 0.3)
+    if verb in ("late", "main is late"):
+        return is_late(comm, verb)
     if verb == "raise":
         raise KeyError(step)
     if verb == "exchange":
@@ -8628,6 +8633,7 @@ def expected(verb: str, step: int, rank: int, size: int) -> Any:
         total = sum(to_fold(one, step) for one in range(size)).tolist()  # type: ignore[union-attr]
     return {
         "late": None,
+        "main is late": None,
         "wait": None,
         "allreduce": "overflow encountered in add" if math.inf in total else total,
         "broadcast": of_all[:1],
@@ -8827,6 +8833,14 @@ def test_runs_on_seeded_schedules(seeds: range, monkeypatch: pytest.MonkeyPatch)
                 good = next((i for i, one in enumerate(row) if one in errors), len(row))
                 assert row[:good] == wanted(scripts, rank)[:good], context
                 assert all(one is None or one in errors for one in row[good:]), context
+
+
+@pytest.mark.parametrize("scripts", [("gather", "wait", "raise"), ("allgather", "raise", "wait")])
+def test_what_is_raised_beside_a_disagreement_is_told(scripts: Sequence[str]) -> None:
+    """Main hears the last words of who has left, however late they come."""
+    for seed in range(400):
+        told, _, _ = play([[[one] for one in scripts]], seed, [math.inf] * 3)
+        assert type(told[0][0][-1]) is KeyError, f"seed {seed}: {told}"
 
 
 class CallCounter:
@@ -9036,6 +9050,18 @@ def test_who_is_awake_makes_no_system_call() -> None:
             row == wanted([script] * 3, rank) for run in told.rows for rank, row in enumerate(run)
         )
         assert told.system_calls == 0
+
+
+def test_who_has_woken_up_is_not_rung_for() -> None:
+    """What is slept over costs system calls, and nothing that comes afterwards."""
+    late: _Script = ["main is late", "wait"]
+
+    def calls(script: _Script) -> int:
+        told = play([[script] * 3], 1, [math.inf] * 3, looks=4000)
+        assert told.rows == [[wanted([script] * 3, rank) for rank in range(3)]]
+        return told.system_calls
+
+    assert 0 < calls(late) == calls([*late, *["allgather", "exchange", "wait"] * 4])
 
 
 # ---------------------------------------------------------------------------------------------
