@@ -1250,7 +1250,25 @@ def collectively(*, parallelizer: Par) -> None:
         check(found, wanted, f"{wanted.size} bytes")
 
 
-@pytest.mark.parametrize("body", [from_every_rank_to_every_rank, as_bytes, collectively])
+def with_heads_of_all_lengths(*, parallelizer: Par) -> None:
+    """What announces an array grows byte by byte, past all that a card or a cell has room for."""
+    here, everyone = parallelizer.id, range(parallelizer.nprocs)
+    arrays = [stamped(8192, rank) for rank in everyone]
+    for length in range(520):
+        name = "x" * length
+        parts = [(name, one) for one in arrays]
+        found = parallelizer.allgather(parts[here], concatenate=False)
+        check(found, parts, f"allgather, {length}")
+        found = parallelizer.alltoall([parts[here]] * len(everyone))
+        check(found, parts, f"alltoall, {length}")
+        check(parallelizer.scatter(parts), [parts[here]], f"scatter, {length}")
+        check(parallelizer.broadcast(parts[0]), parts[0], f"broadcast, {length}")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [from_every_rank_to_every_rank, as_bytes, collectively, with_heads_of_all_lengths],
+)
 def test_sizes(p: Par, body: Callable[..., None]) -> None:
     p.run(body)
 
