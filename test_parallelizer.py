@@ -4035,6 +4035,17 @@ def test_workers_are_initialized(method: str, on_main: bool, monkeypatch: Any) -
         assert len(after[1]) == 1
 
 
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_workers_are_initialized_at_birth(method: str, tmp_path: Path) -> None:
+    """Also those that have no part in the first run."""
+    made = tmp_path / "made"
+    with MultiprocessingParallelizer(
+        2, start_method=method, initializer=Path.touch, initargs=[made]
+    ) as par:
+        par.run(own_id, comm=[0])
+        wait_until(made.exists)
+
+
 def deaths_are_noticed(*, parallelizer: Par) -> None:
     for _ in range(1000):
         parallelizer.wait()
@@ -10046,6 +10057,20 @@ ENDINGS = {
 }
 
 
+def adopts_orphans() -> None:
+    """As the first process of a container does."""
+    becomes_a_subreaper = 36
+    importlib.import_module("ctypes").CDLL(None).prctl(becomes_a_subreaper, 1)
+    for _ in range(2):
+        assert MultiprocessingParallelizer(2, start_method="fork").run(ranks) == [0, 1]
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+
+
+def test_who_adopts_orphans_gets_none() -> None:
+    run_program("-c", "import test_parallelizer as t; t.adopts_orphans()")
+
+
 def run_often(par: MultiprocessingParallelizer) -> None:
     for _ in range(20):
         assert par.run(ranks) == [0, 1, 2]
@@ -10560,7 +10585,11 @@ def test_what_others_start_has_no_mask_of_ours() -> None:
 
 
 def mask_nobody() -> None:
+    own = {signal.SIGUSR2, signal.SIGURG}
     for method in MULTIPROCESSING:
+        signal.pthread_sigmask(signal.SIG_BLOCK, own)
+        assert MultiprocessingParallelizer(2, start_method=method).run(masks) == [own, set()]
+        assert signal.pthread_sigmask(signal.SIG_UNBLOCK, own) == own
         assert MultiprocessingParallelizer(2, start_method=method).run(masks) == [set(), set()]
         pool = futures.ProcessPoolExecutor(1, multiprocessing.get_context(method))
         with pool:
