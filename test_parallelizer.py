@@ -67,7 +67,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from sys import exit as exit_bound_early
-from typing import Any, NamedTuple, TextIO
+from typing import Any, ClassVar, NamedTuple, TextIO
 
 import numpy as np
 
@@ -2432,14 +2432,28 @@ def spoils_its_items(*, parallelizer: Par) -> Any:
     return results, items
 
 
+def counts_up(record: Any) -> int:
+    record["n"] += 1
+    return int(record["n"])
+
+
+def spoils_its_records(*, parallelizer: Par) -> Any:
+    """How many different results there are, and what has become of the items."""
+    items = [np.zeros(1, [("n", int)])[0] for _ in range(40)]
+    found = {*(parallelizer.map(counts_up, items) or ()), *parallelizer.imap(counts_up, items)}
+    return len(found), [int(item["n"]) for item in items]
+
+
 @BOTH_WAYS
 def test_it_does_not_matter_who_computes_what_on_a_changed_item(p: Par, way: Any) -> None:
     """Of several processes, each has copies; a single one has the items themselves."""
-    found = way(p, spoils_its_items)
+    found, of_records = way(p, spoils_its_items), way(p, spoils_its_records)
     if p.nprocs > 1:
         expect(p, found, ([[[0]] * 40] * 3, [[]] * 40))
+        expect(p, of_records, (1, [0] * 40))
     else:
         expect(p, found, ([[[0, 1, 2]] * 40] * 3, [[0, 1, 2]] * 40))
+        expect(p, of_records, (2, [2] * 40))
 
 
 class Molecule:
@@ -3116,6 +3130,15 @@ def test_a_failing_handler_ends_no_run(capsys: pytest.CaptureFixture[str]) -> No
     assert "of a handler" in told
 
 
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_chunks_are_taken_and_not_sent(method: str) -> None:
+    """Where processes share memory, main need not answer for each chunk that somebody wants."""
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        par.run(maps_with, square, 2000)
+        assert par.stats is not None
+        assert par.stats[0].bytes_sent < 2000  # the call itself
+
+
 def maps_again(x: int) -> list[int]:
     inner: Any = Parallelizer.lookup(None)
     return [*inner.map(square, [x, x + 1]), *inner.imap(square, range(2))]
@@ -3339,6 +3362,21 @@ def test_arguments_of_run_are_laid_out_alike(p: Par) -> None:
         expect(p, p.run(partial, **options), [wanted] * p.nprocs)
 
 
+def gathers_dtypes(array: Array, *, parallelizer: Par) -> Any:
+    return parallelizer.gather(array.dtype.str), parallelizer.map(dtype_of, [0] * 9, (array,))
+
+
+def dtype_of(_: int, array: Array) -> str:
+    return str(array.dtype.str)
+
+
+def test_arguments_have_the_same_order_of_bytes_everywhere(p: Par) -> None:
+    """That of a subclass which numpy pickles, as it is when numpy unpickles it."""
+    found = p.run(gathers_dtypes, np.arange(9.0).astype(">f8").view(Quantity))
+    native = np.dtype("f8").str
+    expect(p, found, ([native] * p.nprocs, [native] * 9))
+
+
 def maps_with_a_bar(*, parallelizer: Par) -> Any:
     result = parallelizer.map(square, range(5), progress=True)
     stream = list(parallelizer.imap(square, range(5), progress=True))
@@ -3353,6 +3391,34 @@ def test_map_shows_its_progress(p: Par) -> None:
         error = failure(p, maps_with_a_bar)
         expect(p, isinstance(error, ImportError) and "pip install" in str(error), True)
     expect_to_work(p)
+
+
+class Bar:
+    """Stands for tqdm's, and notes how far it has come."""
+
+    told: ClassVar[list[int]] = []
+
+    def __init__(self, **_: Any) -> None:
+        self.n = 0
+
+    def update(self, count: int) -> None:
+        self.n += count
+        self.told.append(self.n)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """It stays where it is."""
+
+
+@pytest.mark.parametrize("verb", ["map", "imap"])
+def test_progress_is_shown_when_it_is_made(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+    monkeypatch.setattr(Bar, "told", [])
+    mapped = getattr(SerialNonParallelizer(), verb)(square, range(50), 10, progress=True)
+    assert list(mapped) == [x * x for x in range(50)]
+    assert Bar.told[:5] == [10, 20, 30, 40, 50]
 
 
 class PickyError(Exception):
