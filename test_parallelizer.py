@@ -11631,11 +11631,22 @@ def nests_a_gather(nested: bool, *, parallelizer: Par) -> None:
         parallelizer.gather(0)
 
 
+def disagrees_in_a_group(*, parallelizer: Par) -> None:
+    parallelizer.run(gathers_on_main_alone, comm=[0, parallelizer.nprocs - 1])
+
+
+def gathers_on_main_alone(*, parallelizer: Par) -> None:
+    parallelizer.gather(0) if parallelizer.on_main else parallelizer.wait()
+
+
 def test_a_disagreement_is_told_by_the_calls_of_its_own_run(p: Par) -> None:
     if p.nprocs > 1:
         p.run(nests_a_gather, True)
         text = expect_failure(p, ContractError, nests_a_gather, False)
         expect(p, "run(comm=...) #1" in text and "gather #1" in text, True)
+        expect(p, "nested" in text, False)
+        text = expect_failure(p, ContractError, disagrees_in_a_group)
+        expect(p, "called wait #1 of a run nested 1 deep" in text, True)
 
 
 def names_other_ranks(*, parallelizer: Par) -> None:
