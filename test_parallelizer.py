@@ -11755,6 +11755,28 @@ def test_what_has_been_sent_or_received_is_let_go_of(p: Par) -> None:
     expect(p, [kept for kept in p.run(forgets_what_it_got) or [] if kept > 2], [])
 
 
+SENT_LAST: list[Any] = []  # weak references
+
+
+def sends_last(*, parallelizer: Par) -> None:
+    """Nothing is sent afterwards that could take its place."""
+    array = np.zeros(MIB // 4)
+    SENT_LAST[:] = [weakref.ref(array)]
+    if parallelizer.id == parallelizer.nprocs - 1:
+        parallelizer.send(array, 0)
+    if parallelizer.on_main:
+        parallelizer.receive(parallelizer.nprocs - 1)
+
+
+def counts_sent_last(*, parallelizer: Par) -> Any:
+    return parallelizer.allreduce(sum(one() is not None for one in SENT_LAST))
+
+
+def test_what_is_sent_last_in_a_run_is_let_go_of_at_its_end(p: Par) -> None:
+    p.run(sends_last)
+    expect(p, p.run(counts_sent_last), 0)
+
+
 def late_or_wrong(x: int) -> int:
     rank = MPIParallelizer().id
     if rank == 1:
