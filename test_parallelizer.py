@@ -8614,6 +8614,9 @@ class ScheduledPool:
     def sentinels(self) -> dict[int, int]:
         return {process: process for process in self.processes}
 
+    def pass_on_logs(self) -> bool:
+        return False
+
     def start_missing(self) -> None:
         for rank in range(1, self.board.nprocs):
             if rank not in self.processes:
