@@ -5210,7 +5210,7 @@ class _LogsToMain:
     """On another process than main: has what is logged here handled there.
 
     To `logging` it is the queue of a `QueueHandler`. Any thread may log, and so may a finalizer
-    amid a verb, so that a record waits here until a call that sends it disturbs no other.
+    amid a verb, so that records wait here until it is in order to send mail.
     """
 
     def __init__(self, communicator: Communicator) -> None:
@@ -5262,8 +5262,12 @@ class _LogsToMain:
         """Take in a record, whose message has been formatted; called by `logging`."""
         if self._takes_all or not self._is_handled_here(record):
             self._waiting.append(_told_record(record))
-            if len(self._waiting) == 1:
-                self._communicator.do_between_calls(self._flush_between_calls)
+            # Only the function itself may send: anybody else may have come amid a step of the
+            # protocol. What they log goes with the next wait, or at the end.
+            user = self._communicator.user
+            if user.interruptible and user.thread == threading.get_ident():
+                with self._communicator.undisturbed():
+                    self.flush()
 
     def _is_handled_here(self, record: logging.LogRecord) -> bool:
         """Whether a handler that the function or the initializer has made takes it, too."""
@@ -5276,11 +5280,6 @@ class _LogsToMain:
                     return True
             logger = logger.parent if logger.propagate else None
         return False
-
-    def _flush_between_calls(self) -> None:
-        if self._communicator.is_running() and not self._communicator.gone:
-            with self._communicator.undisturbed():
-                self.flush()
 
     def flush(self) -> None:
         """Amid a run, send what waits; outside of runs it waits for the next one."""
@@ -7897,8 +7896,9 @@ class Communicator(abc.ABC):
     def take_in_logs(self) -> None:
         """On main, between two waits: log what others have to log."""
         if isinstance(self.logs, _LogsFromOthers):
-            self._handle_all()
-            self.logs.flush()
+            with self.undisturbed():
+                self._handle_all()
+                self.logs.flush()
 
     @_context
     def passing_on_logs(self) -> Iterator[None]:
@@ -8042,9 +8042,9 @@ class Communicator(abc.ABC):
 
         On processes, workers return at once, because only main needs to know.
         """
+        self.enter("return")
         if isinstance(self.logs, _LogsToMain):
             self.logs.settle()
-        self.enter("return")
         self._lay(Message(report, []))
         self._return()
         self.take_in_logs()
