@@ -6277,7 +6277,7 @@ def blocks_under(heading: str) -> list[str]:
 
 
 def test_an_error_of_a_rank_hangs_mpi4py_and_ends_our_job(tmp_path: Path) -> None:
-    script, session = blocks_under("An error on one rank")
+    script, session = blocks_under("What happens when one rank fails")
     (tmp_path / "demo.py").write_text(script)
     code, out, err = finish("demo.py", ranks=4, cwd=tmp_path)
     assert (code, out) == (1, "")
@@ -6471,7 +6471,7 @@ def test_each_rank_sees_a_gpu(tmp_path: Path) -> None:
 
 
 def test_rows_in_hdf5_are_the_same_from_processes_and_ranks(tmp_path: Path) -> None:
-    write_script("Results into HDF5 as they come", tmp_path)
+    write_script("Write results to HDF5 as they come", tmp_path)
     found = []
     for ranks in (None, 3):
         run_program("script.py", ranks=ranks, cwd=tmp_path)
@@ -6482,7 +6482,7 @@ def test_rows_in_hdf5_are_the_same_from_processes_and_ranks(tmp_path: Path) -> N
 
 
 def test_asyncio_awaits_jobs(tmp_path: Path) -> None:
-    write_script("asyncio", tmp_path)
+    write_script("Await results with asyncio", tmp_path)
     folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
     assert run_program("script.py", cwd=tmp_path, PYTHONPATH=folders) == "[0, 1, 4, 9, 16]\n"
 
@@ -6530,7 +6530,7 @@ def test_a_task_of_a_slurm_array_resumes_where_it_was_killed(tmp_path: Path) -> 
 
 
 def test_tests_take_a_parallelizer_from_a_fixture(tmp_path: Path) -> None:
-    tests, command = blocks_under("pytest")
+    tests, command = blocks_under("Test on every backend with pytest")
     (tmp_path / "test_total.py").write_text(tests)
     told = run_program("-m", "pytest", "-p", "no:cacheprovider", cwd=tmp_path)
     assert "2 passed" in told
