@@ -3922,6 +3922,72 @@ def test_an_executor(method: str, executor_module: Any) -> None:
     submits(executor_module, MultiprocessingParallelizer(3, start_method=method))
 
 
+def test_an_executor_that_cannot_work_says_so(executor_module: Any) -> None:
+    """It neither waits for a parallelizer that is busy, nor deals to workers that never come up."""
+    kind = executor_module.ParallelizerExecutor
+    with MultiprocessingParallelizer(2) as par:
+        with kind(par) as executor, pytest.raises(ContractError, match="busy"):
+            kind(par)
+        with pytest.raises(ContractError, match="busy"):
+            par.run(opens_an_executor)
+        with kind(par) as executor:
+            assert executor.submit(square, 3).result() == 9
+    with pytest.raises(JobError):
+        kind(MultiprocessingParallelizer(2, initializer=raises_job_error))
+
+
+def opens_an_executor(*, parallelizer: Par) -> None:
+    if parallelizer.on_main:
+        importlib.import_module("executor").ParallelizerExecutor(parallelizer)
+
+
+def raises_job_error() -> None:
+    raise JobError("at birth", 1)
+
+
+def test_an_executor_limits_and_kills(executor_module: Any) -> None:
+    """At most so many jobs at a time, none by main; what computes is killed if so told."""
+    with MultiprocessingParallelizer(4) as par:
+        with executor_module.ParallelizerExecutor(par, 2) as executor:
+            spans = [executor.submit(sleeps_and_tells, 0.05) for _ in range(8)]
+            found = [one.result() for one in spans]
+            assert os.getpid() not in {pid for pid, *_ in found}
+            for _, begun, _ in found:
+                assert sum(start <= begun < end for _, start, end in found) <= 2
+            asleep = [executor.submit(time.sleep, 1000) for _ in range(4)]
+            assert not concurrent.futures.wait(asleep, timeout=0.5).done
+            executor.kill_workers()
+            assert [one.cancelled() for one in asleep] == [False, False, True, True]
+        assert par.main_computes
+        assert par.map(square, range(3)) == [0, 1, 4]
+
+
+def sleeps_and_tells(seconds: float) -> tuple[int, float, float]:
+    begun = time.monotonic()
+    time.sleep(seconds)
+    return os.getpid(), begun, time.monotonic()
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING if CLOUDPICKLE else [])
+def test_an_executor_of_a_program_that_is_no_file(method: str) -> None:
+    program = f"""
+        from executor import ParallelizerExecutor
+        from parallelizer import MultiprocessingParallelizer
+
+        class Point:
+            def __init__(self, x): self.x = x
+
+        def doubled(point): return Point(2 * point.x)
+
+        parallelizer = MultiprocessingParallelizer(2, start_method={method!r})
+        with ParallelizerExecutor(parallelizer) as executor:
+            found = executor.submit(doubled, Point(4)).result()
+            print(isinstance(found, Point), found.x)
+    """
+    folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
+    assert run_program("-c", textwrap.dedent(program), PYTHONPATH=folders) == "True 8\n"
+
+
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_an_executor_outlives_its_workers(method: str, executor_module: Any) -> None:
     par = MultiprocessingParallelizer(2, start_method=method)
