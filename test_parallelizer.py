@@ -4006,6 +4006,122 @@ def test_the_example_of_an_executor() -> None:
     assert run_program("examples/executor.py", "--mpi", ranks=3) == wanted
 
 
+def scores(jobs: int) -> list[Any]:
+    """What scikit-learn finds, by two estimators that have random numbers and BLAS in them."""
+    datasets, ensemble, linear_model, selection = (
+        importlib.import_module(f"sklearn.{name}")
+        for name in ("datasets", "ensemble", "linear_model", "model_selection")
+    )
+    features, labels = datasets.make_classification(200, random_state=0)
+    model = ensemble.RandomForestClassifier(5, random_state=0)
+    search = selection.GridSearchCV(model, {"max_depth": [1, 2, 4]}, n_jobs=jobs)
+    search.fit(features, labels)
+    model = linear_model.LogisticRegression()
+    folds = selection.cross_val_score(model, features, labels, n_jobs=jobs)
+    return [search.best_params_, search.cv_results_["mean_test_score"], folds]
+
+
+def uses_joblib(*, parallelizer: Par) -> None:
+    """What joblib's users expect, on workers of any kind."""
+    joblib: Any = importlib.import_module("joblib")
+    importlib.import_module("joblib_backend")
+    tasks, limits = joblib.Parallel, importlib.import_module("threadpoolctl").threadpool_limits
+    with limits(1):  # as on the workers, where the last digits depend on it
+        wanted = scores(1)
+    one_thread = joblib.parallel_config(
+        "parallelizer", parallelizer=parallelizer, inner_max_num_threads=1
+    )
+    with one_thread:
+        assert joblib.effective_n_jobs(-1) == joblib.effective_n_jobs(7) == 2
+        check(scores(-1), wanted)
+        assert os.getpid() not in tasks(2)(joblib.delayed(os.getpid)() for _ in range(9))
+        assert tasks(2)(joblib.delayed(calls_in_a_call)(x) for x in range(5)) == [0, 1, 3, 6, 10]
+        error = caught_from(tasks(2), (joblib.delayed(raises_odd)(x) for x in range(9)))
+        assert type(error) is Odd
+        assert isinstance(error.__cause__, RemoteTraceback)
+        results = tasks(2, return_as="generator")(joblib.delayed(square)(x) for x in range(99))
+        assert next(results) == 0
+        assert tasks(2)(joblib.delayed(square)(x) for x in range(3)) == [0, 1, 4]  # meanwhile
+        assert list(results) == [x * x for x in range(1, 99)]
+    for threads in (1, 2):
+        with joblib.parallel_config("parallelizer", inner_max_num_threads=threads):
+            found = tasks(2)(joblib.delayed(threads_of_blas)() for _ in range(4))
+            assert found == [{threads}] * 4
+    assert parallelizer.run(uses_joblib_in_run) == [0, 1, 4]
+    if isinstance(parallelizer, MultiprocessingParallelizer):  # elsewhere, a death ends the job
+        with joblib.parallel_config("parallelizer", n_jobs=2):
+            loses_workers(joblib)
+    print("joblib is content")
+
+
+def loses_workers(joblib: Any) -> None:
+    died = caught_from(joblib.Parallel(), (joblib.delayed(os._exit)(3) for _ in range(9)))
+    assert isinstance(died, concurrent.futures.process.BrokenProcessPool)
+    assert isinstance(died.__cause__, WorkerDied)
+    endless = (joblib.delayed(time.sleep)(1000) for _ in range(9))
+    assert isinstance(
+        caught_from(joblib.Parallel(timeout=0.1), endless), joblib.parallel.TimeoutError
+    )
+    assert joblib.Parallel()(joblib.delayed(square)(x) for x in range(3)) == [0, 1, 4]
+
+
+def use_joblib(engine: str) -> None:
+    """A program of its own, as libraries that run threads come with scikit-learn."""
+    ClientServerRunner(uses_joblib, parallelizer=create(engine)).run()
+
+
+@pytest.mark.parametrize("engine", ["forkserver", "spawn", "mpi"])
+def test_joblib_and_scikit_learn(engine: str) -> None:
+    call = f"import test_parallelizer; test_parallelizer.use_joblib({engine!r})"
+    folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
+    ranks = 3 if engine == "mpi" else None
+    assert run_program("-c", call, ranks=ranks, PYTHONPATH=folders) == "joblib is content\n"
+
+
+def test_joblib_without_a_parallelizer() -> None:
+    """Processes come up for the call, with what was given for them; what is no file travels."""
+    program = """
+        import joblib
+        import os
+        from joblib_backend import ParallelizerBackend
+
+        def told(x): return x, os.environ["TOLD"], os.environ["OMP_NUM_THREADS"]
+
+        def tell(): os.environ["TOLD"] = "yes"
+
+        options = {"initializer": tell, "start_method": "forkserver", "inner_max_num_threads": 2}
+        with joblib.parallel_config("parallelizer", n_jobs=2, **options):
+            print(joblib.Parallel()(joblib.delayed(told)(x) for x in range(3)))
+    """
+    folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
+    found = run_program("-c", textwrap.dedent(program), PYTHONPATH=folders)
+    assert found == f"{[(x, 'yes', '2') for x in range(3)]}\n"
+
+
+def calls_in_a_call(number: int) -> int:
+    """On a worker: sums up by both kinds of call that may be in there."""
+    joblib: Any = importlib.import_module("joblib")
+    by_default, by_name = joblib.Parallel(2), joblib.Parallel(2, "parallelizer")
+    parts = by_default(joblib.delayed(abs)(-x) for x in range(number + 1))
+    assert by_name(joblib.delayed(abs)(-x) for x in range(number + 1)) == parts
+    return sum(parts)
+
+
+def threads_of_blas() -> set[int]:
+    limits: Any = importlib.import_module("threadpoolctl")
+    return {found["num_threads"] for found in limits.threadpool_info()}
+
+
+def uses_joblib_in_run(*, parallelizer: Par) -> list[int] | None:
+    if not parallelizer.on_main:
+        return None
+    joblib: Any = importlib.import_module("joblib")
+    found: list[int] = joblib.Parallel(2, "parallelizer")(
+        joblib.delayed(square)(x) for x in range(3)
+    )
+    return found
+
+
 def test_what_samplers_look_for_in_a_pool(p: Par) -> None:
     assert p.size == p._processes == p.nprocs
     assert callable(p.map)
