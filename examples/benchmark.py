@@ -1,4 +1,4 @@
-"""7. How fast it is, beside the process pools and mpi4py: every cell in a fresh process.
+"""How fast the module is, beside process pools and mpi4py; a fresh process measures each cell.
 
     python examples/benchmark.py                      # the pools, at 256 MiB: ten minutes
     python examples/benchmark.py --verbs              # the verbs, from 8 B to 64 MiB: five minutes
@@ -7,13 +7,13 @@
     python examples/benchmark.py --quick              # does it work? its times say little
     mpiexec -n 4 python examples/benchmark.py --mpi   # the verbs on these ranks, of any cluster
 
-Of the pools, a cell is the best of several repeats on a pool that is open and warm (unless its row
-says otherwise). Of verbs, all ranks meet before each call, in a barrier that is not timed: else a
-sender would run ahead, and the next call hide what this one costs. A cell is the slowest rank's
-mean. Of both it is the median over the rounds, in each of which the peers take turns. Every result
-is checked; an array that stays on another process, by a sample. Of joblib (loky), mpire, schwimmbad
-and mpi4py, those are measured that are installed. A pool computes on `nprocs` workers; parallelizer
-and MPI on as many processes, main among them.
+For pools, a cell is the best of several repeats on a pool that is open and warm (unless its row
+says otherwise). For verbs, a cell is the mean of the slowest rank. All ranks meet before each call,
+in a barrier that is not timed: otherwise, a sender would run ahead, and the next call would hide
+the costs of this one. Both are medians over the rounds; in each round, the peers take turns. Every
+result is checked, and an array that stays on another process is checked by a sample. joblib (loky),
+mpire, schwimmbad and mpi4py are measured if they are installed. A pool computes on `nprocs`
+workers; parallelizer and MPI compute on `nprocs` processes, main among them.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from numpy.typing import NDArray
 
 from parallelizer import MPIParallelizer, MultiprocessingParallelizer, Parallelizer
 
-MIB = (1 << 20) // 8  # in numbers
-PATIENCE = 3.0  # seconds after which a cell is repeated no more
-LIMIT = 600.0  # seconds after which it counts as failed
+MIB = (1 << 20) // 8  # in numbers of 8 bytes
+PATIENCE = 3.0  # seconds after which a cell is not repeated again
+LIMIT = 600.0  # seconds after which a cell counts as failed
 MPIEXEC = shutil.which("mpiexec", path=sysconfig.get_path("scripts")) or shutil.which("mpiexec")
-RATIOS = (("first", "broadcast"), ("growth 16", "growth 2"))  # rows, compared at the end
+RATIOS = (("first", "broadcast"), ("growth 16", "growth 2"))  # pairs of rows, compared at the end
 UNEVEN = [0.020] * 8 + [0.001] * 56  # seconds that a task takes
 
 Array = NDArray[np.float64]
@@ -60,22 +60,22 @@ Table = dict[str, dict[str, float]]  # their medians, in milliseconds
 
 
 class Setting(NamedTuple):
-    """What a cell is measured with."""
+    """The sizes and counts with which a cell is measured."""
 
     nprocs: int
-    length: int  # of the big array, in numbers; the ranks of raw MPI must know that
+    length: int  # of the big array, in numbers; with raw MPI, all ranks must know it
     items: int
     repeats: int
     start_method: str
 
 
-# The columns: how each peer is opened, and the pools brought to one interface.
+# The columns: how each peer is opened. All pools get one interface.
 
-load = importlib.import_module  # of what is optional
+load = importlib.import_module  # for optional packages
 
 
 def world_of(peer: str) -> Any:
-    """All ranks, as mpi4py sees them; or main alone, where the peer is another."""
+    """Return mpi4py's communicator of all ranks, or for other peers a stand-in for main alone."""
     if peer == "mpi4py":
         return load("mpi4py.MPI").COMM_WORLD
     return SimpleNamespace(rank=0, Barrier=lambda: None, Abort=sys.exit)
@@ -87,13 +87,13 @@ def opened(
     call: Any = lambda pool, func, item: pool.apply(func, (item,)),
     over: Any = lambda pool, func, items, chunk: pool.map(func, items, chunksize=chunk),
 ) -> Iterator[SimpleNamespace]:
-    """Enter a pool; `call` and `over` are how it calls and maps, where not as multiprocessing's."""
+    """Enter a pool; `call` and `over` say how it calls and maps, if not like a `Pool`."""
     with pool:
         yield SimpleNamespace(call=functools.partial(call, pool), map=functools.partial(over, pool))
 
 
 def open_joblib(s: Setting) -> Any:
-    """Open a `joblib.Parallel`; its workers outlive it, so that only the first opening is cold."""
+    """Open a `joblib.Parallel`; its workers outlive it, so only the first opening is cold."""
     joblib = load("joblib")
     return opened(
         joblib.Parallel(n_jobs=s.nprocs),
@@ -102,8 +102,8 @@ def open_joblib(s: Setting) -> Any:
     )
 
 
-# By name: the module whose import is timed, and how to open it. An Executor gets the chunks of
-# Pool, as its own hold one item each.
+# For each name, the module whose import is timed, and how to open the peer. An Executor is given
+# the chunk size of Pool, because its own default is one item.
 PEERS: dict[str, tuple[str, Callable[[Setting], Any]]] = {
     "parallelizer": ("parallelizer", lambda s: MultiprocessingParallelizer(
         s.nprocs, start_method=s.start_method)),
@@ -125,7 +125,7 @@ PEERS: dict[str, tuple[str, Callable[[Setting], Any]]] = {
 }  # fmt: skip
 
 
-# The work, as far as processes must find it by its name.
+# The functions that processes must find by name.
 
 
 @functools.cache
@@ -153,13 +153,13 @@ def burn(seconds: float) -> float:
 
 
 def sample(*arguments: Any) -> float:
-    """Look at a thousand values of an array, the last argument, to prove that it is there."""
+    """Sum a thousand values of an array, the last argument, to prove that it has come."""
     data = arguments[-1]
     return float(data[:: len(data) // 1000 or 1].sum())
 
 
 def absolute(number: int, *, parallelizer: Parallelizer) -> int:  # noqa: ARG001
-    """As `abs`, on every process."""
+    """Return `abs(number)`, on every process."""
     return abs(number)
 
 
@@ -169,20 +169,20 @@ def everywhere(func: Callable[[Any], Any], data: Any, *, parallelizer: Paralleli
 
 
 def broadcast(data: Array | None = None, *, parallelizer: Parallelizer) -> Any:
-    """Bring `data`, which main alone was given, to every process."""
+    """Send `data`, which only main has, to every process."""
     received: Any = parallelizer.broadcast(data)
     return parallelizer.gather(sample(received))
 
 
 def raw_broadcast(world: Any, s: Setting) -> Any:
-    """Do the same by mpi4py, into memory of each rank's own."""
+    """Broadcast the big array with mpi4py, into memory of each rank's own."""
     data = big(s) if world.rank == 0 else np.empty(s.length)
     world.Bcast(data)
     return world.gather(sample(data))
 
 
 def raw_round_trip(world: Any, s: Setting) -> Any:
-    """Bring blocks of the big array to the ranks, and the whole back."""
+    """Send blocks of the big array to the ranks, and the whole array back."""
     block = np.empty(s.length // world.size)
     world.Scatter(big(s) if world.rank == 0 else None, block)
     result = np.empty(s.length) if world.rank == 0 else None
@@ -190,7 +190,7 @@ def raw_round_trip(world: Any, s: Setting) -> Any:
     return result
 
 
-# The rows: by peer, what it does, of which the first is ours; p is a parallelizer, q a pool, c a
+# The rows: what each peer does, the first of them this module. p is a parallelizer, q a pool, c a
 # communicator, and s the setting.
 
 
@@ -201,10 +201,10 @@ class Case(NamedTuple):
     works: dict[str, Any]
     expected: Callable[[Setting], Any] = lambda s: [sample(big(s))] * s.nprocs
     loops: int = 1  # calls that are timed together
-    warm: bool = True  # whether the work was done before
-    anew: bool = False  # whether the peer is opened for it
-    nprocs: int | None = None  # where not the setting's
-    length: int = sys.maxsize  # at most
+    warm: bool = True  # whether the work is done once before it is timed
+    anew: bool = False  # whether the peer is opened for each call
+    nprocs: int | None = None  # if not the setting's
+    length: int = sys.maxsize  # at most, in numbers
 
 
 def pools(work: Any) -> dict[str, Any]:
@@ -245,7 +245,7 @@ CASES = {
     }, big),
     "broadcast": Case("the array to every process", {
         **BROADCAST, **pools(lambda q, s: q.map(sample, [big(s)] * s.nprocs, 1))}),
-    # Of a local copy too, as memory that no process has used yet can be slow to come by.
+    # A local copy is measured, too, because the first use of memory can be slow.
     "first": Case("the same, first transfer", BROADCAST, warm=False),
     "argument": Case("the array as an argument of run", {
         "parallelizer": lambda p, s: p.run(everywhere, sample, big(s))}),
@@ -263,11 +263,11 @@ CASES = {
 }  # fmt: skip
 
 
-# A cell, measured in a process of its own.
+# How a cell is measured, in a process of its own.
 
 
 def import_seconds(module: str) -> float:
-    """Import `module` where nothing but numpy has been imported; twice, as the first compiles."""
+    """Time an import beyond numpy's, twice, because the first one compiles the module."""
     code = f"import numpy, time; t = time.perf_counter(); import {module}; "
     command = [sys.executable, "-c", code + "print(time.perf_counter() - t)"]
     env = {name: os.environ[name] for name in os.environ if name != "PYTHONDONTWRITEBYTECODE"}
@@ -275,12 +275,13 @@ def import_seconds(module: str) -> float:
 
 
 def measure(row: str, peer: str, s: Setting) -> float:
-    """Seconds of the best repeat; under MPI all ranks call this together, and main checks."""
+    """Return the seconds of the best repeat; all ranks of MPI call this, and main checks."""
     case, (module, opener), world = CASES[row], PEERS[peer], world_of(peer)
     if row == "import":
         return import_seconds(module)
     if not case.warm:
-        np.ones(4 * s.length)  # a virtual machine may give out again only slowly what lay idle
+        # Touched first, because a virtual machine may be slow to provide memory that lay idle.
+        np.ones(4 * s.length)
 
     def repeat() -> float:
         result: Any = None
@@ -299,8 +300,8 @@ def measure(row: str, peer: str, s: Setting) -> float:
 
     with contextlib.nullcontext() if case.anew else opener(s) as held:
         if peer in CALL and not case.anew:
-            CALL[peer](held, s)  # lazy pools start their workers now
-        # Made after the workers, so that these do not inherit it.
+            CALL[peer](held, s)  # so that lazy pools start their workers now
+        # Made after the workers have started, so that they do not inherit it.
         expected: Any = case.expected(s) if world.rank == 0 else None
         seconds = [repeat()]
         while case.warm and len(seconds) <= s.repeats:
@@ -312,11 +313,11 @@ def measure(row: str, peer: str, s: Setting) -> float:
 
 
 def apart(nprocs: int, over_mpi: bool, *cell: Any) -> Any:
-    """What a fresh process, or as many ranks of MPI, measures; None where it failed."""
+    """Measure in a fresh process, or on `nprocs` ranks of MPI; return None if that fails."""
     command = [sys.executable, __file__, "cell", json.dumps(cell)]
     if over_mpi:
         command = [MPIEXEC or "mpiexec", "-n", str(nprocs), *command]
-    # Open MPI counts cores, and wants a word before it runs as root.
+    # By default, Open MPI runs no more ranks than there are cores, and does not run as root.
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
                "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # fmt: skip
     run = functools.partial(subprocess.check_output, stdin=subprocess.DEVNULL, timeout=LIMIT)
@@ -327,7 +328,7 @@ def apart(nprocs: int, over_mpi: bool, *cell: Any) -> Any:
         return None
 
 
-# The verbs: each over sizes, on any engine; and on ever more processes.
+# The verbs: each one by size, on every engine, and on more and more processes.
 
 SIZES: list[int] = [8, 1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 23, 1 << 26]
 VERBS = ("broadcast", "allgather", "allreduce", "round trip")
@@ -336,7 +337,7 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def verbs_of_ours(p: Parallelizer, data: Array) -> Calls:
-    """Of a parallelizer; a round trip brings blocks to the ranks, and the whole back."""
+    """Return the calls of a parallelizer; a round trip sends blocks out and the whole back."""
     block = data[: max(1, len(data) // (p.nprocs or 1))]
     return {
         "broadcast": lambda: p.broadcast(data),
@@ -344,13 +345,13 @@ def verbs_of_ours(p: Parallelizer, data: Array) -> Calls:
         "allreduce": lambda: p.allreduce(data),
         "round trip": lambda: p.gather(p.scatter(data)),
         "wait": p.wait,
-        "run": lambda: None,  # measured from outside
+        "run": lambda: None,  # measured by `measure_engine`, outside the run
         "map": lambda: p.map(square, range(1000)),
     }
 
 
 def verbs_of_buffers(c: Any, data: Array) -> Calls:
-    """Of mpi4py from array to array, made for each call, as the others make theirs."""
+    """Return mpi4py's calls on buffers, allocated in each call, as all engines do."""
     block = data[: max(1, len(data) // c.size)]
     whole, on_main = np.resize(data, len(block) * c.size), c.rank == 0
 
@@ -372,7 +373,7 @@ def verbs_of_buffers(c: Any, data: Array) -> Calls:
 
 
 def verbs_of_objects(c: Any, data: Array) -> Calls:
-    """Of mpi4py by pickles, as its lower-case verbs send whatever they get."""
+    """Return mpi4py's calls on objects: its lower-case verbs, which pickle."""
     blocks = np.array_split(data, c.size)
 
     def round_trip() -> None:
@@ -390,7 +391,7 @@ def verbs_of_objects(c: Any, data: Array) -> Calls:
 
 
 def verbs_of_pools(q: Any, data: Array, nprocs: int) -> Calls:
-    """Of a pool, as far as it has any; it pickles."""
+    """Return the calls of a pool, for the verbs that it has; it pickles."""
     blocks = np.array_split(data, nprocs)
     return {
         "broadcast": lambda: q.map(len, [data] * nprocs, 1),
@@ -401,7 +402,7 @@ def verbs_of_pools(q: Any, data: Array, nprocs: int) -> Calls:
 
 
 def microseconds(call: Callable[[], Any], meet: Callable[[], Any], repeats: int) -> float:
-    """The mean, where all have met before each call."""
+    """Return the mean time of a call; all ranks `meet` before each call."""
     total = 0.0
     for number in range(-max(1, repeats // 10), repeats):
         meet()
@@ -419,7 +420,7 @@ def measure_calls(
     meet: Callable[[], Any],
     most: int,
 ) -> dict[str, float]:
-    """Microseconds of this rank, by verb and size."""
+    """Return the microseconds of this rank, by verb and size."""
     measured = {}
     for size in sizes:
         calls = calls_on(np.arange(size / 8))
@@ -434,7 +435,7 @@ def measure_calls(
 def measure_ours(
     verbs: list[str], sizes: list[int], most: int, *, parallelizer: Parallelizer
 ) -> Any:
-    """The slowest rank's microseconds, on each; what is on main is checked at first."""
+    """Check two verbs; return the slowest rank's microseconds on every rank."""
     p = parallelizer
     data = np.arange(1000.0 * (p.nprocs or 1))
     assert np.array_equal(p.broadcast(data if p.on_main else data[:1]), data)
@@ -444,11 +445,11 @@ def measure_ours(
 
 
 def nothing(*, parallelizer: Parallelizer) -> None:
-    """Do it on all processes."""
+    """Do nothing, on all processes."""
 
 
 def measure_engine(engine: str, nprocs: int, verbs: list[str], sizes: list[int], most: int) -> Any:
-    """Microseconds by verb and size; under MPI all ranks call this together."""
+    """Return microseconds by verb and size; under MPI, all ranks call this together."""
     if engine in ("processes", "MPI"):
         ours = MPIParallelizer() if engine == "MPI" else MultiprocessingParallelizer(nprocs)
         with ours as p:
@@ -479,7 +480,7 @@ def measure_engines(
     engines: list[str],
     most: int,
 ) -> dict[str, dict[str, float]]:
-    """Medians by engine and, in that, by verb, size and number of processes."""
+    """Return medians by engine and then by verb, size and number of processes."""
     told: dict[str, dict[str, list[float]]] = {engine: {} for engine in engines}
     for number, nprocs in itertools.product(range(rounds), counts):
         for turn in range(len(engines)):
@@ -496,7 +497,7 @@ def measure_engines(
 
 
 def in_bytes(size: int) -> str:
-    """A size as one says it."""
+    """Return a size as text, with its unit."""
     for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
         if size >= unit:
             return f"{size // unit} {name}"
@@ -504,7 +505,7 @@ def in_bytes(size: int) -> str:
 
 
 def print_lines(lines: list[list[str]]) -> None:
-    """Print aligned columns, which Markdown takes for a table too."""
+    """Print aligned columns, as a table that is valid Markdown."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in [lines[0], ["-" * width for width in widths], *lines[1:]]:
         print(f"| {' | '.join(map(str.ljust, line, widths))} |")
@@ -512,14 +513,14 @@ def print_lines(lines: list[list[str]]) -> None:
 
 
 def number(value: float | None) -> str:
-    """Three digits."""
+    """Return a number as text, with three digits or more."""
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def print_verbs(told: dict[str, dict[str, float]], nprocs: int, sizes: list[int]) -> None:
-    """A line for each verb and size, a column for each engine."""
+    """Print a line for each verb and size, with a column for each engine."""
     lines = [["microseconds", "", *told]]
     for verb, size in itertools.product(VERBS, sizes):
         name = f"{verb} {size} {nprocs}"
@@ -528,7 +529,7 @@ def print_verbs(told: dict[str, dict[str, float]], nprocs: int, sizes: list[int]
 
 
 def print_growth(told: dict[str, dict[str, float]], counts: list[int]) -> None:
-    """A line for each verb, size and engine, a column for each number of processes."""
+    """Print a line for each verb, size and engine, with a column for each process count."""
     lines = [["microseconds", "", *map(str, counts)]]
     names = {name.rsplit(" ", 1)[0]: None for row in told.values() for name in row}
     for name, engine in itertools.product(names, told):
@@ -543,7 +544,7 @@ def print_growth(told: dict[str, dict[str, float]], counts: list[int]) -> None:
 def draw_verbs(
     told: dict[str, dict[str, float]], nprocs: int, sizes: list[int], filename: str
 ) -> None:
-    """Draw time against size, both on a logarithmic scale, a panel for each verb."""
+    """Draw time against size, both on a logarithmic scale, with a panel for each verb."""
     pyplot = load("matplotlib.pyplot")  # pip install matplotlib
     figure, axes = pyplot.subplots(1, len(VERBS), figsize=(14, 4.2), sharey=True,
                                    layout="constrained")  # fmt: skip
@@ -562,7 +563,7 @@ def draw_verbs(
     figure.savefig(filename, dpi=110)
 
 
-# All cells of the pools, round by round.
+# How all cells of the pools are measured, round by round.
 
 
 def available(peer: str) -> bool:
@@ -572,7 +573,7 @@ def available(peer: str) -> bool:
 
 
 def measure_all(s: Setting, rounds: int, rows: list[str]) -> Results:
-    """Take a cell at a time; in each round another peer begins, as the first may pay for all."""
+    """Measure cell by cell; in each round another peer begins, because the first may pay more."""
     results: Results = {}
     for number, row in itertools.product(range(1, rounds + 1), rows):
         case = CASES[row]
@@ -592,7 +593,7 @@ def measure_all(s: Setting, rounds: int, rows: list[str]) -> Results:
 
 
 def medians(results: Results) -> Table:
-    """Milliseconds."""
+    """Return the median milliseconds of each cell."""
     return {
         row: {p: 1e3 * statistics.median(cells[p]) for p in PEERS if cells.get(p)}
         for row, cells in results.items()
@@ -600,7 +601,7 @@ def medians(results: Results) -> Table:
 
 
 def entry(milliseconds: float | None, ours: float | None) -> str:
-    """A peer's time, and its ratio to ours where that is another."""
+    """Return a peer's time as text, with its ratio to ours if it is not ours."""
     if milliseconds is None:
         return "-"
     text = f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
@@ -608,7 +609,7 @@ def entry(milliseconds: float | None, ours: float | None) -> str:
 
 
 def print_pools(table: Table) -> None:
-    """A line for each row, a column for each peer."""
+    """Print a line for each row, with a column for each peer; then the `RATIOS`."""
     peers = [peer for peer in PEERS if any(peer in CASES[row].works for row in table)]
     lines = [["milliseconds (ratio to ours)", *peers]]
     for row, values in table.items():
@@ -622,7 +623,7 @@ def print_pools(table: Table) -> None:
 
 
 def describe_machine() -> str:
-    """What was measured, and where."""
+    """Return the system, the number of CPUs, and the versions of all that is measured."""
     versions = [f"Python {platform.python_version()}"]
     for package in ("numpy", "joblib", "mpire", "schwimmbad", "mpi4py"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -655,7 +656,7 @@ def command_line() -> argparse.Namespace:
 
 
 def on_these_ranks(sizes: list[int], most: int) -> None:
-    """Measure the verbs, ours and mpi4py's, where a launcher has started all ranks."""
+    """Measure our verbs and mpi4py's, on the ranks that a launcher has started."""
     c = world_of("mpi4py")
     told = {}
     for engine in ("MPI", "mpi4py, buffers", "mpi4py, objects"):
@@ -667,7 +668,7 @@ def on_these_ranks(sizes: list[int], most: int) -> None:
 
 
 def main() -> int:
-    """Measure what can be measured here; print it, and draw it."""
+    """Measure all peers that are available here; print the tables, and draw the picture."""
     options = command_line()
     rounds = 1 if options.quick else options.rounds
     sizes, counts, most = SIZES, GROWTH, 1000
@@ -704,12 +705,12 @@ def main() -> int:
           f"{s.items} items\n")  # fmt: skip
     results = measure_all(s, rounds, rows)
     print_pools(medians(results))
-    # What failed has been said.
+    # Failures have been reported already, by `apart`.
     return int(any(len(cell) < rounds for row in results.values() for cell in row.values()))
 
 
 def measure_cell(kind: str, *cell: Any) -> None:
-    """What `apart` has started this process for."""
+    """Measure the cell that `apart` has started this process for, and print it as JSON."""
     if kind == "verbs":
         told, over = measure_engine(*cell), cell[0]
     else:

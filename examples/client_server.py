@@ -1,4 +1,4 @@
-"""Roles of one's own: a client on main and servers elsewhere integrate 4 / (1 + x**2) over 0..1."""
+"""Two roles: a client on main and servers elsewhere integrate 4 / (1 + x**2) from 0 to 1."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def integrate(index: int) -> float:
 
 
 def driving_client(parallelizer: Parallelizer) -> float:
-    """Drive workers that serve: `map` is called on main alone."""
+    """Drive the workers, which serve: only main calls `map`."""
     return math.fsum(parallelizer.map(integrate, range(SLICES)))
 
 
 def client(parallelizer: Parallelizer) -> float:
-    """Send every server its slices, do main's own, then collect all the parts."""
+    """Send each server its slices, integrate main's own, then collect all parts."""
     nprocs = parallelizer.nprocs
     for rank in range(1, nprocs):
         parallelizer.send(range(rank, SLICES, nprocs), rank)
@@ -37,7 +37,7 @@ def client(parallelizer: Parallelizer) -> float:
 
 
 def server(parallelizer: Parallelizer) -> None:
-    """Integrate the slices that main asks for and send them back."""
+    """Integrate the slices that main asks for and send the results back."""
     parallelizer.send([integrate(index) for index in parallelizer.receive(0)], 0)
 
 

@@ -1,4 +1,4 @@
-"""An application: vibrations of solid argon by a numerical Hessian, one column a task."""
+"""An application: vibrations of solid argon from a numerical Hessian, one column per task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from parallelizer import Parallelizer, SerialNonParallelizer
 
 EPSILON = 1.654e-21  # well depth of the Lennard-Jones potential, J
-SIGMA = 3.405e-10  # its diameter, m
+SIGMA = 3.405e-10  # diameter in the Lennard-Jones potential, m
 MASS = 6.6335e-26  # of an argon atom, kg
 LATTICE = 5.26 / 3.405  # lattice constant, in SIGMA
 STEP = 1e-4  # displacement of an atom, in SIGMA
@@ -26,7 +26,7 @@ def fcc_crystal(cells: int) -> NDArray[np.float64]:
 
 
 def gradient(atoms: NDArray[np.float64], box: float) -> NDArray[np.float64]:
-    """Differentiate the energy, in EPSILON / SIGMA, of a periodic cube; shape (natoms, 3)."""
+    """Return the energy's gradient in a periodic cube, in EPSILON / SIGMA; shape (natoms, 3)."""
     pairs = atoms[:, np.newaxis] - atoms
     pairs -= box * np.rint(pairs / box)
     r2 = np.einsum("ijk,ijk->ij", pairs, pairs)
@@ -37,13 +37,13 @@ def gradient(atoms: NDArray[np.float64], box: float) -> NDArray[np.float64]:
 
 
 def hessian_column(index: int, atoms: NDArray[np.float64], box: float) -> NDArray[np.float64]:
-    """Differentiate the gradient by coordinate `index`, by central differences; (3 * natoms,)."""
+    """Return column `index`, by central differences of the gradient; shape (3 * natoms,)."""
     shift = STEP * np.eye(1, atoms.size, index).reshape(atoms.shape)
     return (gradient(atoms + shift, box) - gradient(atoms - shift, box)).ravel() / (2.0 * STEP)
 
 
 def hessian(cells: int, parallelizer: Parallelizer) -> tuple[Any, float]:
-    """Compute the columns of the Hessian, a list on main, and the seconds that it took."""
+    """Return the columns of the Hessian, a list on main, and the seconds that they took."""
     atoms, box = fcc_crystal(cells), LATTICE * cells
     start = time.perf_counter()
     columns = parallelizer.map(hessian_column, range(atoms.size), extra_args=(atoms, box))
@@ -51,7 +51,7 @@ def hessian(cells: int, parallelizer: Parallelizer) -> tuple[Any, float]:
 
 
 def main() -> None:
-    """Compute the Hessian in parallel and serially; print frequency, times and speed-up."""
+    """Compute the Hessian in parallel and serially; print the frequency, times and speed-up."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cells", type=int, default=4, help="fcc cells along an edge")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the spectrum, by matplotlib")
@@ -64,7 +64,7 @@ def main() -> None:
         expected, serial = SerialNonParallelizer().run(hessian, arguments.cells)
         if not np.array_equal(columns, expected):
             raise SystemExit("The parallel Hessian differs from the serial one.")
-        squares = np.linalg.eigvalsh(columns).clip(0)  # three are 0: the crystal as a whole moves
+        squares = np.linalg.eigvalsh(columns).clip(0)  # three are 0: the whole crystal moves
         modes = np.sqrt(squares * EPSILON / MASS) / (2e12 * np.pi * SIGMA)
         print(f"{len(modes)} modes, the highest at {modes[-1]:.4f} THz, bit by bit as serially")
         times = f"{serial:.2f} s serially, {seconds:.2f} s on {parallelizer.nprocs} processes"

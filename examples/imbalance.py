@@ -1,8 +1,9 @@
 """Which rank do all others wait for? A trace shows it.
 
-Counts primes, first in blocks of equal length, then item by item. Larger numbers take longer, so
-the last block is late, and the other ranks wait; items are dealt to whoever is free. ``--trace
-FILE.json`` keeps the trace, which https://ui.perfetto.dev shows, and ``--plot FILE.png`` draws it.
+The program counts primes, first in blocks of equal length, then item by item. Larger numbers take
+longer, so the last block is late, and the other ranks wait for it. Items, in contrast, go to
+whichever rank is free. ``--trace FILE.json`` keeps the trace, which https://ui.perfetto.dev shows,
+and ``--plot FILE.png`` draws it.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ def count_primes(start: int) -> int:
 
 
 def count_in_block(starts: Any) -> list[int]:
-    """Count them for each start of a block."""
+    """Count the primes after each start in a block."""
     return [count_primes(int(start)) for start in starts]
 
 
 def run_job(parallelizer: Parallelizer) -> tuple[int, int] | None:
-    """Count the primes below 200,000 in both ways, on main."""
+    """Count the primes below 200,000 in both ways; return both counts on main."""
     starts = range(0, 200_000, LENGTH) if parallelizer.on_main else None
     in_blocks = parallelizer.map(count_in_block, starts, vectorized=True)
     by_items = parallelizer.map(count_primes, starts)
@@ -44,7 +45,7 @@ def run_job(parallelizer: Parallelizer) -> tuple[int, int] | None:
 
 
 def draw(trace: Path, image: str) -> None:
-    """Draw a trace as a bar for each rank; its white parts are what the module itself does."""
+    """Draw a trace, with a bar for each rank; in white parts, the module itself is at work."""
     pyplot = importlib.import_module("matplotlib.pyplot")  # pip install matplotlib
     events = json.loads(trace.read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
@@ -66,7 +67,7 @@ def draw(trace: Path, image: str) -> None:
 
 
 def main() -> None:
-    """Run it on the backend named on the command line."""
+    """Count on the backend named on the command line, and draw the trace if asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     Parallelizer.add_arguments(parser)
     parser.add_argument("--trace", metavar="FILE.json", help="keep the trace in this file")

@@ -1,4 +1,4 @@
-"""Work that comes in items: add 1 to ten numbers, item by item and block by block."""
+"""Work on independent items: add 1 to ten numbers, item by item and block by block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from parallelizer import Parallelizer
 
 
 def add(x: Any, increment: int) -> Any:
-    """Add `increment` to `x`, one number or a block of them, shape (n,)."""
+    """Add `increment` to `x`, which is one number, or a block of shape (n,)."""
     return x + increment
 
 
@@ -21,7 +21,7 @@ def run_job(parallelizer: Parallelizer) -> tuple[Any, Any]:
     Returns
     -------
     itemwise : list of int64
-        One result an item, in order. On main; a falsy sentinel on workers.
+        One result per item, in order. On main; a falsy sentinel on workers.
     blockwise : ndarray of int64, shape (10,)
         The blocks' results, concatenated. On main; a falsy sentinel on workers.
     """

@@ -10,7 +10,7 @@ from parallelizer import Parallelizer
 
 
 def run_job(parallelizer: Parallelizer) -> list[int]:
-    """Say how many of 1000 numbers each process gets.
+    """Return how many of 1000 numbers each process gets.
 
     Returns
     -------

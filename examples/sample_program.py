@@ -1,4 +1,4 @@
-"""A whole program, as a class: given a parallelizer, a registered name or nothing at run time."""
+"""A complete program as a class, which takes a parallelizer, a registered name, or nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SampleProgram:
     Parameters
     ----------
     size : int
-        How many numbers.
+        Number of values to square.
     par : Parallelizer, str or None
         What `Parallelizer.lookup` takes: a parallelizer, a registered name or a backend's name,
         or None for the innermost open parallelizer (a serial one where none is open).
@@ -32,7 +32,7 @@ class SampleProgram:
         return np.arange(self.size, dtype=np.float64)
 
     def eval_parallel(self, data: Any, parallelizer: Parallelizer) -> Any:
-        """Square main's `data`, shape (size,), a block on each process; gathered on main."""
+        """Square main's `data`, shape (size,), block by block; return the squares on main."""
         block = parallelizer.scatter(data)
         return parallelizer.gather(block**2)
 
@@ -48,19 +48,19 @@ class SampleProgram:
         self.eval_parallel(None, parallelizer)
 
     def run_both(self, *, parallelizer: Parallelizer) -> Any:
-        """Run the part of this process: each method returns a sentinel where it does not run."""
+        """Run this process's part; each method returns a sentinel where it does not run."""
         self.run_worker(parallelizer=parallelizer)
         return self.run_main(parallelizer=parallelizer)
 
     def run(self) -> Any:
-        """Find the parallelizer and run on it; the result is main's."""
+        """Find the parallelizer, run on it, and return main's result."""
         par = Parallelizer.lookup(self.par)
         par.print("Running with", par, where="main")
         return par.run(self.run_both)
 
 
 def main() -> None:
-    """Run the program with a parallelizer, with its name and with the open one."""
+    """Run the program with a parallelizer, with its name, and with the open parallelizer."""
     parser = argparse.ArgumentParser(description=__doc__)
     Parallelizer.add_arguments(parser)
     parallelizer = Parallelizer.from_arguments(parser.parse_args())

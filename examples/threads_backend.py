@@ -1,9 +1,9 @@
-"""A backend of one's own: threads of this process, which meet at a table.
+"""A user-defined backend: threads of this process, which meet at a table.
 
-It is complete: `python -m parallelizer self-test --backend threads_backend:ThreadParallelizer`
-(with this folder on PYTHONPATH) checks it. Threads compute at the same time where Python does
-without the global lock (3.13t, 3.14t), or where compiled code lets go of it. What it is made of may
-change with a version of parallelizer.
+The backend is complete. With this folder on PYTHONPATH, this command checks it:
+`python -m parallelizer self-test --backend threads_backend:ThreadParallelizer`. Threads compute at
+the same time in builds of Python without the global lock (3.13t, 3.14t), or while compiled code
+releases it. The base classes that the backend is made of may change with a version of parallelizer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from parallelizer import Communicator, Message, Parallelizer, Parcel
 
 
 class Table:
-    """What all threads see: their words and what they bring, for even and odd rounds, and mail."""
+    """What all threads see: words and data of even and odd rounds, and mail."""
 
     def __init__(self, count: int) -> None:
         self.words = [[0] * count, [0] * count]
@@ -27,7 +27,7 @@ class Table:
         self.changes = 0
 
     def change(self) -> None:
-        """Wake all who wait for something."""
+        """Wake all threads that wait for something."""
         with self.changed:
             self.changes += 1
             self.changed.notify_all()
@@ -39,7 +39,7 @@ class ThreadCommunicator(Communicator):
     def __init__(self, process: int, table: Table) -> None:
         super().__init__(process, len(table.mail))
         self._table = table
-        self._seen = 0  # changes
+        self._seen = 0  # changes that this thread has seen
 
     def _exchange(self, word: int, wanted: bytes) -> bool:
         self._table.words[self._round & 1][self.process] = word
@@ -71,19 +71,19 @@ class ThreadCommunicator(Communicator):
             self._deliver(*mail.popleft())
 
     def wake(self) -> None:
-        """Called by other threads than the one that waits."""
+        """Make the waiting thread look again; another thread calls this."""
         self._table.change()
 
 
 class ThreadParallelizer(Parallelizer):
-    """Runs on `nprocs` threads, of which the caller's is main.
+    """Runs on `nprocs` threads; main is the thread of the caller.
 
     On a worker, `lookup` and objects that hold the parallelizer find the worker's own.
     """
 
     _drives_workers = True
-    _main: ThreadParallelizer | None = None  # of a worker's object, main's
-    _current = threading.local()  # in whose `worker` a worker's thread finds its object
+    _main: ThreadParallelizer | None = None  # on a worker's object: main's object
+    _current = threading.local()  # `worker` is the object of this worker thread
 
     def __init__(self, nprocs: int = 2, *, timeout: float | None = None) -> None:
         super().__init__(timeout=timeout)
@@ -112,10 +112,10 @@ class ThreadParallelizer(Parallelizer):
             raise
 
     def _work(self, communicator: ThreadCommunicator) -> None:
-        """Be one of the workers, with a parallelizer of its own."""
+        """Serve main on a worker thread, with a parallelizer of its own."""
         worker = ThreadParallelizer(self._count, timeout=self.timeout)
         worker._comm = communicator
-        worker._entered = 1  # so that a function's `with parallelizer` starts nothing
+        worker._entered = 1  # so that `with parallelizer` in a function starts nothing
         worker._main = self
         self._current.worker = worker
         worker.serve()
@@ -129,7 +129,7 @@ class ThreadParallelizer(Parallelizer):
 
 
 def count_primes(start: int, stop: int) -> int:
-    """Work for a thread."""
+    """Count the primes from `start` to `stop`; the work of one task."""
     return sum(all(n % d for d in range(2, int(n**0.5) + 1)) for n in range(max(start, 2), stop))
 
 
