@@ -5221,7 +5221,7 @@ class _LogsToMain:
         self._replaced: list[tuple[logging.Logger, list[logging.Handler]]] = []
         self._takes_all = False  # also what another handler of this process has taken
         self._captures = False  # warnings, which nobody did before
-        self._has_sent = False  # since the last `settle`
+        self._has_sent = False  # something in this run
 
     def attach(self, *, takes_all: bool) -> None:
         """Take the place of the handlers that are there, which main has as well."""
@@ -5283,15 +5283,17 @@ class _LogsToMain:
 
     def flush(self) -> None:
         """Amid a run, send what waits; outside of runs it waits for the next one."""
-        if self._waiting and self._communicator.is_running():
-            self._communicator.tell_records(self._taken_out())
+        comm = self._communicator
+        # What is logged faster than it can be sent goes together, in few messages.
+        if self._waiting and comm.is_running() and comm.has_sent_all(0):
+            comm.tell_records(self._taken_out())
             self._has_sent = True
 
-    def settle(self) -> None:
-        """At the end of a function: return when all that was logged in it is on its way."""
-        if self._waiting or self._has_sent:
+    def send_rest(self, *, patiently: bool) -> None:
+        """At the end of a function: send all that waits, and return, if need be when it is sent."""
+        if self._communicator.is_running() and (self._waiting or self._has_sent):
             self._has_sent = False
-            self._communicator.tell_records(self._taken_out(), patiently=True)
+            self._communicator.tell_records(self._taken_out(), patiently=patiently)
 
     def _taken_out(self) -> list[_Record]:
         return [self._waiting.popleft() for _ in range(len(self._waiting))]
@@ -5311,21 +5313,26 @@ class _LogsFromOthers:
         """Have the loggers of these names handle them, each with the attribute ``rank``."""
         if not self._waiting:
             return
-        import logging
-
         user = self._communicator.user
         task, user.task_thread = user.task_thread, threading.get_ident()  # a handler calls no verb
         try:
             while self._waiting:
-                process, told = self._waiting.popleft()
-                record = logging.makeLogRecord({**_loaded_record(told), "rank": process})
-                logger = logging.getLogger(record.name)
-                if logger.isEnabledFor(record.levelno):
-                    logger.handle(record)
-        except Exception as why:  # of a handler: the run is not to end by that
-            print(f"in a handler of logging:\n{_formatted(why)}", end="", file=sys.stderr)
+                self._log(*self._waiting.popleft())
         finally:
             user.task_thread = task
+
+    @staticmethod
+    def _log(process: int, told: _Record) -> None:
+        import logging
+
+        record = logging.makeLogRecord({**_loaded_record(told), "rank": process})
+        logger = logging.getLogger(record.name)
+        if logger.isEnabledFor(record.levelno):
+            try:
+                logger.handle(record)
+            except Exception as why:  # of a handler: no run is to end by that
+                told_why = f"in a handler of logging:\n{_formatted(why)}"
+                print(told_why, end="", file=sys.stderr)
 
 
 def _loggers() -> list[logging.Logger]:
@@ -7905,6 +7912,10 @@ class Communicator(abc.ABC):
         """Within, main logs what this process would, where that is asked for run by run."""
         yield
 
+    def has_sent_all(self, process: int) -> bool:
+        """Whether no mail to this process waits here."""
+        return True
+
     def tell_records(self, records: Any, *, patiently: bool = False) -> None:
         """Have main log these, and return, if need be when there is room for them."""
         parcel = Parcel(self._run.number, "logs", Message(pickle.dumps(records), []))
@@ -8044,7 +8055,7 @@ class Communicator(abc.ABC):
         """
         self.enter("return")
         if isinstance(self.logs, _LogsToMain):
-            self.logs.settle()
+            self.logs.send_rest(patiently=True)
         self._lay(Message(report, []))
         self._return()
         self.take_in_logs()
@@ -8062,8 +8073,8 @@ class Communicator(abc.ABC):
         if self.gone:
             return error
         try:
-            if self.logs is not None:
-                self.logs.flush()  # what was logged before the error is told before it
+            if isinstance(self.logs, _LogsToMain):
+                self.logs.send_rest(patiently=False)  # it has come before the error
             return self._end_run(error)
         finally:
             self._finish(failed=True)
@@ -9700,6 +9711,12 @@ class BoardCommunicator(Communicator):
         self._post(process, parcel)
         while not self._rings.has_sent(process):
             self._await_room(process)
+
+    def has_sent_all(self, process: int) -> bool:
+        rings: _Rings = self._rings
+        if not rings.has_sent(process):
+            rings.move()
+        return rings.has_sent(process)
 
     def _await_room(self, process: int) -> None:
         """Return when something more has been written, or all of it."""
@@ -12468,6 +12485,9 @@ class MPICommunicator(Communicator):
     def _post(self, process: int, parcel: Parcel) -> None:
         # Not synchronous, because nobody waits until these letters have been taken in.
         self._letters.send(process, parcel, synchronous=False)
+
+    def has_sent_all(self, process: int) -> bool:
+        return self._letters.are_sent()
 
     def _transmit(self, process: int, parcel: Parcel) -> None:
         letters = self._letters
