@@ -924,8 +924,10 @@ class Parallelizer:
         """
         if self._runs_here():
             raise ContractError("trace was called inside a run; call it before, for the next run")
-        own = path if self.on_main else None
-        self._trace = None if path is None else _TraceFile(own)
+        # Where main cannot write, and its error is caught, it keeps in step with the other ranks.
+        self._trace = None if path is None else _TraceFile(None)
+        if path is not None and self.on_main:
+            self._trace = _TraceFile(path)
 
     def _trace_file(self) -> _TraceFile | None:
         """Where a run is to be written that begins now."""
@@ -5121,43 +5123,74 @@ class _TraceFile:
     The format is described in "Trace Event Format", Google, 2016.
     """
 
-    _END = "\n]}\n"
+    _BEGIN, _END = b'{"displayTimeUnit": "ms", "traceEvents": [', b"\n]}\n"
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self._path = path  # None where main is another process, which writes
+        # None where main is another process, which writes. The current folder may change later.
+        self._path = path and os.path.abspath(os.fsdecode(path))  # noqa: PTH100
         self._zero = time.perf_counter()
         self._tracks: dict[tuple[str, str], int] = {}  # numbers of parallelizers, on hosts
         self._named: set[tuple[int, int]] = set()
-        if path is not None:
-            with open(path, "w") as file:  # noqa: PTH123
-                file.write('{"displayTimeUnit": "ms", "traceEvents": [' + self._END)
+        self._waiting: collections.deque[list[dict[str, Any]]] = collections.deque()  # runs
+        self._lock = threading.Lock()
+        self._pid, self._size = os.getpid(), 0  # who writes, and how much there is
+        if self._path is not None:
+            with open(self._path, "wb") as file:  # noqa: PTH123
+                file.write(self._BEGIN + self._END)
+                self._size = file.tell()
 
     def write_run(
         self, parallelizer: Parallelizer, comm: Communicator, told: Sequence[tuple[float, Any]]
     ) -> None:
         """Add a run, of which main and perhaps others have `told`; in vain on a full disk."""
+        if self._path is None or self._pid != os.getpid():
+            return
+        self._waiting.append(self._events(parallelizer, comm, told))
+        # Several threads may have parallelizers, and an `imap` may be collected, and so end, amid
+        # this. Nobody waits: who holds the lock writes what others add, because all look again
+        # when they have let go of it.
+        while self._waiting and self._lock.acquire(blocking=False):
+            failure = ""
+            try:
+                while self._waiting:
+                    self._append(self._waiting.popleft())
+            except OSError as why:
+                failure = str(why)
+            finally:
+                self._lock.release()
+            if failure:
+                self._give_up(failure)
+
+    def _give_up(self, why: str) -> None:
+        path, self._path = self._path, None
+        self._waiting.clear()
+        _logger().warning("the trace %s cannot be written, and is given up: %s", path, why)
+
+    def _append(self, events: Sequence[dict[str, Any]]) -> None:
         import json
 
+        if self._path is None:
+            return
+        comma = "," if self._size > len(self._BEGIN + self._END) else ""
+        added = f"{comma}\n" + ",\n".join(map(json.dumps, events))
+        with open(self._path, "r+b") as file:  # noqa: PTH123
+            if file.seek(0, os.SEEK_END) != self._size:
+                raise OSError("somebody else has written to it, or has begun it anew")
+            file.seek(-len(self._END), os.SEEK_END)
+            file.write(added.encode() + self._END)
+            self._size = file.tell()
+
+    def _events(
+        self, parallelizer: Parallelizer, comm: Communicator, told: Sequence[tuple[float, Any]]
+    ) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
-        comma = "," if self._tracks else ""
         beside, clock = comm.beside(), told[0][0]
         for rank, (its_clock, spans) in enumerate(told):
             process = comm.members[rank]
             track = self._track(parallelizer, comm.host_of(process), process, events)
             offset = (0.0 if process in beside else clock - its_clock) - self._zero
             events += (self._event(span, offset, track, process) for span in spans)
-        added = f"{comma}\n" + ",\n".join(map(json.dumps, events))
-        if self._path is None:
-            return
-        try:
-            with open(self._path, "r+") as file:  # noqa: PTH123
-                file.seek(os.fstat(file.fileno()).st_size - len(self._END))
-                file.write(added + self._END)
-        except OSError as why:
-            _logger().warning(
-                "the trace %s cannot be written, and is given up: %s", self._path, why
-            )
-            self._path = None
+        return events
 
     def _track(
         self, parallelizer: Parallelizer, host: str, rank: int, events: list[dict[str, Any]]

@@ -2982,6 +2982,56 @@ def traces_itself(*, parallelizer: Par) -> None:
     parallelizer.trace("run.json")
 
 
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_trace_that_somebody_else_writes_to(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.json"
+    monkeypatch.chdir(tmp_path)
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        par.trace(path.name)
+        monkeypatch.chdir("/")
+        par.run(own_id)
+        spans_of(path)
+        path.write_text("")
+        error = caught_from(par.run, waits_and_fails)
+        assert isinstance(error, Odd)  # and not what the trace has met with
+        assert path.read_text() == ""
+        par.trace(path)
+        other = SerialNonParallelizer()
+        other.trace(path)
+        other.run(waits_once)
+        par.run(own_id)  # leaves the file to the other one
+        assert [name for name, *_ in spans_of(path)[0]] == ["run waits_once"]
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "somebody else has written to it, or has begun it anew"
+    ] * 2
+
+
+def waits_once(*, parallelizer: Par) -> None:
+    parallelizer.wait()
+
+
+def test_a_trace_of_parallelizers_of_several_threads(tmp_path: Path) -> None:
+    path, script = tmp_path / "run.json", tmp_path / "script.py"
+    script.write_text(f"""
+import threading
+from {MODULE} import MultiprocessingParallelizer
+def run_often():
+    with MultiprocessingParallelizer(2, start_method="forkserver") as par:
+        for _ in range(100):
+            par.map(abs, range(4))
+if __name__ == "__main__":
+    threads = [threading.Thread(target=run_often) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+""")
+    run_program(str(script), PARALLELIZER_TRACE=str(path))
+    assert [name for name, *_ in spans_of(path)[0]].count("map abs") == 300
+
+
 LOGGING_SCRIPT = """
 import logging, sys, threading, warnings
 from MODULE import MPIParallelizer, MultiprocessingParallelizer
