@@ -6488,7 +6488,7 @@ def test_the_code_of_the_readme_runs(number: int, tmp_path: Path) -> None:
     script.write_text(BLOCKS_OF_README[number])
     folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
     assert run_program(str(script), cwd=tmp_path, PYTHONPATH=folders)
-    if "MPI" in script.read_text() or '"auto"' in script.read_text():
+    if re.search(r'MPI|"auto"|from_arguments', script.read_text()):
         assert run_program(str(script), ranks=3, cwd=tmp_path)
 
 
