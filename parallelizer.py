@@ -13112,7 +13112,8 @@ def _test_backend(name: str, make: Callable[[], Parallelizer]) -> bool:
     if main:
         ranks = _told_ranks(hosts)
         verdict = "FAILED" if failures else f"{len(_CHECKS)} checks passed"
-        print(f"{name:<28}{ranks:<24}{time.perf_counter() - begun:6.2f} s   {verdict}", flush=True)
+        seconds = time.perf_counter() - begun
+        print(f"{name:<27} {ranks:<23} {seconds:6.2f} s   {verdict}", flush=True)
         for text in failures:
             print(text, file=sys.stderr)
     return not failures
@@ -13192,6 +13193,8 @@ def _command_line() -> int:
     )  # fmt: skip
     parser.add_argument("--nprocs", type=int, default=3, help="number of processes (default: 3)")
     arguments = parser.parse_args()
+    if arguments.backend not in (None, "mpi") and ":" not in arguments.backend:
+        parser.error(f"--backend {arguments.backend} is neither PACKAGE.MODULE:CLASS nor mpi")
     return 0 if _self_test(arguments.backend, arguments.nprocs) else 1
 
 

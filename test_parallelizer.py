@@ -6466,8 +6466,13 @@ def test_a_backend_of_ones_own(nprocs: int) -> None:
     argv = ["self-test", "--backend", "threads_backend:ThreadParallelizer", "--nprocs", str(nprocs)]
     folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
     told = run_program("-m", "parallelizer", *argv, PYTHONPATH=folders)
-    assert f"{nprocs} on " in told
-    assert "5 checks passed" in told
+    assert re.search(rf" {nprocs} on \S+ .* 5 checks passed\n", told)
+
+
+def test_the_self_test_says_what_it_takes() -> None:
+    code, _, err = finish("-m", "parallelizer", "--backend", "serial")
+    assert code == 2
+    assert "--backend serial is neither PACKAGE.MODULE:CLASS nor mpi" in err
 
 
 def test_docstrings_show_what_happens() -> None:
