@@ -591,7 +591,7 @@ class Parallelizer:
         ContractError
             Inside a run of this parallelizer.
         """
-        if self._runs_here():
+        if self._runs_here() or self._maps_here():
             raise ContractError("a parallelizer cannot be closed inside its own run")
         while self._entered > (self._lock.locked() and self._stream() is None):
             self.__exit__()  # except for the entry by a run of another thread, which exits itself
@@ -602,7 +602,8 @@ class Parallelizer:
         It does so with multiprocessing, where main kills its workers. On the other backends, the
         run ends by itself first.
         """
-        if not self._runs_here() and self._comm is not None and self._lock.locked():
+        here = self._runs_here() or self._maps_here()
+        if not here and self._comm is not None and self._lock.locked():
             self._comm.kill_others()
         self.close()
 
@@ -833,6 +834,11 @@ class Parallelizer:
         """Whether this thread executes a run, on this parallelizer or one that shares its ranks."""
         self._refuse_if_absent()
         return self._comm is not None and self._comm.user.thread == threading.get_ident()
+
+    def _maps_here(self) -> bool:
+        """Whether this thread is inside an `imap`: in an item, or a handler of a signal or log."""
+        stream = self._stream()
+        return stream is not None and stream.is_inside()
 
     def _leads(self, communicator: Communicator) -> bool:
         """Whether the other processes wait for commands of this one, which is main."""
@@ -6289,7 +6295,7 @@ class _Stream:
     def __init__(self, results: Generator[Any, None, None]) -> None:
         # Threads that have taken part: each would wait for itself if it ran anything else.
         self.threads = weakref.WeakSet([threading.current_thread()])
-        self._results = results
+        self._results: Any = results  # type checkers know no `gi_running` of a `Generator`
         self._turn = threading.RLock()  # because only one thread at a time may be in a generator
         self._latest = threading.current_thread()  # to have had the turn
         self._why_cut_off = ""
@@ -6315,6 +6321,16 @@ class _Stream:
         self._take_turn()
         try:
             self._results.close()
+        finally:
+            self._turn.release()
+
+    def is_inside(self) -> bool:
+        """Whether this thread is computing a result just now, or waits for one."""
+        if not self._turn.acquire(blocking=False):
+            return False
+        try:
+            running: bool = self._results.gi_running  # by this thread, because it has the turn
+            return running
         finally:
             self._turn.release()
 

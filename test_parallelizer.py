@@ -4263,6 +4263,36 @@ def test_closed_by_another_thread(method: str, how: str, work: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("method", MULTIPROCESSING)
+@pytest.mark.parametrize("how", ["close", "terminate"])
+def test_closed_by_a_handler_amid_an_imap(method: str, how: str, tmp_path: Path) -> None:
+    over = tmp_path / "over"
+    found: list[Exception | None] = []
+
+    def end_it(*_: object) -> None:
+        found.append(caught_from(getattr(par, how)))
+        over.touch()
+
+    before = signal.signal(signal.SIGALRM, end_it)
+    try:
+        with MultiprocessingParallelizer(2, start_method=method, main_computes=False) as par:
+            asks = functools.partial(asks_to_end, os.getpid(), over)
+            assert list(par.imap(asks, range(3))) == [0, 1, 2]
+            (error,) = found
+            assert isinstance(error, ContractError)
+            assert "closed inside its own run" in str(error)
+            expect_to_work(par)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def asks_to_end(pid: int, over: Path, item: int) -> int:
+    if item == 0:
+        os.kill(pid, signal.SIGALRM)
+    wait_until(over.exists)
+    return item
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
 def test_workers_are_replaced_where_that_is_asked_for(method: str) -> None:
     with MultiprocessingParallelizer(3, start_method=method) as par:
         before = par.run(pids)
