@@ -3163,8 +3163,14 @@ def test_a_handler_of_a_worker_keeps_what_it_takes(
 
 class Failing(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        if hasattr(record, "rank"):
-            raise Odd(1, detail="of a handler")
+        if getattr(record, "rank", 0):
+            raise ValueError(f"given {record.getMessage()}")
+
+
+def logs_often(*, parallelizer: Par) -> None:
+    for n in range(3):
+        logging.getLogger("kept").warning("record %d", n)
+    parallelizer.wait()
 
 
 def test_a_failing_handler_ends_no_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -3172,12 +3178,13 @@ def test_a_failing_handler_ends_no_run(capsys: pytest.CaptureFixture[str]) -> No
     logging.getLogger("kept").addHandler(handler)
     try:
         with MultiprocessingParallelizer(2, start_method="spawn") as par:
-            par.run(logs_for_its_file)
+            par.run(logs_often)
+            told = capsys.readouterr().err
             assert par.run(own_id) == 0
     finally:
         logging.getLogger("kept").removeHandler(handler)
-    assert "in a handler of logging:" in (told := capsys.readouterr().err)
-    assert "of a handler" in told
+    assert "in a handler of logging:" in told
+    assert re.findall(r"ValueError: given (.*)", told) == ["record 0", "record 1", "record 2"]
 
 
 @pytest.mark.parametrize("method", MULTIPROCESSING)
