@@ -990,7 +990,8 @@ class Parallelizer:
 
     def _obey(self, communicator: Communicator, message: Message) -> None:
         ranks, names, threads, levels, shared, pickled = pickle.loads(message.pickled)
-        _take_levels(levels or {})
+        if levels is not None and isinstance(communicator.logs, _LogsToMain):
+            communicator.logs.take_levels(levels)
         _SHARED.forget_all_but(shared)
         for name in self._names():
             del self._registry[name]
@@ -5258,6 +5259,7 @@ class _LogsToMain:
         self._handler = handlers.QueueHandler(self)
         self._waiting: collections.deque[_Record] = collections.deque()
         self._replaced: list[tuple[logging.Logger, list[logging.Handler]]] = []
+        self._levels_taken: set[str] = set()  # of which loggers main has set the levels
         self._takes_all = False  # also what another handler of this process has taken
         self._captures = False  # warnings, which nobody did before
         self._has_sent = False  # something in this run
@@ -5307,6 +5309,19 @@ class _LogsToMain:
             if user.interruptible and user.thread == threading.get_ident():
                 with self._communicator.undisturbed():
                     self.flush()
+
+    def take_levels(self, levels: Mapping[str, int]) -> None:
+        """Let pass what main would, which has set these levels, and has perhaps reset others."""
+        import logging
+
+        for name in self._levels_taken - {*levels}:
+            logging.getLogger(name).setLevel(logging.NOTSET)
+        self._levels_taken = {*levels} - {""}
+        for name, level in levels.items():
+            if name:
+                logging.getLogger(name).setLevel(level)
+            else:
+                logging.disable(level)
 
     def _is_handled_here(self, record: logging.LogRecord) -> bool:
         """Whether a handler that the function or the initializer has made takes it, too."""
@@ -5399,8 +5414,15 @@ def _told_record(record: logging.LogRecord) -> _Record:
         elif (pickled := _dumped(value)) is not None:
             pickles[name] = pickled
         else:
-            plain[name] = repr(value)
+            plain[name] = _shown(value)
     return plain, pickles
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception as why:  # as above
+        return f"{_describe(value)}, which cannot be shown: {_summary(why)}"
 
 
 def _loaded_record(told: _Record) -> dict[str, Any]:
@@ -5420,19 +5442,8 @@ def _levels() -> dict[str, int]:
     """Which records loggers let pass: the levels that have been set, by name, of main's."""
     import logging
 
-    levels = {one.name: one.level for one in _loggers() if one.level}
+    levels = {one.name: one.level for one in _loggers() if one.level or one is logging.root}
     return {**levels, "": logging.root.manager.disable}
-
-
-def _take_levels(levels: Mapping[str, int]) -> None:
-    """Let pass what main would."""
-    import logging
-
-    for name, level in levels.items():
-        if name:
-            logging.getLogger(None if name == "root" else name).setLevel(level)
-        else:
-            logging.disable(level)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10439,6 +10450,7 @@ class _WorkerSetup(NamedTuple):
     method: str
     initializer: _Initializer | None
     logs: bool | None  # see `MultiprocessingParallelizer`
+    levels: dict[str, int]  # of main's loggers, where logs are passed on
 
     def passes_on_logs(self) -> bool:
         return _are_logs_passed_on(self.logs, self.method)
@@ -10574,7 +10586,7 @@ class _Workers:
                 self._start(_WorkerSetup(
                     pickled, process, self.board, self._doorbells[process], self.queue,
                     guard.life, os.getpid(), self._timeout, self.limit, self._method, initializer,
-                    parallelizer.logs,
+                    parallelizer.logs, _levels() if self.pass_on_logs() else {},
                 ))  # fmt: skip
                 if may_harm and not _is_single_threaded():
                     _warn_of_no_fork(
@@ -11065,6 +11077,7 @@ def _worker_main(setup: _WorkerSetup) -> None:
     if setup.passes_on_logs():
         communicator.logs = _LogsToMain(communicator)
         communicator.logs.attach(takes_all=setup.logs is True)
+        communicator.logs.take_levels(setup.levels)  # now, because the initializer may log
     # What the worker has started and left running is killed, but only at the very end: whatever
     # else is done at exit may end it properly before.
     from multiprocessing.util import Finalize

@@ -3161,6 +3161,55 @@ def test_a_handler_of_a_worker_keeps_what_it_takes(
     assert ranks == ([0, 1] if logs else [0])
 
 
+LEVELS_SCRIPT = """
+import logging, sys
+from MODULE import MultiprocessingParallelizer
+log = logging.getLogger("my.library")
+
+class Strange:
+    def __reduce__(self):
+        raise TypeError
+    def __repr__(self):
+        raise TypeError("of repr")
+
+def says(what, parallelizer=None):
+    if parallelizer is None or parallelizer.id:
+        log.info(what, extra={"strange": Strange()})
+
+class Prints(logging.Handler):
+    def emit(self, record):
+        if record.name == log.name:
+            print(record.rank, record.getMessage(), record.strange)
+
+if __name__ == "__main__":
+    logging.getLogger().addHandler(Prints())
+    log.setLevel("INFO")
+    with MultiprocessingParallelizer(
+        2, start_method=sys.argv[1], logs=True, initializer=says, initargs=("is born",)
+    ) as p:
+        p.run(says, "one")
+        log.setLevel("ERROR")
+        p.run(says, "two")
+        log.setLevel("NOTSET")
+        p.run(says, "three")
+        logging.getLogger().setLevel("NOTSET")
+        p.run(says, "four")
+        logging.disable()
+        p.run(says, "five")
+        logging.disable("NOTSET")
+        p.run(says, "six")
+"""
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_workers_log_what_main_s_levels_let_pass(method: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LEVELS_SCRIPT.replace("MODULE", MODULE))
+    told = run_program(str(script), method).splitlines()
+    end = "a Strange, which cannot be shown: TypeError: of repr"
+    assert told == [f"1 {what} {end}" for what in ("is born", "one", "four", "six")]
+
+
 class Failing(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "rank", 0):
