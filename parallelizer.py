@@ -5166,10 +5166,11 @@ class _TraceFile:
             finally:
                 self._lock.release()
             if failure:
-                self._give_up(failure)
+                self.give_up(self._path, failure)
 
-    def _give_up(self, why: str) -> None:
-        path, self._path = self._path, None
+    def give_up(self, path: object, why: object) -> None:
+        """Write no more to `path`, and say so."""
+        self._path = None
         self._waiting.clear()
         _logger().warning("the trace %s cannot be written, and is given up: %s", path, why)
 
@@ -5230,7 +5231,14 @@ class _TraceFile:
 @functools.cache
 def _shared_trace_file(path: str, on_main: bool) -> _TraceFile:
     """The one that PARALLELIZER_TRACE names, for all parallelizers of this program."""
-    return _TraceFile(path if on_main else None)
+    # An error would be main's alone. If the program caught it, under MPI the others would go on in
+    # a run in which main takes no part.
+    nowhere = _TraceFile(None)
+    try:
+        return _TraceFile(path) if on_main else nowhere
+    except OSError as why:
+        nowhere.give_up(path, why)
+        return nowhere
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3008,6 +3008,16 @@ def test_a_trace_that_somebody_else_writes_to(
     ] * 2
 
 
+def test_a_trace_that_the_environment_wants_nowhere(
+    p: Par, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PARALLELIZER_TRACE", str(tmp_path / "no" / "run.json"))
+    for _ in range(2):
+        expect(p, p.run(ranks), list(range(p.nprocs)))
+    told = [record.message for record in caplog.records if "is given up" in record.message]
+    assert len(told) == p.on_main
+
+
 def waits_once(*, parallelizer: Par) -> None:
     parallelizer.wait()
 
