@@ -10004,6 +10004,10 @@ class _WorkerEnd(BoardCommunicator):
             if not self.listen(_SETTLING, lambda: self._rings.has_sent(0)):
                 _send_urgent(self._main_pid)
                 self.listen(math.inf, lambda: self._rings.has_sent(0))
+        elif self.logs is not None:
+            # What was logged before may wait for room, which main makes while it waits for all to
+            # leave. That is not for long: records are not worth this process.
+            self.listen(_GRACE / 2, lambda: self._rings.has_sent(0))
         return error
 
     def _tell_main(self, error: BaseException) -> None:

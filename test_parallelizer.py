@@ -3171,6 +3171,30 @@ def test_a_handler_of_a_worker_keeps_what_it_takes(
     assert ranks == ([0, 1] if logs else [0])
 
 
+def logs_much_until_ended(path: Path, *, parallelizer: Par) -> None:
+    if parallelizer.on_main:
+        wait_until(path.exists)
+        raise Odd(1, detail="ends it")
+    try:
+        for n in range(200):
+            logging.getLogger("kept").warning("%d %s", n, "x" * 50_000)
+        path.touch()
+        time.sleep(60)
+    finally:
+        logging.getLogger("kept").warning("unwound")
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_what_was_logged_before_a_run_was_called_off(
+    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MultiprocessingParallelizer(2, start_method=method, logs=True) as par:
+        error = caught_from(par.run, logs_much_until_ended, tmp_path / "logged")
+    assert isinstance(error, Odd)
+    told = [record.message.split()[0] for record in caplog.records if record.name == "kept"]
+    assert told == [*map(str, range(200)), "unwound"]
+
+
 LEVELS_SCRIPT = """
 import logging, sys
 from MODULE import MultiprocessingParallelizer
