@@ -1022,8 +1022,8 @@ class Parallelizer:
         """The communicator, for a verb that all processes call together; an error elsewhere."""
         if self._comm is not None and self._comm.size > 1 and self._in_task():
             raise ContractError(
-                f"{verb} was called by a function that map calls for an item, where not all "
-                f"processes come to it; call it before or after map"
+                f"{verb} was called by a function that map calls for an item, or by a handler of "
+                f"logging, where not all processes come to it; call it before or after map"
             )
         if self._main_is_alone() or self._comm is None:
             if self._stands_in and self._comm is None:
