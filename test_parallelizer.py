@@ -1901,16 +1901,116 @@ def test_a_rank_that_is_not_there(p: Par, verb: str, rank: int) -> None:
     expect_to_work(p)
 
 
-def waits(*, parallelizer: Par) -> Any:
-    time.sleep(0.02 * parallelizer.id)
-    came = time.monotonic()
-    parallelizer.wait()
-    return parallelizer.allgather((came, time.monotonic()))
+COLLECTIVES: dict[str, Callable[[Par, Array], object]] = {
+    "wait": lambda par, _: par.wait(),
+    "broadcast": lambda par, given: par.broadcast(given),
+    "scatter": lambda par, given: par.scatter(given),
+    "gather": lambda par, given: par.gather(given),
+    "allgather": lambda par, given: par.allgather(given),
+    "alltoall": lambda par, given: par.alltoall([given] * par.nprocs),
+    "reduce": lambda par, given: par.reduce(given),
+    "allreduce": lambda par, given: par.allreduce(given),
+    "reduce with a function": lambda par, given: par.reduce(given, np.add),
+    "share": lambda par, given: par.share(given),
+}
 
 
-def test_wait_lets_nobody_go_before_all_have_come(p: Par) -> None:
-    came, went = zip(*p.run(waits), strict=True)
-    assert max(came) <= min(went)
+def comes_late(verb: str, size: int, *, parallelizer: Par) -> Any:
+    """When each process came to a verb and left it, with each of them the last to come."""
+    given, found = np.ones(size), []
+    for last in range(parallelizer.nprocs):
+        parallelizer.wait()
+        time.sleep(0.02 * (parallelizer.id == last))
+        came = time.monotonic()
+        COLLECTIVES[verb](parallelizer, given)
+        found.append((came, time.monotonic()))
+    return parallelizer.allgather(found, concatenate=False)
+
+
+@pytest.mark.parametrize("size", [1, 3 * MIB // 8])
+@pytest.mark.parametrize("verb", COLLECTIVES)
+def test_a_collective_lets_nobody_go_before_all_have_come(p: Par, verb: str, size: int) -> None:
+    for times in zip(*p.run(comes_late, verb, size), strict=True):
+        came, went = zip(*times, strict=True)
+        assert max(came) <= min(went)
+
+
+def cpu_seconds(*, parallelizer: Par) -> Any:
+    return parallelizer.allgather(time.process_time())
+
+
+def receives_from(par: Par, sender: int) -> None:
+    for rank in range(par.nprocs):
+        if par.id == sender:
+            par.send("mail", rank)
+    par.receive(sender)
+
+
+WAITED_FOR: dict[str, Callable[[Par, int], object]] = {
+    "in a verb": lambda par, _: par.gather(0),
+    "for mail": receives_from,
+    "in a map": lambda par, _: par.map(abs, range(20)),
+}
+
+
+def sleeps_in_turn(wait: str, *, parallelizer: Par) -> Any:
+    """How long main has computed, and each worker, while it waited for one that slept."""
+    found = []
+    for sleeper in {0, parallelizer.nprocs - 1}:
+        parallelizer.wait()
+        begun = time.process_time()
+        time.sleep(0.5 * (parallelizer.id == sleeper))
+        WAITED_FOR[wait](parallelizer, sleeper)
+        found.append(time.process_time() - begun)
+    return parallelizer.allgather(max(found))
+
+
+@pytest.mark.parametrize("wait", WAITED_FOR)
+def test_who_waits_computes_nothing(p: Par, wait: str) -> None:
+    """Who looked again and again would compute for half a second."""
+    assert max(p.run(sleeps_in_turn, wait)) < 0.2
+
+
+def leaves_workers_idle(*, parallelizer: Par) -> Any:
+    """By a client: what each process computes while main sleeps, and while one item does."""
+    before = parallelizer.run(cpu_seconds)
+    time.sleep(0.5)
+    parallelizer.map(time.sleep, [0.0, 0.5, 0.0], chunksize=1)
+    return [new - old for new, old in zip(parallelizer.run(cpu_seconds), before, strict=True)]
+
+
+def test_who_has_nothing_to_do_computes_nothing(p: Par) -> None:
+    expect(p, [spent for spent in drive(p, leaves_workers_idle) or [] if spent > 0.2], [])
+
+
+MORE_THAN_2_GIB = 2**31 + 9
+MARKS = [0, 2**31 - 1, 2**31, MORE_THAN_2_GIB - 1]
+
+
+def marked() -> Array:
+    """As most pages are never written to, they take no memory."""
+    array = np.zeros(MORE_THAN_2_GIB, bool)
+    array[MARKS] = True
+    return array
+
+
+def moves_more_than_2_gib(*, parallelizer: Par) -> None:
+    par, data = parallelizer, marked() if parallelizer.on_main else None
+    if par.on_main:
+        par.send(data, 1)
+    found = [par.broadcast(data)] if par.on_main else [par.receive(0), par.broadcast(None)]
+    while found:
+        array = found.pop()
+        assert len(array) == MORE_THAN_2_GIB
+        assert int(np.count_nonzero(array)) == np.count_nonzero(array[MARKS]) == len(MARKS)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("engine", ["fork", "mpi"])
+def test_an_array_may_be_larger_than_2_gib(engine: str) -> None:
+    """It takes two processes, and 5 GiB of memory."""
+    call = f"import test_parallelizer as t; t.create({engine!r}, 2).run(t.moves_more_than_2_gib)"
+    run_program("-c", call, ranks=2 if engine == "mpi" else None, PARALLELIZER_TEST_PROGRAM=call)
 
 
 # ---------------------------------------------------------------------------------------------
