@@ -156,6 +156,7 @@ class Jobs:
             self._changed.notify_all()
         for future, *_ in dropped:  # out of the lock, as this calls what users have added
             future.cancel()
+            future.set_running_or_notify_cancel()  # or `wait` would wait for it for ever
 
     def break_off(self, error: BaseException) -> None:
         """Have an error be that of all which are dealt out; of all, if none is or none can be."""
