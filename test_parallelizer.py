@@ -378,6 +378,15 @@ def in_worker(value: object) -> bool:
     return value is Parallelizer.InWorkerProcess
 
 
+class JobError(Exception):
+    """An exception with arguments and attributes of its own."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message, code)
+        self.code = code
+        self.detail = {"rank": code}
+
+
 # ---------------------------------------------------------------------------------------------
 # Roles and life
 
@@ -588,423 +597,6 @@ def test_quickstart_on_other_numbers_of_processes() -> None:
     assert SerialNonParallelizer().run(sevens) == [1000]
     for nprocs, lengths in {15: [67] * 10 + [66] * 5, 2: [500, 500], 1: [1000]}.items():
         assert MultiprocessingParallelizer(nprocs, start_method="fork").run(sevens) == lengths
-
-
-# ---------------------------------------------------------------------------------------------
-# Finding a parallelizer
-
-
-def test_lookup(p: Par) -> None:
-    assert Parallelizer.lookup(p) is p
-    assert type(Parallelizer.lookup("serial")) is SerialNonParallelizer
-    assert type(Parallelizer.from_config(mode="serial")) is SerialNonParallelizer
-    if UNDER_MPI:
-        assert type(Parallelizer.lookup("mpi")) is MPIParallelizer
-        assert type(Parallelizer.lookup({"mode": "mpi"})) is MPIParallelizer
-
-
-def test_lookup_takes_another_where_a_name_is_unknown(p: Par) -> None:
-    assert Parallelizer.lookup("dask", default=p) is p
-    assert type(Parallelizer.lookup({"mode": "dask"}, default="serial")) is SerialNonParallelizer
-    assert Parallelizer.lookup("dask", default=None) is p
-    assert type(Parallelizer.lookup("serial", default=p)) is SerialNonParallelizer
-    with pytest.raises(LookupError, match="ray"):
-        Parallelizer.lookup("dask", default="ray")
-
-
-def test_lookup_of_a_pool() -> None:
-    pools = [
-        Parallelizer.lookup("multiprocessing", nprocs=2),
-        Parallelizer.lookup({"mode": "multiprocessing", "nprocs": 2}),
-        Parallelizer.from_config(mode="multiprocessing", nprocs=2),
-    ]
-    for pool in pools:
-        assert type(pool) is MultiprocessingParallelizer
-        assert pool.run(role) == [(0, 2), (1, 2)]
-
-
-def test_lookup_auto(p: Par, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
-    kind = MPIParallelizer if UNDER_MPI and p.nprocs > 1 else SerialNonParallelizer
-    assert type(Parallelizer.lookup("auto")) is kind
-
-
-STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}
-
-
-@pytest.mark.parametrize(
-    ("told", "ranks"),
-    [
-        ({}, 0),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, 0),  # of a script that sbatch starts
-        (STEP, 4),
-        ({**STEP, "SLURM_STEP_NUM_TASKS": "2"}, 2),
-        ({**STEP, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, 1),  # of salloc
-        ({**STEP, "PMI_SIZE": "3", "SLURM_STEP_NUM_TASKS": "1"}, 3),
-    ],
-)
-def test_what_launchers_tell(
-    told: dict[str, str], ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "PMI", "OMPI_", "MPI_", "PALS_")):
-            monkeypatch.delenv(name)
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
-    assert internals._launched_ranks() == ranks
-
-
-@pytest.mark.parametrize("name", ["SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"])
-def test_no_more_cpus_than_slurm_grants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, "1")
-    assert internals._available_cpus() == 1
-    monkeypatch.setenv(name, "1000")
-    assert 1 <= internals._available_cpus() <= (os.cpu_count() or 1)
-
-
-def seats(*, parallelizer: Par) -> Any:
-    return parallelizer.gather((parallelizer.local_id, parallelizer.local_size))
-
-
-def seats_of_a_part(*, parallelizer: Par) -> Any:
-    found = parallelizer.run(seats, comm=range(max(parallelizer.nprocs - 1, 1)))
-    return found if parallelizer.on_main else None
-
-
-def test_where_a_process_stands_on_its_machine(p: Par) -> None:
-    expect(p, p.run(seats), [(rank, p.nprocs) for rank in range(p.nprocs)])
-    part = max(p.nprocs - 1, 1)
-    found = p.run(seats_of_a_part)
-    if found is not Parallelizer.InWorkerProcess and found is not None:
-        check(found, [(rank, part) for rank in range(part)])
-
-
-def test_the_communicator_of_mpi4py_has_a_public_name(p: Par) -> None:
-    if isinstance(p, MPIParallelizer):
-        assert p.comm is importlib.import_module("mpi4py.MPI").COMM_WORLD
-        assert p.comm.allgather(p.id) == list(range(p.nprocs))
-    else:
-        assert not hasattr(p, "comm")
-
-
-def test_lookup_finds_the_one_that_runs(p: Par) -> None:
-    expect(p, p.run(finds_itself), [True] * p.nprocs)
-
-
-def finds_itself(*, parallelizer: Par) -> Any:
-    found = Parallelizer.lookup(None) is parallelizer
-    with SerialNonParallelizer() as inner:
-        found = found and Parallelizer.lookup(None) is inner
-    return parallelizer.gather(found and Parallelizer.lookup(None) is parallelizer)
-
-
-def test_register(p: Par) -> None:
-    p.register("mine")
-    try:
-        assert Parallelizer.lookup("mine") is p
-        p.register("mine")
-        with pytest.raises(ValueError, match="mine"):
-            SerialNonParallelizer().register("mine")
-        assert Parallelizer.lookup("mine") is p
-        with pytest.raises(LookupError, match="mine"):
-            Parallelizer.lookup("another")
-    finally:
-        Parallelizer.unregister("mine")
-    with pytest.raises(LookupError):
-        Parallelizer.lookup("mine")
-    expect_to_work(p)
-
-
-@pytest.mark.parametrize(
-    "key", ["nonsense", "", {"mode": "nonsense"}, {"mode": "nonsense", "nprocs": 2}]
-)
-def test_an_unknown_name_lists_what_there_is(p: Par, key: Any) -> None:
-    with pytest.raises(LookupError) as caught:
-        Parallelizer.lookup(key)
-    for name in ["serial", "multiprocessing", "mpi"]:
-        assert name in str(caught.value)
-    expect_to_work(p)
-
-
-def test_an_unknown_mode() -> None:
-    with pytest.raises(LookupError, match="multiprocessing"):
-        Parallelizer.from_config(mode="nonsense")
-
-
-# ---------------------------------------------------------------------------------------------
-# Decorators, sentinels, objects that hold a parallelizer
-
-
-@Parallelizer.main_restricted
-def main_part(x: int, *, parallelizer: Par = None) -> Any:
-    """Run on main."""
-    assert parallelizer is not None
-    return x, parallelizer.id
-
-
-@Parallelizer.worker_restricted
-def worker_part(x: int, *, parallelizer: Par = None) -> Any:
-    """Run on workers."""
-    assert parallelizer is not None
-    return x, parallelizer.id
-
-
-class Job:
-    """A program as a class: it holds a parallelizer, and `run` is given its bound methods."""
-
-    def __init__(self, par: Par) -> None:
-        self.par = par
-        self.history: list[Any] = []
-
-    @Parallelizer.main_restricted
-    def start(self, x: int, *, parallelizer: Par = None) -> Any:
-        assert parallelizer is self.par
-        self.history.append(x)
-        return x, parallelizer.id
-
-    @Parallelizer.worker_restricted
-    def follow(self, x: int, *, parallelizer: Par = None) -> Any:
-        assert parallelizer is self.par
-        return x, parallelizer.id
-
-    def compute(self, data: Any, *, parallelizer: Par) -> Any:
-        assert self.par is parallelizer
-        assert restricted_here(self.start, self.follow, self.par)
-        block = self.par.scatter(data if self.par.on_main else None)
-        return self.par.gather(self.scale(block))
-
-    def scale(self, x: Any) -> Any:
-        assert self.par.nprocs >= 1
-        return x * 3
-
-    def run(self, data: Any) -> Any:
-        return self.par.run(self.compute, data)
-
-
-def restricted_here(on_main: Any, on_workers: Any, parallelizer: Par) -> bool:
-    """Check what both kinds of restricted functions return here, with and without the keyword."""
-    here = (7, parallelizer.id)
-    mains = [on_main(7, parallelizer=parallelizer), on_main(7), on_main(7, parallelizer=None)]
-    workers = [on_workers(7, parallelizer=parallelizer), on_workers(x=7)]
-    if parallelizer.on_main:
-        return mains == [here] * 3 and all(w is Parallelizer.InMainProcess for w in workers)
-    return all(in_worker(value) for value in mains) and workers == [here] * 2
-
-
-def restricted(*, parallelizer: Par) -> Any:
-    return parallelizer.gather(restricted_here(main_part, worker_part, parallelizer))
-
-
-def test_restricted_functions(p: Par) -> None:
-    expect(p, p.run(restricted), [True] * p.nprocs)
-    assert restricted_here(main_part, worker_part, p)
-    assert (main_part.__name__, main_part.__doc__) == ("main_part", "Run on main.")
-    assert (worker_part.__name__, worker_part.__doc__) == ("worker_part", "Run on workers.")
-
-
-def test_objects_hold_a_parallelizer(p: Par) -> None:
-    expect(p, Job(p).run(np.arange(10)), np.arange(10) * 3)
-    expect(p, p.run(identities, [{"job": Job(p)}, p]), [True] * p.nprocs)
-
-
-def test_objects_hold_a_closed_parallelizer(fresh: Par) -> None:
-    result = Job(fresh).run(np.arange(10))
-    with fresh:
-        expect(fresh, result, np.arange(10) * 3)
-
-
-def identities(held: Any, *, parallelizer: Par) -> Any:
-    found = [held[0]["job"].par, held[1], pickle.loads(pickle.dumps(parallelizer))]
-    found.append(parallelizer.broadcast(Job(parallelizer)).par)
-    found.append(parallelizer.broadcast(Job(parallelizer).compute).__self__.par)
-    return parallelizer.gather(all(one is parallelizer for one in found))
-
-
-ABSENT = "was pickled by another program or for other processes"
-
-
-def refuses_everything(held: Par, *, closed: bool = False) -> bool:
-    """Check that one of other processes does nothing; a closed one may be opened."""
-    calls: list[Callable[[], object]] = [
-        functools.partial(getattr(held, verb), *args) for verb, args in OUTSIDE.items()
-    ]
-    if not closed:
-        calls += [
-            lambda: held.run(own_id),
-            lambda: held.apply(own_id),
-            lambda: held.map(square, [1, 2]),
-            lambda: held.map(square, np.arange(2), vectorized=True),
-            lambda: held.starmap(pow, [(1, 2)]),
-            lambda: next(held.imap(square, [1, 2])),
-            lambda: next(held.imap_unordered(square, [1, 2])),
-            lambda: held.share(np.arange(2)),
-            lambda: held.print("nothing"),
-            lambda: held.rng(1),
-            held.serve,
-            lambda: held.on_main,
-            held.__enter__,
-            lambda: main_part(7, parallelizer=held),
-            lambda: ClientServerRunner(own_id, parallelizer=held).run(),
-        ]
-    errors = [caught_from(call) for call in calls]
-    assert all(type(error) is ContractError for error in errors), errors
-    assert all(ABSENT in str(error) for error in errors), errors
-    assert (held.id, held.nprocs) == (None, None)
-    assert repr(held) == f"{type(held).__name__}(id=None, nprocs=None)"
-    assert Parallelizer.lookup(held) is held is copy.deepcopy([held])[0]
-    return True
-
-
-def look_at_held(held: dict[str, Par], *, parallelizer: Par) -> Any:
-    """Be one of the processes of some of these, and none of the others'."""
-    job = copy.deepcopy(Job(held["own"]))
-    assert held["own"] is job.par is pickle.loads(pickle.dumps(parallelizer)) is parallelizer
-    assert held["serial"].run(roll_call) == ([0], sum(range(100)))
-    if not parallelizer.on_main:
-        assert refuses_everything(held["open"])
-        assert refuses_everything(held["closed"], closed=True)
-        assert held["closed"].run(roll_call)[0] == [0, 1, 2, 3]
-        assert Parallelizer.lookup(None) is parallelizer
-        # On its way from one to the next it stays what it is.
-        parallelizer.send(held["open"], 3 - parallelizer.id)
-        assert refuses_everything(parallelizer.receive(3 - parallelizer.id))
-    return parallelizer.gather(held)
-
-
-@pytest.mark.parametrize("start_method", MULTIPROCESSING)
-def test_an_object_does_not_get_another_pool(start_method: str) -> None:
-    make = functools.partial(MultiprocessingParallelizer, start_method=start_method)
-    held = {"own": make(3), "open": make(2), "closed": make(4), "serial": SerialNonParallelizer()}
-    with held["open"], held["own"]:
-        returned = held["own"].run(look_at_held, held)
-        assert held["own"].map(holds_another, [Job(held["open"])] * 9) == [held["open"]] * 9
-        assert (
-            held["open"].run(identities, [{"job": Job(held["open"])}, held["open"]]) == [True] * 2
-        )
-    for one in returned:  # which have come back from where they were others
-        assert all(one[name] is par for name, par in held.items())
-    key = weakref.ref(held.pop("closed"))
-    del returned, one
-    gc.collect()
-    assert key() is None
-
-
-def holds_another(job: Job) -> Any:
-    assert job.par is not Parallelizer.lookup(None)
-    return job.par
-
-
-def save_parallelizers(path: str) -> None:
-    """Run as a program of its own by the test below, under MPI."""
-    kept: Any = {"data": np.arange(3), "mpi": MPIParallelizer(), "serial": SerialNonParallelizer()}
-    with MultiprocessingParallelizer(2, start_method="spawn") as pool:
-        assert pool.run(own_id) == 0
-        if kept["mpi"].on_main:
-            Path(path).write_bytes(pickle.dumps({**kept, "pool": pool, "again": pool}))
-
-
-def open_parallelizers(path: str, mpi: bool) -> None:
-    """Run as a program of its own by the test below, with MPI and without it."""
-    if not mpi:
-        sys.modules["mpi4py"] = None  # type: ignore[assignment]  # as Python marks what is missing
-    kept = pickle.loads(Path(path).read_bytes())
-    assert "mpi4py.MPI" not in sys.modules
-    check(kept["data"], np.arange(3))
-    assert kept["serial"].run(roll_call) == ([0], sum(range(100)))
-    assert kept["pool"] is kept["again"]
-    assert kept["pool"].run(roll_call)[0] == [0, 1]
-    with kept["pool"].register("kept"):
-        assert Parallelizer.lookup(None) is Parallelizer.lookup("kept") is kept["pool"]
-        assert kept["pool"].map(square, [1, 2]) == [1, 4]
-    for saved in (kept["mpi"], pickle.loads(Path(path).read_bytes())["mpi"]):
-        with MPIParallelizer() if mpi else contextlib.nullcontext() as present:
-            assert refuses_everything(saved)
-            assert saved is not present
-        assert refuses_everything(pickle.loads(pickle.dumps(saved)))
-
-
-@pytest.mark.timeout(100)
-def test_what_another_program_has_saved_can_be_opened(tmp_path: Path) -> None:
-    path = str(tmp_path / "saved")
-    call = "import test_parallelizer as t; t."
-    for ranks, saves in [(2, f"save_parallelizers({path!r})"),
-                         (None, f"open_parallelizers({path!r}, False)"),
-                         (2, f"open_parallelizers({path!r}, True)")]:  # fmt: skip
-        run_program("-c", call + saves, ranks=ranks)
-
-
-if UNDER_MPI:
-
-    def test_an_object_does_not_get_another_communicator(p: Par) -> None:
-        world = importlib.import_module("mpi4py.MPI").COMM_WORLD
-        part = world.Split(world.rank >= 2)  # 0 and 1, and the others
-        inner = MPIParallelizer(part)
-        # Of many on one communicator, an object gets the very one that holds it elsewhere.
-        others = [MPIParallelizer(part) for _ in range(3)]
-        with p, others[1]:
-            check(inner.run(broadcasts_another, p, inner, others), True)
-        # Of the other part, p's ranks know nothing.
-        p.run(broadcasts_of_a_part, inner, part.rank == world.rank)
-        # One rank alone may unpickle one: that takes no collective.
-        pickled = world.bcast(pickle.dumps(p))
-        for rank in range(world.size):
-            if world.rank == rank:
-                assert pickle.loads(pickled) is p
-            world.Barrier()
-        # Made, dropped and made again, or dropped only, it is of the same communicator.
-        dropped, reference = pickle.dumps(others[2]), weakref.ref(others.pop())
-        gc.collect()
-        assert reference() is None
-        again = pickle.loads(dropped)
-        assert again is not inner
-        check(again.run(roll_call), (list(range(part.size)), sum(range(100))))
-        assert MPIParallelizer(part).run(roll_call)[0] == list(range(part.size))
-
-    def broadcasts_another(outer: Par, inner: Par, others: list[Par], *, parallelizer: Par) -> bool:
-        found = parallelizer.broadcast([Job(one) for one in (outer, inner, *others)])
-        assert [job.par for job in found] == [outer, inner, *others]
-        assert found[0].par.nprocs == importlib.import_module("mpi4py.MPI").COMM_WORLD.size
-        return True
-
-    def broadcasts_of_a_part(inner: Par, is_mine: bool, *, parallelizer: Par) -> None:
-        found = parallelizer.broadcast(Job(inner)).par
-        assert found is inner if is_mine else refuses_everything(found)
-        # It comes home as what it was.
-        back = parallelizer.gather(found, concatenate=False)
-        assert not parallelizer.on_main or back == [inner] * parallelizer.nprocs
-
-
-def test_bound_methods_are_mapped(p: Par) -> None:
-    expect(p, drive(p, map_a_method), [0, 3, 6])
-
-
-def map_a_method(*, parallelizer: Par) -> Any:
-    return parallelizer.map(Job(parallelizer).scale, range(3))
-
-
-SENTINELS = {"InWorkerProcess": "worker", "InMainProcess": "main"}
-
-
-@pytest.mark.parametrize("name", SENTINELS)
-def test_sentinels(name: str) -> None:
-    sentinel = getattr(Parallelizer, name)
-    assert not sentinel
-    assert SENTINELS[name] in repr(sentinel).lower()
-    assert " at 0x" not in repr(sentinel)
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        assert pickle.loads(pickle.dumps([sentinel], protocol))[0] is sentinel
-    assert copy.copy(sentinel) is copy.deepcopy(sentinel) is sentinel
-
-
-def test_sentinels_travel(p: Par) -> None:
-    expect(p, p.run(sends_sentinels), [True] * p.nprocs)
-
-
-def sends_sentinels(*, parallelizer: Par) -> Any:
-    wanted = [Parallelizer.InWorkerProcess, Parallelizer.InMainProcess]
-    found = [*parallelizer.broadcast(wanted), *parallelizer.allgather(wanted)[-1]]
-    same = all(one is other for one, other in zip(found, wanted * 2, strict=True))
-    return parallelizer.gather(same)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2011,6 +1603,63 @@ def test_an_array_may_be_larger_than_2_gib(engine: str) -> None:
     """It takes two processes, and 5 GiB of memory."""
     call = f"import test_parallelizer as t; t.create({engine!r}, 2).run(t.moves_more_than_2_gib)"
     run_program("-c", call, ranks=2 if engine == "mpi" else None, PARALLELIZER_TEST_PROGRAM=call)
+
+
+# ---------------------------------------------------------------------------------------------
+# print
+
+
+def prints_to(where: str, *, parallelizer: Par) -> Any:
+    stream = io.StringIO()
+    parallelizer.print("a", 1, [2], sep="-", end="!\n", where=where, file=stream)
+    parallelizer.print("two\nlines", where=where, file=stream, flush=True)
+    return parallelizer.gather(stream.getvalue())
+
+
+def is_headed(line: str, rank: int, text: str) -> bool:
+    """Tell whether `line` is `text` behind a head that names the rank."""
+    head = line.removesuffix(text)
+    return head != line and bool(head) and re.search(rf"\b{rank}\b", head) is not None
+
+
+@pytest.mark.parametrize("where", ["both", "main", "worker"])
+def test_print(p: Par, where: str) -> None:
+    texts = p.run(prints_to, where)
+    if not p.on_main:
+        return
+    wanted = ["a-1-[2]!", "two", "lines"]
+    assert texts[0].splitlines() == (wanted if where != "worker" else [])
+    for rank in range(1, p.nprocs):
+        lines = texts[rank].splitlines()
+        assert len(lines) == (len(wanted) if where != "main" else 0)
+        for line, text in zip(lines, wanted, strict=False):
+            assert is_headed(line, rank, text), line
+
+
+def prints(*, parallelizer: Par) -> None:
+    parallelizer.print("number", parallelizer.id)
+    parallelizer.print("only main", where="main")
+    parallelizer.print("only", "workers", where="worker", sep="_")
+
+
+def program_that_prints(engine: str) -> None:
+    """Run as a program of its own by the test below; `run` prints nothing by itself."""
+    with create(engine) as p:
+        p.run(roll_call)
+        p.run(prints)
+
+
+@pytest.mark.parametrize("engine_name", ["serial", *MULTIPROCESSING, "mpi"])
+def test_prints_reach_the_terminal(engine_name: str) -> None:
+    call = f"import test_parallelizer; test_parallelizer.program_that_prints({engine_name!r})"
+    ranks = NPROCS if engine_name == "mpi" else None
+    lines = run_program("-c", call, ranks=ranks).splitlines()
+    nprocs = 1 if engine_name == "serial" else NPROCS
+    assert len(lines) == 2 * nprocs
+    assert lines.count("number 0") == lines.count("only main") == 1
+    for rank in range(1, nprocs):
+        for text in (f"number {rank}", "only_workers"):
+            assert sum(is_headed(line, rank, text) for line in lines) == 1, lines
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4600,6 +4249,423 @@ def test_an_initializer_that_fails_on_main() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Finding a parallelizer
+
+
+def test_lookup(p: Par) -> None:
+    assert Parallelizer.lookup(p) is p
+    assert type(Parallelizer.lookup("serial")) is SerialNonParallelizer
+    assert type(Parallelizer.from_config(mode="serial")) is SerialNonParallelizer
+    if UNDER_MPI:
+        assert type(Parallelizer.lookup("mpi")) is MPIParallelizer
+        assert type(Parallelizer.lookup({"mode": "mpi"})) is MPIParallelizer
+
+
+def test_lookup_takes_another_where_a_name_is_unknown(p: Par) -> None:
+    assert Parallelizer.lookup("dask", default=p) is p
+    assert type(Parallelizer.lookup({"mode": "dask"}, default="serial")) is SerialNonParallelizer
+    assert Parallelizer.lookup("dask", default=None) is p
+    assert type(Parallelizer.lookup("serial", default=p)) is SerialNonParallelizer
+    with pytest.raises(LookupError, match="ray"):
+        Parallelizer.lookup("dask", default="ray")
+
+
+def test_lookup_of_a_pool() -> None:
+    pools = [
+        Parallelizer.lookup("multiprocessing", nprocs=2),
+        Parallelizer.lookup({"mode": "multiprocessing", "nprocs": 2}),
+        Parallelizer.from_config(mode="multiprocessing", nprocs=2),
+    ]
+    for pool in pools:
+        assert type(pool) is MultiprocessingParallelizer
+        assert pool.run(role) == [(0, 2), (1, 2)]
+
+
+def test_lookup_auto(p: Par, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    kind = MPIParallelizer if UNDER_MPI and p.nprocs > 1 else SerialNonParallelizer
+    assert type(Parallelizer.lookup("auto")) is kind
+
+
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("told", "ranks"),
+    [
+        ({}, 0),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, 0),  # of a script that sbatch starts
+        (STEP, 4),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "2"}, 2),
+        ({**STEP, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, 1),  # of salloc
+        ({**STEP, "PMI_SIZE": "3", "SLURM_STEP_NUM_TASKS": "1"}, 3),
+    ],
+)
+def test_what_launchers_tell(
+    told: dict[str, str], ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "PMI", "OMPI_", "MPI_", "PALS_")):
+            monkeypatch.delenv(name)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert internals._launched_ranks() == ranks
+
+
+@pytest.mark.parametrize("name", ["SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"])
+def test_no_more_cpus_than_slurm_grants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    assert internals._available_cpus() == 1
+    monkeypatch.setenv(name, "1000")
+    assert 1 <= internals._available_cpus() <= (os.cpu_count() or 1)
+
+
+def seats(*, parallelizer: Par) -> Any:
+    return parallelizer.gather((parallelizer.local_id, parallelizer.local_size))
+
+
+def seats_of_a_part(*, parallelizer: Par) -> Any:
+    found = parallelizer.run(seats, comm=range(max(parallelizer.nprocs - 1, 1)))
+    return found if parallelizer.on_main else None
+
+
+def test_where_a_process_stands_on_its_machine(p: Par) -> None:
+    expect(p, p.run(seats), [(rank, p.nprocs) for rank in range(p.nprocs)])
+    part = max(p.nprocs - 1, 1)
+    found = p.run(seats_of_a_part)
+    if found is not Parallelizer.InWorkerProcess and found is not None:
+        check(found, [(rank, part) for rank in range(part)])
+
+
+def test_the_communicator_of_mpi4py_has_a_public_name(p: Par) -> None:
+    if isinstance(p, MPIParallelizer):
+        assert p.comm is importlib.import_module("mpi4py.MPI").COMM_WORLD
+        assert p.comm.allgather(p.id) == list(range(p.nprocs))
+    else:
+        assert not hasattr(p, "comm")
+
+
+def test_lookup_finds_the_one_that_runs(p: Par) -> None:
+    expect(p, p.run(finds_itself), [True] * p.nprocs)
+
+
+def finds_itself(*, parallelizer: Par) -> Any:
+    found = Parallelizer.lookup(None) is parallelizer
+    with SerialNonParallelizer() as inner:
+        found = found and Parallelizer.lookup(None) is inner
+    return parallelizer.gather(found and Parallelizer.lookup(None) is parallelizer)
+
+
+def test_register(p: Par) -> None:
+    p.register("mine")
+    try:
+        assert Parallelizer.lookup("mine") is p
+        p.register("mine")
+        with pytest.raises(ValueError, match="mine"):
+            SerialNonParallelizer().register("mine")
+        assert Parallelizer.lookup("mine") is p
+        with pytest.raises(LookupError, match="mine"):
+            Parallelizer.lookup("another")
+    finally:
+        Parallelizer.unregister("mine")
+    with pytest.raises(LookupError):
+        Parallelizer.lookup("mine")
+    expect_to_work(p)
+
+
+@pytest.mark.parametrize(
+    "key", ["nonsense", "", {"mode": "nonsense"}, {"mode": "nonsense", "nprocs": 2}]
+)
+def test_an_unknown_name_lists_what_there_is(p: Par, key: Any) -> None:
+    with pytest.raises(LookupError) as caught:
+        Parallelizer.lookup(key)
+    for name in ["serial", "multiprocessing", "mpi"]:
+        assert name in str(caught.value)
+    expect_to_work(p)
+
+
+def test_an_unknown_mode() -> None:
+    with pytest.raises(LookupError, match="multiprocessing"):
+        Parallelizer.from_config(mode="nonsense")
+
+
+# ---------------------------------------------------------------------------------------------
+# Decorators, sentinels, objects that hold a parallelizer
+
+
+@Parallelizer.main_restricted
+def main_part(x: int, *, parallelizer: Par = None) -> Any:
+    """Run on main."""
+    assert parallelizer is not None
+    return x, parallelizer.id
+
+
+@Parallelizer.worker_restricted
+def worker_part(x: int, *, parallelizer: Par = None) -> Any:
+    """Run on workers."""
+    assert parallelizer is not None
+    return x, parallelizer.id
+
+
+class Job:
+    """A program as a class: it holds a parallelizer, and `run` is given its bound methods."""
+
+    def __init__(self, par: Par) -> None:
+        self.par = par
+        self.history: list[Any] = []
+
+    @Parallelizer.main_restricted
+    def start(self, x: int, *, parallelizer: Par = None) -> Any:
+        assert parallelizer is self.par
+        self.history.append(x)
+        return x, parallelizer.id
+
+    @Parallelizer.worker_restricted
+    def follow(self, x: int, *, parallelizer: Par = None) -> Any:
+        assert parallelizer is self.par
+        return x, parallelizer.id
+
+    def compute(self, data: Any, *, parallelizer: Par) -> Any:
+        assert self.par is parallelizer
+        assert restricted_here(self.start, self.follow, self.par)
+        block = self.par.scatter(data if self.par.on_main else None)
+        return self.par.gather(self.scale(block))
+
+    def scale(self, x: Any) -> Any:
+        assert self.par.nprocs >= 1
+        return x * 3
+
+    def run(self, data: Any) -> Any:
+        return self.par.run(self.compute, data)
+
+
+def restricted_here(on_main: Any, on_workers: Any, parallelizer: Par) -> bool:
+    """Check what both kinds of restricted functions return here, with and without the keyword."""
+    here = (7, parallelizer.id)
+    mains = [on_main(7, parallelizer=parallelizer), on_main(7), on_main(7, parallelizer=None)]
+    workers = [on_workers(7, parallelizer=parallelizer), on_workers(x=7)]
+    if parallelizer.on_main:
+        return mains == [here] * 3 and all(w is Parallelizer.InMainProcess for w in workers)
+    return all(in_worker(value) for value in mains) and workers == [here] * 2
+
+
+def restricted(*, parallelizer: Par) -> Any:
+    return parallelizer.gather(restricted_here(main_part, worker_part, parallelizer))
+
+
+def test_restricted_functions(p: Par) -> None:
+    expect(p, p.run(restricted), [True] * p.nprocs)
+    assert restricted_here(main_part, worker_part, p)
+    assert (main_part.__name__, main_part.__doc__) == ("main_part", "Run on main.")
+    assert (worker_part.__name__, worker_part.__doc__) == ("worker_part", "Run on workers.")
+
+
+def test_objects_hold_a_parallelizer(p: Par) -> None:
+    expect(p, Job(p).run(np.arange(10)), np.arange(10) * 3)
+    expect(p, p.run(identities, [{"job": Job(p)}, p]), [True] * p.nprocs)
+
+
+def test_objects_hold_a_closed_parallelizer(fresh: Par) -> None:
+    result = Job(fresh).run(np.arange(10))
+    with fresh:
+        expect(fresh, result, np.arange(10) * 3)
+
+
+def identities(held: Any, *, parallelizer: Par) -> Any:
+    found = [held[0]["job"].par, held[1], pickle.loads(pickle.dumps(parallelizer))]
+    found.append(parallelizer.broadcast(Job(parallelizer)).par)
+    found.append(parallelizer.broadcast(Job(parallelizer).compute).__self__.par)
+    return parallelizer.gather(all(one is parallelizer for one in found))
+
+
+ABSENT = "was pickled by another program or for other processes"
+
+
+def refuses_everything(held: Par, *, closed: bool = False) -> bool:
+    """Check that one of other processes does nothing; a closed one may be opened."""
+    calls: list[Callable[[], object]] = [
+        functools.partial(getattr(held, verb), *args) for verb, args in OUTSIDE.items()
+    ]
+    if not closed:
+        calls += [
+            lambda: held.run(own_id),
+            lambda: held.apply(own_id),
+            lambda: held.map(square, [1, 2]),
+            lambda: held.map(square, np.arange(2), vectorized=True),
+            lambda: held.starmap(pow, [(1, 2)]),
+            lambda: next(held.imap(square, [1, 2])),
+            lambda: next(held.imap_unordered(square, [1, 2])),
+            lambda: held.share(np.arange(2)),
+            lambda: held.print("nothing"),
+            lambda: held.rng(1),
+            held.serve,
+            lambda: held.on_main,
+            held.__enter__,
+            lambda: main_part(7, parallelizer=held),
+            lambda: ClientServerRunner(own_id, parallelizer=held).run(),
+        ]
+    errors = [caught_from(call) for call in calls]
+    assert all(type(error) is ContractError for error in errors), errors
+    assert all(ABSENT in str(error) for error in errors), errors
+    assert (held.id, held.nprocs) == (None, None)
+    assert repr(held) == f"{type(held).__name__}(id=None, nprocs=None)"
+    assert Parallelizer.lookup(held) is held is copy.deepcopy([held])[0]
+    return True
+
+
+def look_at_held(held: dict[str, Par], *, parallelizer: Par) -> Any:
+    """Be one of the processes of some of these, and none of the others'."""
+    job = copy.deepcopy(Job(held["own"]))
+    assert held["own"] is job.par is pickle.loads(pickle.dumps(parallelizer)) is parallelizer
+    assert held["serial"].run(roll_call) == ([0], sum(range(100)))
+    if not parallelizer.on_main:
+        assert refuses_everything(held["open"])
+        assert refuses_everything(held["closed"], closed=True)
+        assert held["closed"].run(roll_call)[0] == [0, 1, 2, 3]
+        assert Parallelizer.lookup(None) is parallelizer
+        # On its way from one to the next it stays what it is.
+        parallelizer.send(held["open"], 3 - parallelizer.id)
+        assert refuses_everything(parallelizer.receive(3 - parallelizer.id))
+    return parallelizer.gather(held)
+
+
+@pytest.mark.parametrize("start_method", MULTIPROCESSING)
+def test_an_object_does_not_get_another_pool(start_method: str) -> None:
+    make = functools.partial(MultiprocessingParallelizer, start_method=start_method)
+    held = {"own": make(3), "open": make(2), "closed": make(4), "serial": SerialNonParallelizer()}
+    with held["open"], held["own"]:
+        returned = held["own"].run(look_at_held, held)
+        assert held["own"].map(holds_another, [Job(held["open"])] * 9) == [held["open"]] * 9
+        assert (
+            held["open"].run(identities, [{"job": Job(held["open"])}, held["open"]]) == [True] * 2
+        )
+    for one in returned:  # which have come back from where they were others
+        assert all(one[name] is par for name, par in held.items())
+    key = weakref.ref(held.pop("closed"))
+    del returned, one
+    gc.collect()
+    assert key() is None
+
+
+def holds_another(job: Job) -> Any:
+    assert job.par is not Parallelizer.lookup(None)
+    return job.par
+
+
+def save_parallelizers(path: str) -> None:
+    """Run as a program of its own by the test below, under MPI."""
+    kept: Any = {"data": np.arange(3), "mpi": MPIParallelizer(), "serial": SerialNonParallelizer()}
+    with MultiprocessingParallelizer(2, start_method="spawn") as pool:
+        assert pool.run(own_id) == 0
+        if kept["mpi"].on_main:
+            Path(path).write_bytes(pickle.dumps({**kept, "pool": pool, "again": pool}))
+
+
+def open_parallelizers(path: str, mpi: bool) -> None:
+    """Run as a program of its own by the test below, with MPI and without it."""
+    if not mpi:
+        sys.modules["mpi4py"] = None  # type: ignore[assignment]  # as Python marks what is missing
+    kept = pickle.loads(Path(path).read_bytes())
+    assert "mpi4py.MPI" not in sys.modules
+    check(kept["data"], np.arange(3))
+    assert kept["serial"].run(roll_call) == ([0], sum(range(100)))
+    assert kept["pool"] is kept["again"]
+    assert kept["pool"].run(roll_call)[0] == [0, 1]
+    with kept["pool"].register("kept"):
+        assert Parallelizer.lookup(None) is Parallelizer.lookup("kept") is kept["pool"]
+        assert kept["pool"].map(square, [1, 2]) == [1, 4]
+    for saved in (kept["mpi"], pickle.loads(Path(path).read_bytes())["mpi"]):
+        with MPIParallelizer() if mpi else contextlib.nullcontext() as present:
+            assert refuses_everything(saved)
+            assert saved is not present
+        assert refuses_everything(pickle.loads(pickle.dumps(saved)))
+
+
+@pytest.mark.timeout(100)
+def test_what_another_program_has_saved_can_be_opened(tmp_path: Path) -> None:
+    path = str(tmp_path / "saved")
+    call = "import test_parallelizer as t; t."
+    for ranks, saves in [(2, f"save_parallelizers({path!r})"),
+                         (None, f"open_parallelizers({path!r}, False)"),
+                         (2, f"open_parallelizers({path!r}, True)")]:  # fmt: skip
+        run_program("-c", call + saves, ranks=ranks)
+
+
+if UNDER_MPI:
+
+    def test_an_object_does_not_get_another_communicator(p: Par) -> None:
+        world = importlib.import_module("mpi4py.MPI").COMM_WORLD
+        part = world.Split(world.rank >= 2)  # 0 and 1, and the others
+        inner = MPIParallelizer(part)
+        # Of many on one communicator, an object gets the very one that holds it elsewhere.
+        others = [MPIParallelizer(part) for _ in range(3)]
+        with p, others[1]:
+            check(inner.run(broadcasts_another, p, inner, others), True)
+        # Of the other part, p's ranks know nothing.
+        p.run(broadcasts_of_a_part, inner, part.rank == world.rank)
+        # One rank alone may unpickle one: that takes no collective.
+        pickled = world.bcast(pickle.dumps(p))
+        for rank in range(world.size):
+            if world.rank == rank:
+                assert pickle.loads(pickled) is p
+            world.Barrier()
+        # Made, dropped and made again, or dropped only, it is of the same communicator.
+        dropped, reference = pickle.dumps(others[2]), weakref.ref(others.pop())
+        gc.collect()
+        assert reference() is None
+        again = pickle.loads(dropped)
+        assert again is not inner
+        check(again.run(roll_call), (list(range(part.size)), sum(range(100))))
+        assert MPIParallelizer(part).run(roll_call)[0] == list(range(part.size))
+
+    def broadcasts_another(outer: Par, inner: Par, others: list[Par], *, parallelizer: Par) -> bool:
+        found = parallelizer.broadcast([Job(one) for one in (outer, inner, *others)])
+        assert [job.par for job in found] == [outer, inner, *others]
+        assert found[0].par.nprocs == importlib.import_module("mpi4py.MPI").COMM_WORLD.size
+        return True
+
+    def broadcasts_of_a_part(inner: Par, is_mine: bool, *, parallelizer: Par) -> None:
+        found = parallelizer.broadcast(Job(inner)).par
+        assert found is inner if is_mine else refuses_everything(found)
+        # It comes home as what it was.
+        back = parallelizer.gather(found, concatenate=False)
+        assert not parallelizer.on_main or back == [inner] * parallelizer.nprocs
+
+
+def test_bound_methods_are_mapped(p: Par) -> None:
+    expect(p, drive(p, map_a_method), [0, 3, 6])
+
+
+def map_a_method(*, parallelizer: Par) -> Any:
+    return parallelizer.map(Job(parallelizer).scale, range(3))
+
+
+SENTINELS = {"InWorkerProcess": "worker", "InMainProcess": "main"}
+
+
+@pytest.mark.parametrize("name", SENTINELS)
+def test_sentinels(name: str) -> None:
+    sentinel = getattr(Parallelizer, name)
+    assert not sentinel
+    assert SENTINELS[name] in repr(sentinel).lower()
+    assert " at 0x" not in repr(sentinel)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps([sentinel], protocol))[0] is sentinel
+    assert copy.copy(sentinel) is copy.deepcopy(sentinel) is sentinel
+
+
+def test_sentinels_travel(p: Par) -> None:
+    expect(p, p.run(sends_sentinels), [True] * p.nprocs)
+
+
+def sends_sentinels(*, parallelizer: Par) -> Any:
+    wanted = [Parallelizer.InWorkerProcess, Parallelizer.InMainProcess]
+    found = [*parallelizer.broadcast(wanted), *parallelizer.allgather(wanted)[-1]]
+    same = all(one is other for one, other in zip(found, wanted * 2, strict=True))
+    return parallelizer.gather(same)
+
+
+# ---------------------------------------------------------------------------------------------
 # Driver mode, client and server
 
 
@@ -4718,73 +4784,605 @@ def test_a_server_that_fails(p: Par) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# print
+# Bad input
 
 
-def prints_to(where: str, *, parallelizer: Par) -> Any:
-    stream = io.StringIO()
-    parallelizer.print("a", 1, [2], sep="-", end="!\n", where=where, file=stream)
-    parallelizer.print("two\nlines", where=where, file=stream, flush=True)
-    return parallelizer.gather(stream.getvalue())
+@pytest.mark.parametrize(
+    ("nprocs", "kind"),
+    [(0, ValueError), (-1, ValueError), ("x", TypeError), (2.5, TypeError), ([2], TypeError)],
+)
+def test_bad_nprocs(nprocs: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="nprocs"):
+        MultiprocessingParallelizer(nprocs=nprocs)
+    with pytest.raises(kind, match="nprocs"):
+        Parallelizer.lookup("multiprocessing", nprocs=nprocs)
 
 
-def is_headed(line: str, rank: int, text: str) -> bool:
-    """Tell whether `line` is `text` behind a head that names the rank."""
-    head = line.removesuffix(text)
-    return head != line and bool(head) and re.search(rf"\b{rank}\b", head) is not None
+def test_a_timeout_may_be_infinite() -> None:
+    for timeout in (1e300, float("inf")):
+        p = MultiprocessingParallelizer(2, timeout=timeout)
+        assert p.run(roll_call) == ([0, 1], sum(range(100)))
 
 
-@pytest.mark.parametrize("where", ["both", "main", "worker"])
-def test_print(p: Par, where: str) -> None:
-    texts = p.run(prints_to, where)
-    if not p.on_main:
-        return
-    wanted = ["a-1-[2]!", "two", "lines"]
-    assert texts[0].splitlines() == (wanted if where != "worker" else [])
-    for rank in range(1, p.nprocs):
-        lines = texts[rank].splitlines()
-        assert len(lines) == (len(wanted) if where != "main" else 0)
-        for line, text in zip(lines, wanted, strict=False):
-            assert is_headed(line, rank, text), line
+def test_bad_start_method() -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        MultiprocessingParallelizer(nprocs=2, start_method="nonsense")
 
 
-def prints(*, parallelizer: Par) -> None:
-    parallelizer.print("number", parallelizer.id)
-    parallelizer.print("only main", where="main")
-    parallelizer.print("only", "workers", where="worker", sep="_")
+def test_ranks_that_do_not_exist_are_ignored_on_one_process(p: Par) -> None:
+    if p.nprocs == 1:
+        assert p.run(own_id, comm=[0, 1, 99]) == 0
+        p.run(runs_on, [0, 3, 3])
 
 
-def program_that_prints(engine: str) -> None:
-    """Run as a program of its own by the test below; `run` prints nothing by itself."""
-    with create(engine) as p:
-        p.run(roll_call)
-        p.run(prints)
+@pytest.mark.parametrize("comm", [[], [1], [0, 0], [0, -1], [0, 99], [1, 2], [0, 1, 1]])
+def test_bad_comm(p: Par, comm: list[int]) -> None:
+    if p.nprocs == 1 and max(comm, default=0) > 0:
+        comm = [-1, *comm]
+    with pytest.raises(ValueError, match=r"comm|rank"):
+        p.run(own_id, comm=comm)
+    expect_to_work(p)
+    expect_failure(p, ValueError, runs_on, comm)
 
 
-@pytest.mark.parametrize("engine_name", ["serial", *MULTIPROCESSING, "mpi"])
-def test_prints_reach_the_terminal(engine_name: str) -> None:
-    call = f"import test_parallelizer; test_parallelizer.program_that_prints({engine_name!r})"
-    ranks = NPROCS if engine_name == "mpi" else None
-    lines = run_program("-c", call, ranks=ranks).splitlines()
-    nprocs = 1 if engine_name == "serial" else NPROCS
-    assert len(lines) == 2 * nprocs
-    assert lines.count("number 0") == lines.count("only main") == 1
-    for rank in range(1, nprocs):
-        for text in (f"number {rank}", "only_workers"):
-            assert sum(is_headed(line, rank, text) for line in lines) == 1, lines
+def runs_on(comm: list[int], *, parallelizer: Par) -> None:
+    parallelizer.run(own_id, comm=comm)
+
+
+@pytest.mark.parametrize("func", [None, 3, "text", [own_id]])
+def test_bad_func(p: Par, func: Any) -> None:
+    with pytest.raises(TypeError, match=r"callable|function"):
+        p.run(func)
+    with pytest.raises(TypeError, match=r"callable|function"):
+        p.apply(func)
+    expect_failure(p, TypeError, maps_badly, func)
+    expect_to_work(p)
+
+
+def maps_badly(func: Any, *, parallelizer: Par) -> None:
+    parallelizer.map(func, [1, 2])
+
+
+@pytest.mark.parametrize("data", [5, None])
+@BOTH_WAYS
+def test_data_that_cannot_be_mapped(p: Par, way: Any, data: Any) -> None:
+    expect(p, type(caught_from(way, p, maps_nothing, data)), TypeError)
+    expect_to_work(p)
+
+
+def maps_nothing(data: Any, *, parallelizer: Par) -> None:
+    parallelizer.map(square, data)
+
+
+def test_run_passes_the_parallelizer_itself(p: Par) -> None:
+    with pytest.raises(TypeError, match="leave it out"):
+        p.run(roll_call, parallelizer=SerialNonParallelizer())
+
+
+def test_bad_where(p: Par) -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        p.print("text", where="nonsense")
+    expect_failure(p, ValueError, prints_to, "nonsense")
+
+
+def halves(number: int) -> tuple[int, ...]:
+    return (number // 2,) * 2 if number > 1 else ()
+
+
+def feeds_its_producer(ordered: bool, *, parallelizer: Par) -> Any:
+    """As a search does, whose results are what is to be searched next."""
+    imap = parallelizer.imap if ordered else parallelizer.imap_unordered
+    found, missing = queue.SimpleQueue[int | None](), 1
+    found.put(16)
+    count = 0
+    for parts in imap(halves, iter(found.get, None)):
+        count += 1
+        missing += len(parts) - 1
+        for part in parts:
+            found.put(part)
+        if missing == 0:
+            found.put(None)
+    return count
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@BOTH_WAYS
+def test_a_producer_may_wait_for_results(p: Par, way: Any, ordered: bool) -> None:
+    expect(p, way(p, feeds_its_producer, ordered), 31)
+
+
+def fails_after(count: int) -> Iterator[int]:
+    yield from range(count)
+    raise JobError("of the producer", count)
+
+
+def refuses(number: int, item: int) -> int:
+    if item == number:
+        raise JobError("of the item", item)
+    return item
+
+
+def returns_a_lock(_: object) -> Any:
+    return threading.Lock()
+
+
+def yields_before_it_fails(
+    func: Any, data: Callable[[], Any], chunksize: int, *, parallelizer: Par
+) -> Any:
+    results: list[Any] = []
+    try:
+        for result in parallelizer.imap(func, data(), chunksize):
+            results.append(result)  # noqa: PERF402 - those before an error are wanted
+    except Exception as error:
+        return results, error
+    return results, None
+
+
+@pytest.mark.parametrize("chunksize", [1, 4])
+@pytest.mark.parametrize(
+    ("func", "data", "count", "kind"),
+    [
+        (abs, functools.partial(fails_after, 30), 30, JobError),
+        (functools.partial(refuses, 21), functools.partial(range, 90), 21, JobError),
+        (functools.partial(refuses, 21), functools.partial(fails_after, 30), 21, JobError),
+        (returns_a_lock, functools.partial(range, 90), 0, PackingError),
+    ],
+)
+def test_what_comes_before_an_error_is_yielded(
+    p: Par, func: Any, data: Any, count: int, kind: type, chunksize: int
+) -> None:
+    if kind is PackingError and p.nprocs == 1:
+        kind = type(None)
+        count = 90
+    results, error = yields_before_it_fails(func, data, chunksize, parallelizer=p)
+    expect(p, (len(results), type(error)), (count, kind))
+    if kind is JobError:
+        expect(p, results, [*range(count)])
+    expect_to_work(p)
+
+
+class IteratedOnce:
+    """Data whose second iteration is an error."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.count += 1
+        assert self.count == 1
+        return iter(range(10))
+
+
+@pytest.mark.parametrize("verb", ["map", "imap", "imap_unordered", "with callback"])
+@BOTH_WAYS
+def test_data_are_iterated_over_once(p: Par, way: Any, verb: str) -> None:
+    found = way(p, iterates_once, verb)
+    expect(p, found, [*range(10)])
+
+
+def iterates_once(verb: str, *, parallelizer: Par) -> Any:
+    if verb == "with callback":
+        return parallelizer.map(abs, IteratedOnce(), callback=abs)
+    results = getattr(parallelizer, verb)(abs, IteratedOnce())
+    return sorted(results) if parallelizer.on_main else None
+
+
+def blocked_producer(until: threading.Event) -> Iterator[int]:
+    yield from range(3)
+    until.wait(60)
+
+
+@pytest.mark.parametrize("fault", ["raise", "die", "interrupt", "leave"])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_faults_while_the_producer_blocks(method: str, fault: str) -> None:
+    blocked = threading.Event()
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        main = os.getpid()
+        func = functools.partial(ends_with, fault, main)
+        stream = par.imap_unordered(func, blocked_producer(blocked))
+        if fault == "leave":
+            assert next(stream) in range(3)
+            del stream
+        else:
+            kind = {"raise": JobError, "die": WorkerDied, "interrupt": KeyboardInterrupt}[fault]
+            with pytest.raises(kind):
+                list(stream)
+        blocked.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("parallelizer-reader"):
+                thread.join(30)
+                assert not thread.is_alive()
+        expect_to_work(par)
+
+
+def ends_with(fault: str, main: int, item: int) -> int:
+    """On the worker, after the producer has begun to block."""
+    if os.getpid() == main:
+        return item
+    time.sleep(0.2)
+    if fault == "raise":
+        raise JobError("of a worker", item)
+    if fault == "die":
+        os._exit(3)
+    if fault == "interrupt":
+        os.kill(main, signal.SIGINT)
+    return item
+
+
+class Loaded:
+    """An item that each process counts when it unpickles it."""
+
+    count = 0
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return load_one, (self.number,)
+
+
+def load_one(number: int) -> Loaded:
+    Loaded.count += 1
+    return Loaded(number)
+
+
+def number_of(item: Loaded) -> tuple[int, int]:
+    return item.number, os.getpid()
+
+
+def counts_what_it_loads(verb: str, *, parallelizer: Par) -> Any:
+    Loaded.count = 0
+    items = [Loaded(number) for number in range(90)] if parallelizer.on_main else None
+    results = getattr(parallelizer, verb)(number_of, items)
+    results = list(results) if parallelizer.on_main else []
+    return parallelizer.gather((os.getpid(), Loaded.count)), results
+
+
+@pytest.mark.parametrize("verb", ["map", "imap"])
+def test_a_process_unpickles_what_it_computes_and_no_more(p: Par, verb: str) -> None:
+    found = p.run(counts_what_it_loads, verb)
+    if p.on_main:
+        loaded, results = found
+        assert [number for number, _ in results] == [*range(90)]
+        computed = collections.Counter(pid for _, pid in results)
+        for pid, count in loaded[1:]:
+            assert count == computed[pid]
+
+
+def twice(block: np.ndarray[Any, Any]) -> Any:
+    return block[:2] * 2
+
+
+def test_chunks_may_be_larger_than_the_place_for_them() -> None:
+    blocks = [np.full(MIB, number, float) for number in range(20)]
+    blocks[7] = np.full(10 * MIB, 7.0)
+    wanted = [[2.0 * number] * 2 for number in range(20)]
+    with MultiprocessingParallelizer(3) as par:
+        for _ in range(2):
+            assert [list(pair) for pair in par.map(twice, blocks)] == wanted
+            assert [list(pair) for pair in par.imap(twice, iter(blocks))] == wanted
+
+
+def gives_up_and_goes_on(*, parallelizer: Par) -> Any:
+    right = []
+    for number in range(60):
+        imap = parallelizer.imap_unordered if number % 2 else parallelizer.imap
+        stream = imap(square, itertools.count() if number % 3 else range(number))
+        for _ in range(number % 7):
+            next(stream, None)
+        del stream
+        right.append(parallelizer.map(square, range(number)) == [x * x for x in range(number)])
+    return all(right) if parallelizer.on_main else None
+
+
+@BOTH_WAYS
+def test_nothing_of_a_stream_that_is_given_up_is_met_later(p: Par, way: Any) -> None:
+    expect(p, way(p, gives_up_and_goes_on), True)
+
+
+def waits_on_main_for_others(main: int, folder: Path, item: int) -> int:
+    if os.getpid() != main:
+        (folder / str(item)).touch()
+        return item
+    deadline = time.monotonic() + 30
+    while len(list(folder.iterdir())) < 40:
+        assert time.monotonic() < deadline, "nobody computes while main does"
+        time.sleep(0.01)
+    return item
+
+
+@pytest.mark.parametrize("verb", ["map", "imap", "imap_unordered", "with callback"])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_others_compute_while_main_does(method: str, verb: str, tmp_path: Path) -> None:
+    func = functools.partial(waits_on_main_for_others, os.getpid(), tmp_path)
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        if verb == "with callback":
+            results = par.map(func, range(60), 1, callback=abs)
+        else:
+            results = sorted(getattr(par, verb)(func, range(60), chunksize=1))
+    assert results == [*range(60)]
+
+
+def is_refused_and_goes_on(*, parallelizer: Par) -> Any:
+    for verb in (parallelizer.map, parallelizer.imap):
+        with pytest.raises(PackingError):
+            list(verb(square, range(9), extra_kwargs={"x": threading.Lock()}))
+    return parallelizer.map(square, range(9))
+
+
+def test_after_a_map_that_is_refused_the_next_one_is_not(p: Par) -> None:
+    if p.nprocs > 1:
+        expect(p, p.run(is_refused_and_goes_on), [x * x for x in range(9)])
+
+
+def dies_once(main: int, flag: Path, number: int) -> int:
+    """On the first worker that comes here."""
+    if os.getpid() == main:
+        wait_for_file(flag)
+    with contextlib.suppress(FileExistsError):
+        flag.touch(exist_ok=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("verb", ["map", "imap", "imap_unordered"])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_death_amid_a_chunk(method: str, verb: str, tmp_path: Path) -> None:
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        for flag in (tmp_path / "first", tmp_path / "second"):
+            func = functools.partial(dies_once, os.getpid(), flag)
+            with pytest.raises(WorkerDied, match="SIGKILL"):
+                list(getattr(par, verb)(func, range(900), chunksize=4))
+            assert par.map(square, range(9)) == [x * x for x in range(9)]
+
+
+SLOW_MODULE = """
+import pathlib, time
+pathlib.Path(__file__).with_suffix(".begun").touch()
+time.sleep(0.5)
+"""
+
+
+REMEMBERED: dict[str, int] = {}
+
+
+def remembers_its_rank(*, parallelizer: Par) -> None:
+    REMEMBERED["rank"] = parallelizer.id
+
+
+def imports_on_rank_one(folder: str) -> None:
+    if REMEMBERED["rank"] == 1:
+        sys.path.insert(0, folder)
+        importlib.import_module("slow_module")
+
+
+class ImportsOnRankOne:
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> Any:
+        return imports_on_rank_one, (self.folder,)
+
+
+def fails_while_another_imports(_: Any, begun: Path, *, parallelizer: Par) -> None:
+    if parallelizer.id == 2:
+        wait_for_file(begun)
+        raise JobError("not well", 2)
+    parallelizer.wait()
+
+
+def what_is_imported(*, parallelizer: Par) -> Any:
+    return parallelizer.gather((os.getpid(), "slow_module" in sys.modules))
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_failure_elsewhere_breaks_off_no_import(method: str, tmp_path: Path) -> None:
+    """What is left of a module can mostly not be imported again: `name '_abc' is not defined`."""
+    (tmp_path / "slow_module.py").write_text(SLOW_MODULE)
+    with MultiprocessingParallelizer(3, start_method=method) as par:
+        par.run(remembers_its_rank)
+        before = par.run(what_is_imported)
+        with pytest.raises(JobError):
+            par.run(
+                fails_while_another_imports,
+                ImportsOnRankOne(tmp_path),
+                tmp_path / "slow_module.begun",
+            )
+        after = par.run(what_is_imported)
+    assert [pid for pid, _ in after] == [pid for pid, _ in before]
+    assert [imported for _, imported in after] == [False, True, False]
+
+
+def one_long_item(*, parallelizer: Par) -> Any:
+    """Longer than it takes to find out that others, which idle, wait for main."""
+    return [*parallelizer.imap(sleeps, [2.0, 0.0])]
+
+
+def sleeps(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def test_idle_workers_are_not_waited_for(p: Par) -> None:
+    expect(p, p.run(one_long_item), [2.0, 0.0])
+
+
+def is_left_early(*, parallelizer: Par) -> Any:
+    stream = parallelizer.imap_unordered(sleeps, [0.1, 0.1, 2.0])
+    if parallelizer.on_main:
+        next(stream)
+    del stream
+    return parallelizer.map(abs, [0, 1])
+
+
+def test_who_is_late_from_an_earlier_stream_is_waited_for(p: Par) -> None:
+    expect(p, p.run(is_left_early), [0, 1])
+
+
+def tells(word: str, item: int) -> tuple[str, int]:
+    time.sleep(0.002)
+    return word, item
+
+
+def streams_in_nested_runs(*, parallelizer: Par) -> Any:
+    everybody = range(parallelizer.nprocs)
+    parallelizer.run(leaves_one_of_thirty, comm=everybody)
+    return parallelizer.run(takes_all_thirty, comm=everybody)
+
+
+def leaves_one_of_thirty(*, parallelizer: Par) -> None:
+    stream = parallelizer.imap(functools.partial(tells, "old"), range(30))
+    if parallelizer.on_main:
+        next(stream)
+
+
+def takes_all_thirty(*, parallelizer: Par) -> Any:
+    return [*parallelizer.imap(functools.partial(tells, "new"), range(30))]
+
+
+def test_no_result_of_an_earlier_stream_is_taken_for_one_of_this(p: Par) -> None:
+    expect(p, p.run(streams_in_nested_runs), [("new", item) for item in range(30)])
+
+
+def uses_its_reader(how: str, parallelizer: Par) -> Iterator[int]:
+    yield 1
+    if how == "map":
+        yield sum(parallelizer.map(abs, range(5)))
+    else:
+        yield from parallelizer.imap(abs, range(5))
+
+
+@pytest.mark.parametrize("how", ["map", "imap"])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_an_iterator_cannot_use_who_reads_it(method: str, how: str) -> None:
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        with pytest.raises(ContractError, match="an iterator that imap reads has used the"):
+            list(par.imap(abs, uses_its_reader(how, par)))
+        with pytest.raises(ContractError, match="an iterator that imap reads has used the"):
+            list(par.imap(abs, par.imap(abs, range(10))))
+        with MultiprocessingParallelizer(2, start_method=method) as other:
+            assert list(par.imap(abs, other.imap(abs, range(10)))) == [*range(10)]
+        expect_to_work(par)
+
+
+def lock_or_item(item: int) -> Any:
+    return threading.Lock() if item == 21 else item
+
+
+def locks_at(place: int) -> list[Any]:
+    return [threading.Lock() if number == place else number for number in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("func", "data"), [(lock_or_item, range(30)), (repr, locks_at(21))], ids=["result", "item"]
+)
+@pytest.mark.parametrize("chunksize", [1, 4])
+def test_what_comes_before_what_cannot_be_packed_is_yielded(
+    p: Par, func: Any, data: Any, chunksize: int
+) -> None:
+    results, error = yields_before_it_fails(func, lambda: data, chunksize, parallelizer=p)
+    wanted = (30, type(None)) if p.nprocs == 1 else (21, PackingError)
+    expect(p, (len(results), type(error)), wanted)
+    expect_to_work(p)
+
+
+def ends_by(kind: type[BaseException]) -> Iterator[int]:
+    yield from range(5)
+    raise kind
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_however_an_iterator_ends_what_it_gave_is_yielded(
+    method: str, kind: type[BaseException]
+) -> None:
+    found: list[int] = []
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        with pytest.raises(kind):
+            found.extend(par.imap(abs, ends_by(kind)))
+        expect_to_work(par)
+    assert found == [*range(5)]
+
+
+def raises_value_error(_: object) -> None:
+    raise ValueError
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_after_a_callback_has_raised_the_pool_is_free(method: str) -> None:
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        try:
+            par.map(abs, range(100), callback=raises_value_error)
+        except ValueError:
+            assert par.map(abs, range(3)) == [0, 1, 2]  # while the traceback lives
+
+
+@pytest.mark.parametrize("verb", ["map", "imap", "with callback"])
+def test_what_cannot_tell_its_length_is_iterated_over(p: Par, verb: str) -> None:
+    found = drive(p, iterates_without_length, verb)
+    expect(p, found, [1, 2, 3])
+
+
+def iterates_without_length(verb: str, *, parallelizer: Par) -> Any:
+    class Dataset:
+        def __iter__(self) -> Iterator[int]:
+            return iter([1, 2, 3])
+
+        def __len__(self) -> int:
+            raise TypeError("of an iterable dataset")
+
+    if verb == "with callback":
+        return parallelizer.map(abs, Dataset(), callback=abs)
+    results = getattr(parallelizer, verb)(abs, Dataset())
+    return list(results) if parallelizer.on_main else None
+
+
+def test_streams_outside_run(p: Par) -> None:
+    """Which under MPI all ranks call, before the first run and between two of them."""
+    for _ in range(2):
+        for verb in (p.imap, p.imap_unordered):
+            expect(p, sorted(verb(abs, range(-20, 0))), [*range(1, 21)] if p.on_main else [])
+        given_up = p.imap(abs, range(-20, 0))
+        expect(p, next(given_up, None), 20 if p.on_main else None)
+        del given_up
+        expect_to_work(p)
+
+
+OUTSIDE: dict[str, tuple[Any, ...]] = {
+    "broadcast": (1,),
+    "scatter": ([1],),
+    "gather": (1,),
+    "allgather": (1,),
+    "reduce": (1,),
+    "allreduce": (1,),
+    "send": (1, 1),
+    "receive": (1,),
+    "wait": (),
+}
+
+
+@pytest.mark.parametrize("start_method", MULTIPROCESSING)
+def test_collectives_outside_run(start_method: str) -> None:
+    p = MultiprocessingParallelizer(nprocs=2, start_method=start_method)
+    for verb, args in OUTSIDE.items():
+        with pytest.raises(ContractError, match=verb):
+            getattr(p, verb)(*args)
+    with p:
+        for verb, args in OUTSIDE.items():
+            with pytest.raises(ContractError, match=verb):
+                getattr(p, verb)(*args)
+        expect_to_work(p)
+
+
+def test_apply_needs_an_open_pool() -> None:
+    p = MultiprocessingParallelizer(nprocs=2)
+    with pytest.raises(ParallelizerError):
+        p.apply(own_id)
+    assert p.run(own_id) == 0
 
 
 # ---------------------------------------------------------------------------------------------
 # Errors: what a function raises
-
-
-class JobError(Exception):
-    """An exception with arguments and attributes of its own."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message, code)
-        self.code = code
-        self.detail = {"rank": code}
 
 
 class UnpicklableError(Exception):
@@ -5864,1721 +6462,427 @@ def test_processes_that_disagree(p: Par, body: Callable[..., None]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Bad input
+# Connections, sockets, and what else belongs to the processes of a machine
 
 
-@pytest.mark.parametrize(
-    ("nprocs", "kind"),
-    [(0, ValueError), (-1, ValueError), ("x", TypeError), (2.5, TypeError), ([2], TypeError)],
-)
-def test_bad_nprocs(nprocs: Any, kind: type[Exception]) -> None:
-    with pytest.raises(kind, match="nprocs"):
-        MultiprocessingParallelizer(nprocs=nprocs)
-    with pytest.raises(kind, match="nprocs"):
-        Parallelizer.lookup("multiprocessing", nprocs=nprocs)
-
-
-def test_a_timeout_may_be_infinite() -> None:
-    for timeout in (1e300, float("inf")):
-        p = MultiprocessingParallelizer(2, timeout=timeout)
-        assert p.run(roll_call) == ([0, 1], sum(range(100)))
-
-
-def test_bad_start_method() -> None:
-    with pytest.raises(ValueError, match="nonsense"):
-        MultiprocessingParallelizer(nprocs=2, start_method="nonsense")
-
-
-def test_ranks_that_do_not_exist_are_ignored_on_one_process(p: Par) -> None:
-    if p.nprocs == 1:
-        assert p.run(own_id, comm=[0, 1, 99]) == 0
-        p.run(runs_on, [0, 3, 3])
-
-
-@pytest.mark.parametrize("comm", [[], [1], [0, 0], [0, -1], [0, 99], [1, 2], [0, 1, 1]])
-def test_bad_comm(p: Par, comm: list[int]) -> None:
-    if p.nprocs == 1 and max(comm, default=0) > 0:
-        comm = [-1, *comm]
-    with pytest.raises(ValueError, match=r"comm|rank"):
-        p.run(own_id, comm=comm)
-    expect_to_work(p)
-    expect_failure(p, ValueError, runs_on, comm)
-
-
-def runs_on(comm: list[int], *, parallelizer: Par) -> None:
-    parallelizer.run(own_id, comm=comm)
-
-
-@pytest.mark.parametrize("func", [None, 3, "text", [own_id]])
-def test_bad_func(p: Par, func: Any) -> None:
-    with pytest.raises(TypeError, match=r"callable|function"):
-        p.run(func)
-    with pytest.raises(TypeError, match=r"callable|function"):
-        p.apply(func)
-    expect_failure(p, TypeError, maps_badly, func)
-    expect_to_work(p)
-
-
-def maps_badly(func: Any, *, parallelizer: Par) -> None:
-    parallelizer.map(func, [1, 2])
-
-
-@pytest.mark.parametrize("data", [5, None])
-@BOTH_WAYS
-def test_data_that_cannot_be_mapped(p: Par, way: Any, data: Any) -> None:
-    expect(p, type(caught_from(way, p, maps_nothing, data)), TypeError)
-    expect_to_work(p)
-
-
-def maps_nothing(data: Any, *, parallelizer: Par) -> None:
-    parallelizer.map(square, data)
-
-
-def test_run_passes_the_parallelizer_itself(p: Par) -> None:
-    with pytest.raises(TypeError, match="leave it out"):
-        p.run(roll_call, parallelizer=SerialNonParallelizer())
-
-
-def test_bad_where(p: Par) -> None:
-    with pytest.raises(ValueError, match="nonsense"):
-        p.print("text", where="nonsense")
-    expect_failure(p, ValueError, prints_to, "nonsense")
-
-
-def halves(number: int) -> tuple[int, ...]:
-    return (number // 2,) * 2 if number > 1 else ()
-
-
-def feeds_its_producer(ordered: bool, *, parallelizer: Par) -> Any:
-    """As a search does, whose results are what is to be searched next."""
-    imap = parallelizer.imap if ordered else parallelizer.imap_unordered
-    found, missing = queue.SimpleQueue[int | None](), 1
-    found.put(16)
-    count = 0
-    for parts in imap(halves, iter(found.get, None)):
-        count += 1
-        missing += len(parts) - 1
-        for part in parts:
-            found.put(part)
-        if missing == 0:
-            found.put(None)
-    return count
-
-
-@pytest.mark.parametrize("ordered", [True, False])
-@BOTH_WAYS
-def test_a_producer_may_wait_for_results(p: Par, way: Any, ordered: bool) -> None:
-    expect(p, way(p, feeds_its_producer, ordered), 31)
-
-
-def fails_after(count: int) -> Iterator[int]:
-    yield from range(count)
-    raise JobError("of the producer", count)
-
-
-def refuses(number: int, item: int) -> int:
-    if item == number:
-        raise JobError("of the item", item)
-    return item
-
-
-def returns_a_lock(_: object) -> Any:
-    return threading.Lock()
-
-
-def yields_before_it_fails(
-    func: Any, data: Callable[[], Any], chunksize: int, *, parallelizer: Par
-) -> Any:
-    results: list[Any] = []
-    try:
-        for result in parallelizer.imap(func, data(), chunksize):
-            results.append(result)  # noqa: PERF402 - those before an error are wanted
-    except Exception as error:
-        return results, error
-    return results, None
-
-
-@pytest.mark.parametrize("chunksize", [1, 4])
-@pytest.mark.parametrize(
-    ("func", "data", "count", "kind"),
-    [
-        (abs, functools.partial(fails_after, 30), 30, JobError),
-        (functools.partial(refuses, 21), functools.partial(range, 90), 21, JobError),
-        (functools.partial(refuses, 21), functools.partial(fails_after, 30), 21, JobError),
-        (returns_a_lock, functools.partial(range, 90), 0, PackingError),
-    ],
-)
-def test_what_comes_before_an_error_is_yielded(
-    p: Par, func: Any, data: Any, count: int, kind: type, chunksize: int
-) -> None:
-    if kind is PackingError and p.nprocs == 1:
-        kind = type(None)
-        count = 90
-    results, error = yields_before_it_fails(func, data, chunksize, parallelizer=p)
-    expect(p, (len(results), type(error)), (count, kind))
-    if kind is JobError:
-        expect(p, results, [*range(count)])
-    expect_to_work(p)
-
-
-class IteratedOnce:
-    """Data whose second iteration is an error."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __iter__(self) -> Iterator[int]:
-        self.count += 1
-        assert self.count == 1
-        return iter(range(10))
-
-
-@pytest.mark.parametrize("verb", ["map", "imap", "imap_unordered", "with callback"])
-@BOTH_WAYS
-def test_data_are_iterated_over_once(p: Par, way: Any, verb: str) -> None:
-    found = way(p, iterates_once, verb)
-    expect(p, found, [*range(10)])
-
-
-def iterates_once(verb: str, *, parallelizer: Par) -> Any:
-    if verb == "with callback":
-        return parallelizer.map(abs, IteratedOnce(), callback=abs)
-    results = getattr(parallelizer, verb)(abs, IteratedOnce())
-    return sorted(results) if parallelizer.on_main else None
-
-
-def blocked_producer(until: threading.Event) -> Iterator[int]:
-    yield from range(3)
-    until.wait(60)
-
-
-@pytest.mark.parametrize("fault", ["raise", "die", "interrupt", "leave"])
-@pytest.mark.parametrize("method", MULTIPROCESSING)
-def test_faults_while_the_producer_blocks(method: str, fault: str) -> None:
-    blocked = threading.Event()
-    with MultiprocessingParallelizer(2, start_method=method) as par:
-        main = os.getpid()
-        func = functools.partial(ends_with, fault, main)
-        stream = par.imap_unordered(func, blocked_producer(blocked))
-        if fault == "leave":
-            assert next(stream) in range(3)
-            del stream
-        else:
-            kind = {"raise": JobError, "die": WorkerDied, "interrupt": KeyboardInterrupt}[fault]
-            with pytest.raises(kind):
-                list(stream)
-        blocked.set()
-        for thread in threading.enumerate():
-            if thread.name.startswith("parallelizer-reader"):
-                thread.join(30)
-                assert not thread.is_alive()
-        expect_to_work(par)
-
-
-def ends_with(fault: str, main: int, item: int) -> int:
-    """On the worker, after the producer has begun to block."""
-    if os.getpid() == main:
-        return item
-    time.sleep(0.2)
-    if fault == "raise":
-        raise JobError("of a worker", item)
-    if fault == "die":
-        os._exit(3)
-    if fault == "interrupt":
-        os.kill(main, signal.SIGINT)
-    return item
-
-
-class Loaded:
-    """An item that each process counts when it unpickles it."""
-
-    count = 0
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __reduce__(self) -> Any:
-        return load_one, (self.number,)
-
-
-def load_one(number: int) -> Loaded:
-    Loaded.count += 1
-    return Loaded(number)
-
-
-def number_of(item: Loaded) -> tuple[int, int]:
-    return item.number, os.getpid()
-
-
-def counts_what_it_loads(verb: str, *, parallelizer: Par) -> Any:
-    Loaded.count = 0
-    items = [Loaded(number) for number in range(90)] if parallelizer.on_main else None
-    results = getattr(parallelizer, verb)(number_of, items)
-    results = list(results) if parallelizer.on_main else []
-    return parallelizer.gather((os.getpid(), Loaded.count)), results
-
-
-@pytest.mark.parametrize("verb", ["map", "imap"])
-def test_a_process_unpickles_what_it_computes_and_no_more(p: Par, verb: str) -> None:
-    found = p.run(counts_what_it_loads, verb)
-    if p.on_main:
-        loaded, results = found
-        assert [number for number, _ in results] == [*range(90)]
-        computed = collections.Counter(pid for _, pid in results)
-        for pid, count in loaded[1:]:
-            assert count == computed[pid]
-
-
-def twice(block: np.ndarray[Any, Any]) -> Any:
-    return block[:2] * 2
-
-
-def test_chunks_may_be_larger_than_the_place_for_them() -> None:
-    blocks = [np.full(MIB, number, float) for number in range(20)]
-    blocks[7] = np.full(10 * MIB, 7.0)
-    wanted = [[2.0 * number] * 2 for number in range(20)]
-    with MultiprocessingParallelizer(3) as par:
-        for _ in range(2):
-            assert [list(pair) for pair in par.map(twice, blocks)] == wanted
-            assert [list(pair) for pair in par.imap(twice, iter(blocks))] == wanted
-
-
-def gives_up_and_goes_on(*, parallelizer: Par) -> Any:
-    right = []
-    for number in range(60):
-        imap = parallelizer.imap_unordered if number % 2 else parallelizer.imap
-        stream = imap(square, itertools.count() if number % 3 else range(number))
-        for _ in range(number % 7):
-            next(stream, None)
-        del stream
-        right.append(parallelizer.map(square, range(number)) == [x * x for x in range(number)])
-    return all(right) if parallelizer.on_main else None
-
-
-@BOTH_WAYS
-def test_nothing_of_a_stream_that_is_given_up_is_met_later(p: Par, way: Any) -> None:
-    expect(p, way(p, gives_up_and_goes_on), True)
-
-
-def waits_on_main_for_others(main: int, folder: Path, item: int) -> int:
-    if os.getpid() != main:
-        (folder / str(item)).touch()
-        return item
-    deadline = time.monotonic() + 30
-    while len(list(folder.iterdir())) < 40:
-        assert time.monotonic() < deadline, "nobody computes while main does"
-        time.sleep(0.01)
-    return item
-
-
-@pytest.mark.parametrize("verb", ["map", "imap", "imap_unordered", "with callback"])
-@pytest.mark.parametrize("method", MULTIPROCESSING)
-def test_others_compute_while_main_does(method: str, verb: str, tmp_path: Path) -> None:
-    func = functools.partial(waits_on_main_for_others, os.getpid(), tmp_path)
-    with MultiprocessingParallelizer(3, start_method=method) as par:
-        if verb == "with callback":
-            results = par.map(func, range(60), 1, callback=abs)
-        else:
-            results = sorted(getattr(par, verb)(func, range(60), chunksize=1))
-    assert results == [*range(60)]
-
-
-def is_refused_and_goes_on(*, parallelizer: Par) -> Any:
-    for verb in (parallelizer.map, parallelizer.imap):
-        with pytest.raises(PackingError):
-            list(verb(square, range(9), extra_kwargs={"x": threading.Lock()}))
-    return parallelizer.map(square, range(9))
-
-
-def test_after_a_map_that_is_refused_the_next_one_is_not(p: Par) -> None:
-    if p.nprocs > 1:
-        expect(p, p.run(is_refused_and_goes_on), [x * x for x in range(9)])
-
-
-def dies_once(main: int, flag: Path, number: int) -> int:
-    """On the first worker that comes here."""
-    if os.getpid() == main:
-        wait_for_file(flag)
-    with contextlib.suppress(FileExistsError):
-        flag.touch(exist_ok=False)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-@pytest.mark.parametrize("verb", ["map", "imap", "imap_unordered"])
-@pytest.mark.parametrize("method", MULTIPROCESSING)
-def test_a_death_amid_a_chunk(method: str, verb: str, tmp_path: Path) -> None:
-    with MultiprocessingParallelizer(3, start_method=method) as par:
-        for flag in (tmp_path / "first", tmp_path / "second"):
-            func = functools.partial(dies_once, os.getpid(), flag)
-            with pytest.raises(WorkerDied, match="SIGKILL"):
-                list(getattr(par, verb)(func, range(900), chunksize=4))
-            assert par.map(square, range(9)) == [x * x for x in range(9)]
-
-
-SLOW_MODULE = """
-import pathlib, time
-pathlib.Path(__file__).with_suffix(".begun").touch()
-time.sleep(0.5)
-"""
-
-
-REMEMBERED: dict[str, int] = {}
-
-
-def remembers_its_rank(*, parallelizer: Par) -> None:
-    REMEMBERED["rank"] = parallelizer.id
-
-
-def imports_on_rank_one(folder: str) -> None:
-    if REMEMBERED["rank"] == 1:
-        sys.path.insert(0, folder)
-        importlib.import_module("slow_module")
-
-
-class ImportsOnRankOne:
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self) -> Any:
-        return imports_on_rank_one, (self.folder,)
-
-
-def fails_while_another_imports(_: Any, begun: Path, *, parallelizer: Par) -> None:
-    if parallelizer.id == 2:
-        wait_for_file(begun)
-        raise JobError("not well", 2)
-    parallelizer.wait()
-
-
-def what_is_imported(*, parallelizer: Par) -> Any:
-    return parallelizer.gather((os.getpid(), "slow_module" in sys.modules))
-
-
-@pytest.mark.parametrize("method", MULTIPROCESSING)
-def test_a_failure_elsewhere_breaks_off_no_import(method: str, tmp_path: Path) -> None:
-    """What is left of a module can mostly not be imported again: `name '_abc' is not defined`."""
-    (tmp_path / "slow_module.py").write_text(SLOW_MODULE)
-    with MultiprocessingParallelizer(3, start_method=method) as par:
-        par.run(remembers_its_rank)
-        before = par.run(what_is_imported)
-        with pytest.raises(JobError):
-            par.run(
-                fails_while_another_imports,
-                ImportsOnRankOne(tmp_path),
-                tmp_path / "slow_module.begun",
-            )
-        after = par.run(what_is_imported)
-    assert [pid for pid, _ in after] == [pid for pid, _ in before]
-    assert [imported for _, imported in after] == [False, True, False]
-
-
-def one_long_item(*, parallelizer: Par) -> Any:
-    """Longer than it takes to find out that others, which idle, wait for main."""
-    return [*parallelizer.imap(sleeps, [2.0, 0.0])]
-
-
-def sleeps(seconds: float) -> float:
-    time.sleep(seconds)
-    return seconds
-
-
-def test_idle_workers_are_not_waited_for(p: Par) -> None:
-    expect(p, p.run(one_long_item), [2.0, 0.0])
-
-
-def is_left_early(*, parallelizer: Par) -> Any:
-    stream = parallelizer.imap_unordered(sleeps, [0.1, 0.1, 2.0])
-    if parallelizer.on_main:
-        next(stream)
-    del stream
-    return parallelizer.map(abs, [0, 1])
-
-
-def test_who_is_late_from_an_earlier_stream_is_waited_for(p: Par) -> None:
-    expect(p, p.run(is_left_early), [0, 1])
-
-
-def tells(word: str, item: int) -> tuple[str, int]:
-    time.sleep(0.002)
-    return word, item
-
-
-def streams_in_nested_runs(*, parallelizer: Par) -> Any:
-    everybody = range(parallelizer.nprocs)
-    parallelizer.run(leaves_one_of_thirty, comm=everybody)
-    return parallelizer.run(takes_all_thirty, comm=everybody)
-
-
-def leaves_one_of_thirty(*, parallelizer: Par) -> None:
-    stream = parallelizer.imap(functools.partial(tells, "old"), range(30))
-    if parallelizer.on_main:
-        next(stream)
-
-
-def takes_all_thirty(*, parallelizer: Par) -> Any:
-    return [*parallelizer.imap(functools.partial(tells, "new"), range(30))]
-
-
-def test_no_result_of_an_earlier_stream_is_taken_for_one_of_this(p: Par) -> None:
-    expect(p, p.run(streams_in_nested_runs), [("new", item) for item in range(30)])
-
-
-def uses_its_reader(how: str, parallelizer: Par) -> Iterator[int]:
-    yield 1
-    if how == "map":
-        yield sum(parallelizer.map(abs, range(5)))
+def tell(word: int, end: Any) -> None:
+    """Write a number to a connection, or to one in an object or list."""
+    if isinstance(end, list | Holder):
+        tell(word, end.array if isinstance(end, Holder) else end[0])
     else:
-        yield from parallelizer.imap(abs, range(5))
+        end.send_bytes(bytes([word]))
 
 
-@pytest.mark.parametrize("how", ["map", "imap"])
-@pytest.mark.parametrize("method", MULTIPROCESSING)
-def test_an_iterator_cannot_use_who_reads_it(method: str, how: str) -> None:
-    with MultiprocessingParallelizer(2, start_method=method) as par:
-        with pytest.raises(ContractError, match="an iterator that imap reads has used the"):
-            list(par.imap(abs, uses_its_reader(how, par)))
-        with pytest.raises(ContractError, match="an iterator that imap reads has used the"):
-            list(par.imap(abs, par.imap(abs, range(10))))
-        with MultiprocessingParallelizer(2, start_method=method) as other:
-            assert list(par.imap(abs, other.imap(abs, range(10)))) == [*range(10)]
-        expect_to_work(par)
+def tell_all(ends: Any) -> None:
+    for word, end in ends:
+        tell(word, end)
 
 
-def lock_or_item(item: int) -> Any:
-    return threading.Lock() if item == 21 else item
+def heard(end: Any, count: int) -> list[int]:
+    """Read so many numbers, in whatever order they come."""
+    return sorted(end.recv_bytes()[0] for _ in range(count) if end.poll(30))
 
 
-def locks_at(place: int) -> list[Any]:
-    return [threading.Lock() if number == place else number for number in range(30)]
+def pipe() -> tuple[Any, Any]:
+    return multiprocessing.Pipe(duplex=False)
 
 
-@pytest.mark.parametrize(
-    ("func", "data"), [(lock_or_item, range(30)), (repr, locks_at(21))], ids=["result", "item"]
-)
-@pytest.mark.parametrize("chunksize", [1, 4])
-def test_what_comes_before_what_cannot_be_packed_is_yielded(
-    p: Par, func: Any, data: Any, chunksize: int
-) -> None:
-    results, error = yields_before_it_fails(func, lambda: data, chunksize, parallelizer=p)
-    wanted = (30, type(None)) if p.nprocs == 1 else (21, PackingError)
-    expect(p, (len(results), type(error)), wanted)
-    expect_to_work(p)
+WORDS = range(40)
 
-
-def ends_by(kind: type[BaseException]) -> Iterator[int]:
-    yield from range(5)
-    raise kind
-
-
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
-@pytest.mark.parametrize("method", MULTIPROCESSING)
-def test_however_an_iterator_ends_what_it_gave_is_yielded(
-    method: str, kind: type[BaseException]
-) -> None:
-    found: list[int] = []
-    with MultiprocessingParallelizer(2, start_method=method) as par:
-        with pytest.raises(kind):
-            found.extend(par.imap(abs, ends_by(kind)))
-        expect_to_work(par)
-    assert found == [*range(5)]
-
-
-def raises_value_error(_: object) -> None:
-    raise ValueError
-
-
-@pytest.mark.parametrize("method", MULTIPROCESSING)
-def test_after_a_callback_has_raised_the_pool_is_free(method: str) -> None:
-    with MultiprocessingParallelizer(2, start_method=method) as par:
-        try:
-            par.map(abs, range(100), callback=raises_value_error)
-        except ValueError:
-            assert par.map(abs, range(3)) == [0, 1, 2]  # while the traceback lives
-
-
-@pytest.mark.parametrize("verb", ["map", "imap", "with callback"])
-def test_what_cannot_tell_its_length_is_iterated_over(p: Par, verb: str) -> None:
-    found = drive(p, iterates_without_length, verb)
-    expect(p, found, [1, 2, 3])
-
-
-def iterates_without_length(verb: str, *, parallelizer: Par) -> Any:
-    class Dataset:
-        def __iter__(self) -> Iterator[int]:
-            return iter([1, 2, 3])
-
-        def __len__(self) -> int:
-            raise TypeError("of an iterable dataset")
-
-    if verb == "with callback":
-        return parallelizer.map(abs, Dataset(), callback=abs)
-    results = getattr(parallelizer, verb)(abs, Dataset())
-    return list(results) if parallelizer.on_main else None
-
-
-def test_streams_outside_run(p: Par) -> None:
-    """Which under MPI all ranks call, before the first run and between two of them."""
-    for _ in range(2):
-        for verb in (p.imap, p.imap_unordered):
-            expect(p, sorted(verb(abs, range(-20, 0))), [*range(1, 21)] if p.on_main else [])
-        given_up = p.imap(abs, range(-20, 0))
-        expect(p, next(given_up, None), 20 if p.on_main else None)
-        del given_up
-        expect_to_work(p)
-
-
-OUTSIDE: dict[str, tuple[Any, ...]] = {
-    "broadcast": (1,),
-    "scatter": ([1],),
-    "gather": (1,),
-    "allgather": (1,),
-    "reduce": (1,),
-    "allreduce": (1,),
-    "send": (1, 1),
-    "receive": (1,),
-    "wait": (),
+# Outside run, main has all words told to an end.
+TELLERS: dict[str, Callable[[Par, Any], object]] = {
+    "extra_args": lambda par, end: par.map(tell, WORDS, ([end],)),
+    "extra_kwargs": lambda par, end: par.map(tell, WORDS, (), {"end": Holder(end, "")}),
+    "items": lambda par, end: par.starmap(tell, [(i, end) for i in WORDS]),
+    "imap": lambda par, end: list(par.imap(tell_all, [[(i, end)] for i in WORDS], 2)),
+    "blocks": lambda par, end: par.map(tell_all, [(i, end) for i in WORDS], vectorized=True),
+    "run": lambda par, end: par.run(tells_its_share, end, end=[end]),
 }
+if CLOUDPICKLE:
+    TELLERS["closure"] = lambda par, end: par.map(lambda i: tell(i, end), WORDS)
 
 
-@pytest.mark.parametrize("start_method", MULTIPROCESSING)
-def test_collectives_outside_run(start_method: str) -> None:
-    p = MultiprocessingParallelizer(nprocs=2, start_method=start_method)
-    for verb, args in OUTSIDE.items():
-        with pytest.raises(ContractError, match=verb):
-            getattr(p, verb)(*args)
-    with p:
-        for verb, args in OUTSIDE.items():
-            with pytest.raises(ContractError, match=verb):
-                getattr(p, verb)(*args)
+def tells_its_share(_: Any, end: Any, *, parallelizer: Par) -> None:
+    for word in WORDS[parallelizer.id :: parallelizer.nprocs]:
+        tell(word, end)
+
+
+if not UNDER_MPI:
+
+    def test_connections_can_be_passed_on(p: Par) -> None:
+        readable, writable = pipe()
+        with readable, writable:
+            for name, teller in TELLERS.items():
+                teller(p, writable)
+                check(heard(readable, len(WORDS)), [*WORDS], name)
+            check(p.run(exchanges_ends), [[rank] * 3 for rank in range(p.nprocs)])
+            tell(1, writable)  # which is still main's own
+            check(heard(readable, 1), [1])
+            assert internals._safe_start_method("fork", 2) == "fork"  # as before
+
+    def test_sockets_can_be_passed_on(p: Par) -> None:
+        readable, writable = socket.socketpair()
+        with readable, writable:
+            p.run(uses_sockets, writable)
+            check(len(readable.recv(99)), 2 * p.nprocs)
+
+
+class Registered:
+    """Stands for what a library registers: only multiprocessing knows how it is sent."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+
+def restored(word: str) -> Registered:
+    return Registered(word + ", by its reducer")
+
+
+def sends_registered(*, parallelizer: Par) -> Any:
+    par = parallelizer
+    reduction = importlib.import_module("multiprocessing.reduction")
+    reduction.register(Registered, lambda one: (restored, (one.word,)))
+    try:
+        return par.allgather(par.broadcast([Registered("sent")] if par.on_main else None)[0].word)
+    except PackingError as refused:
+        return par.allgather("a Registered belongs" in str(refused))
+
+
+def test_what_is_registered_with_multiprocessing_is_sent_by_it(p: Par) -> None:
+    there = UNDER_MPI or "sent, by its reducer"
+    expect(
+        p,
+        p.run(sends_registered),
+        [there if UNDER_MPI and p.nprocs > 1 else "sent"] + [there] * (p.nprocs - 1),
+    )
+
+
+def exchanges_ends(*, parallelizer: Par) -> Any:
+    """Send ends from main to all, from all to main, and from each to the next one."""
+    par = parallelizer
+    ends = [pipe() for _ in range(par.nprocs)] if par.on_main else None
+    readable, writable = par.broadcast(ends)[par.id]
+    again = par.scatter([pair[1] for pair in ends] if ends else None)
+    for one in (writable, again[0]):
+        tell(par.id, one)
+    own = pipe()
+    par.send({"x": [own[0]]}, (par.id + 1) % par.nprocs)
+    left = par.receive((par.id - 1) % par.nprocs)["x"][0]
+    tell((par.id + 1) % par.nprocs, own[1])
+    found = heard(readable, 2) + heard(left, 1)
+    mine = pipe()
+    tell_all([(par.id, end) for end in par.allgather(mine[1])])
+    check(heard(mine[0], par.nprocs), [*range(par.nprocs)])
+    par.wait()
+    return par.gather(found)
+
+
+def uses_sockets(end: socket.socket, *, parallelizer: Par) -> None:
+    par = parallelizer
+    with contextlib.ExitStack() as stack:
+        for one in (end, par.broadcast(end)):
+            one.sendall(bytes([par.id]))
+            if not par.on_main:
+                stack.enter_context(one)
+        ours = [stack.enter_context(one) for one in socket.socketpair()]
+        for one in par.gather(ours[1]) or ():
+            stack.enter_context(one).sendall(b"7")
+        check(ours[0].recv(1), b"7")
+        par.wait()
+
+
+if UNDER_MPI:
+
+    def test_what_belongs_to_a_machine_is_refused_by_name(p: Par) -> None:
+        if p.nprocs > 1:
+            found = failure(p, sends_connections)
+            expect(p, type(found), PackingError)
+            expect(p, "a Connection belongs to this machine's processes" in str(found), True)
         expect_to_work(p)
+        expect(p, p.run(keeps_connections), [True] * p.nprocs)
 
 
-def test_apply_needs_an_open_pool() -> None:
-    p = MultiprocessingParallelizer(nprocs=2)
-    with pytest.raises(ParallelizerError):
-        p.apply(own_id)
-    assert p.run(own_id) == 0
+def sends_connections(*, parallelizer: Par) -> None:
+    given = [pipe()[1]] if parallelizer.on_main else None
+    for verb in (parallelizer.broadcast, lambda x: parallelizer.scatter(x and x * 9)):
+        error = caught_from(verb, given)
+        assert isinstance(error, PackingError)
+        assert "a Connection belongs" in str(error)
+    parallelizer.map(tell, WORDS, (given,))
+
+
+def keeps_connections(*, parallelizer: Par) -> Any:
+    """Send one to oneself, and lay out anew what holds one."""
+    ends = multiprocessing.Pipe()
+    held = [ends[0], np.ones((9, 9))[:, 3]]
+    parallelizer.send(held, parallelizer.id)
+    found = parallelizer.receive(parallelizer.id)
+    del held
+    gc.collect()
+    ends[1].send(1)
+    return parallelizer.allgather(found[0] is ends[0] and found[0].recv() == 1)
+
+
+def test_connections_of_ones_own_are_kept(p: Par) -> None:
+    expect(p, p.run(keeps_connections), [True] * p.nprocs)
+    ends = multiprocessing.Pipe()
+    with ends[0], ends[1]:
+        p.run(roll_call_with, [ends[1], np.ones((9, 9))[:, 3]]) if p.nprocs == 1 else None
+        gc.collect()
+        ends[1].send(1)
+        assert ends[0].recv() == 1
+
+
+def roll_call_with(_: Any, *, parallelizer: Par) -> Any:
+    return roll_call(parallelizer=parallelizer)
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_what_multiprocessing_does_not_send_is_refused(method: str) -> None:
+    context = multiprocessing.get_context(method)
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        error = None
+        for make in (context.Lock, context.Event, context.Queue, context.SimpleQueue):
+            error = caught_from(par.run, roll_call_with, [make()])
+            check((type(error), "inheritance" in str(error)), (PackingError, True))
+        del error
+        gc.collect()  # the semaphores go with what holds them
+        assert par.run(roll_call)[0] == [0, 1]
 
 
 # ---------------------------------------------------------------------------------------------
-# Programs: MPI, the examples, the command line
+# Memory-mapped files
 
 
-def run_program(
-    *argv: str, ranks: int | None = None, limit: float = 100, cwd: Path = HERE, **env: str
-) -> str:
-    """Run Python with `argv`, on `ranks` MPI ranks if given; its stdout, after a good end."""
-    code, out, err = finish(*argv, ranks=ranks, limit=limit, cwd=cwd, **env)
-    assert code == 0, f"{argv} ended with {code}\n{out[-20000:]}\n{err[-20000:]}"
-    assert ranks or not err, f"{argv} wrote to stderr:\n{err[-20000:]}"  # an MPI may warn there
-    return out
+def on_file(path: Path, mode: str, order: Any = "C") -> Any:
+    """Map a new file of numbers from 0 on, behind a head of some length."""
+    make: Any = np.memmap
+    whole = make(path, float, "w+", 4100, (72, 12), order)
+    whole[...] = np.arange(864.0).reshape(72, 12)
+    return whole if mode == "w+" else make(path, float, mode, 4100, (72, 12), order)
 
 
-def finish(
-    *argv: str,
-    ranks: int | None = None,
-    options: Sequence[str] = (),
-    limit: float = 100,
-    cwd: Path = HERE,
-    **env: str,
-) -> tuple[int, str, str]:
-    """Run Python with `argv` to its end, or kill its whole process group at the `limit`."""
-    command = [*(mpiexec(ranks) if ranks else []), *options, sys.executable, *argv]
-    return finish_command(command, limit=limit, cwd=cwd, **env)
+@contextlib.contextmanager
+def folder_of(par: Par) -> Iterator[Path]:
+    """Make a folder, the same on all processes, which goes when main leaves it."""
+    with tempfile.TemporaryDirectory() if par.on_main else contextlib.nullcontext() as made:
+        yield Path(par.broadcast(made))
+        par.wait()
 
 
-def start_command(command: Sequence[str], cwd: Path, **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(HERE)} | MPI_SETTINGS | env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def negate(row: Array, *_: Any) -> None:
+    row[...] = -row
 
 
-def finish_command(
-    command: Sequence[str], *, limit: float = 100, cwd: Path = HERE, **env: str
-) -> tuple[int, str, str]:
-    """Run a command to its end, or kill its whole process group at the `limit`."""
-    process = start_command(command, cwd, **env)
-    try:
-        out, err = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # mpiexec passes it on to its ranks
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        pytest.fail(f"{command} did not end in {limit} s\n{out[-20000:]}\n{err[-20000:]}")
-    return process.returncode, out, err
+def negates(block: Any) -> None:
+    for row in block:
+        negate(row)
 
 
-# Open MPI as root, with more ranks than CPUs; others ignore these.
-MPI_SETTINGS = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "OMP_NUM_THREADS": "1",
+def by_map(par: Par, table: Any) -> None:
+    par.map(negate, table, chunksize=1)
+
+
+def by_list(par: Par, table: Any) -> None:
+    par.map(negate, None if table is None else list(table))
+
+
+def by_argument(par: Par, table: Any) -> None:
+    rows = range(0 if table is None else len(table))
+    par.starmap(negate_row, [(i,) for i in rows], None, {"table": table})
+    par.map(negate_row, rows, (table,))
+    list(par.imap(negate_row, rows, 2, (table,)))
+
+
+def negate_row(i: int, table: Array) -> None:
+    negate(table[i])
+
+
+def by_blocks_of_it(par: Par, table: Any) -> None:
+    par.map(negates, table, vectorized=True)
+
+
+def by_scattering_it(par: Par, table: Any) -> None:
+    negate(par.scatter(table))
+
+
+def by_broadcasting_it(par: Par, table: Any) -> None:
+    table = par.broadcast({"table": [table]})["table"][0]
+    negate(table[par.id :: par.nprocs])
+
+
+def by_sending_it(par: Par, table: Any) -> None:
+    if par.on_main:
+        for rank, (start, stop) in enumerate(internals._block_bounds(len(table), par.nprocs)):
+            par.send(table[start:stop], rank)
+    negate(par.receive(0))
+
+
+SCRIBES: list[Callable[[Par, Any], None]] = [
+    by_map, by_list, by_argument, by_blocks_of_it, by_scattering_it, by_broadcasting_it,
+    by_sending_it,
+]  # fmt: skip
+
+PARTS: dict[str, Callable[[Any], Any]] = {
+    "whole": lambda m: m,
+    "plain": np.asarray,
+    "columns": lambda m: m.T,
+    "part": lambda m: m[3:70:2, 9:1:-3],
+    "plain part": lambda m: np.asarray(m)[::-1, 1:],
+    "matrix": lambda m: np.asarray(m).view(np.matrix),
 }
 
 
-def mpiexec(ranks: int) -> list[str]:
-    """Find the launcher that belongs to this interpreter's mpi4py: beside it, else on the path."""
-    beside = str(Path(sys.executable).parent)
-    launcher = shutil.which("mpiexec", path=beside) or shutil.which("mpiexec")
-    if launcher is None or importlib.util.find_spec("mpi4py") is None:
-        pytest.fail("these tests need mpi4py and mpiexec: run `pip install .[test]`")
-    return [launcher, "-n", str(ranks)]
-
-
-@pytest.mark.timeout(500)
-@pytest.mark.parametrize("ranks", RANK_COUNTS)
-def test_contract_under_mpi(ranks: int, tmp_path: Path) -> None:
-    # How things are packed does not depend on the number of ranks beyond two.
-    packing = (
-        "arrays_arrive or bits_do_not_depend or subclasses_of_arrays or exception_arrives or "
-        "exception_comes or exception_that_is or exception_may_be or ecosystem or rows_that_are or "
-        "stays_behind or a_child_that_is"
-    )
-    chosen = ["-k", f"on_mpi and not ({packing})"] if ranks != 2 else []
-    code, out, err = finish(
-        str(Path(__file__)), str(tmp_path), *chosen,
-        ranks=ranks, limit=480, PARALLELIZER_TEST_ENGINE="mpi",
-    )  # fmt: skip
-    texts = [path.read_text() for path in sorted(tmp_path.glob("rank-*.txt"))]
-    tails = "\n".join(text[-8000:] for text in texts if " failed" in text or code)
-    assert code == 0, f"mpiexec ended with {code}\n{tails}\n{out[-2000:]}\n{err[-8000:]}"
-    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank-*.json"))]
-    assert [report["nprocs"] for report in reports] == [ranks] * ranks
-    collected = reports[0]["collected"]
-    assert len(collected) > 100
-    for report in reports:
-        assert report["collected"] == report["passed"] == collected
-
-
-class Tally:
-    """A pytest plugin that counts, so that the outer test can prove that the inner ones ran."""
-
-    def __init__(self) -> None:
-        self.collected: list[str] = []
-        self.passed: list[str] = []
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.collected = [item.nodeid for item in session.items]
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" and report.passed:
-            self.passed.append(report.nodeid)
-
-
-def run_as_rank(folder: Path, *options: str) -> int:
-    """Run the contract's tests as one rank of `mpiexec`; output and counts go to `folder`."""
-    world = importlib.import_module("mpi4py.MPI").COMM_WORLD
-    with (folder / f"rank-{world.rank}.txt").open("w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    if world.size > 3:
-        internals._MOST_BY_ALLGATHER = 2  # or that of many ranks would never be tried
-    tally = Tally()
-    argv = [
-        __file__,
-        "-k",
-        "on_mpi",
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
-        f"--basetemp={folder}/rank-{world.rank}",  # all clean up in the common one at once
-        *(["-v"] if os.environ.get("VV") else ["-q"]),
-        *options,
-    ]
-    code = int(pytest.main(argv, plugins=[tally]))
-    report = {"nprocs": world.size, **vars(tally)}
-    (folder / f"rank-{world.rank}.json").write_text(json.dumps(report))
-    return code
-
-
-EXAMPLES = ["quickstart", "mapping", "sample_program", "client_server", "hessian", "imbalance"]
-
-
-def example(name: str, backend: str) -> list[str]:
-    """Run an example on four processes; its lines of output."""
-    argv = [str(HERE / "examples" / f"{name}.py"), "--backend", backend]
-    argv += ["--nprocs", "4"] if backend == "multiprocessing" else []
-    argv += ["--cells", "3"] if name == "hessian" else []
-    return run_program(*argv, ranks=4 if backend == "mpi" else None).splitlines()
-
-
-def results_of(lines: Sequence[str]) -> list[str]:
-    """Leave out the lines that name the backend or tell times."""
-    return [line for line in lines if not re.search(r"Running with|speed-up", line)]
-
-
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_give_the_same_numbers_on_every_backend(name: str) -> None:
-    outputs = {mode: example(name, mode) for mode in ("serial", "multiprocessing", "mpi")}
-    if name == "quickstart":
-        assert outputs["serial"] == ["[1000]"]
-        assert outputs["multiprocessing"] == outputs["mpi"] == ["[250, 250, 250, 250]"]
-        return
-    if name == "sample_program":
-        assert "Running with SerialNonParallelizer(id=0, nprocs=1)" in outputs["serial"]
-        closed = "Running with MultiprocessingParallelizer(id=None, nprocs=None)"
-        assert closed in outputs["multiprocessing"]
-    assert results_of(outputs["serial"])
-    assert results_of(outputs["multiprocessing"]) == results_of(outputs["serial"])
-    assert results_of(outputs["mpi"]) == results_of(outputs["serial"])
-
-
-@pytest.mark.parametrize("name", ["hessian", "imbalance"])
-def test_an_example_ends_in_a_picture(name: str, tmp_path: Path) -> None:
-    picture = tmp_path / "picture.png"
-    argv = ["--backend", "multiprocessing", "--nprocs", "2", "--plot", str(picture)]
-    argv += ["--cells", "2"] if name == "hessian" else []
-    run_program(str(HERE / "examples" / f"{name}.py"), *argv, MPLBACKEND="Agg")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.timeout(200)
-def test_the_benchmark_measures_what_it_checks(tmp_path: Path) -> None:
-    argv = [str(HERE / "examples" / "benchmark.py"), "--quick"]
-    code, told, err = finish(*argv, "--rows", "map", "broadcast", limit=150)
-    assert code == 0, err
-    for row in ["map of trivial items", "the array to every process"]:
-        assert re.search(rf"\| {row} +\| \d\S* +\| \d", told), told  # ours, and a peer's
-    picture = tmp_path / "benchmark.png"
-    code, told, err = finish(*argv, "--verbs", "--plot", str(picture), limit=150)
-    assert code == 0, err
-    for verb, size in [("broadcast", "8 B"), ("round trip", "128 KiB")]:
-        assert re.search(rf"\| {verb} +\| {size} +\| \d\S* +\| \d", told), told
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    told = run_program(*argv, "--mpi", ranks=3)
-    assert re.search(r"\| round trip +\| 8 B +\| \d\S* +\| \d", told), told
-
-
-@pytest.mark.timeout(200)
-def test_the_benchmark_measures_growth() -> None:
-    argv = [str(HERE / "examples" / "benchmark.py"), "--quick", "--growth"]
-    code, told, err = finish(*argv, limit=180)
-    assert code == 0, err
-    for verb in ["wait", "run", "map", "broadcast, 1 MiB", "allreduce, 8 B"]:
-        for engine in ["processes", "MPI"]:
-            assert re.search(rf"\| {verb} +\| {engine} +\| \d\S* +\| \d", told), told
-
-
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize(("argv", "ranks"), [(["self-test"], None), ([], 4)])
-def test_self_test(argv: list[str], ranks: int | None) -> None:
-    table = run_program("-m", MODULE, *argv, ranks=ranks, limit=180)
-    for word in ["Python", "numpy", "mpi4py", np.__version__]:
-        assert word in table
-
-
-@pytest.mark.parametrize("nprocs", [1, 2, 5])
-def test_a_backend_of_ones_own(nprocs: int) -> None:
-    argv = ["self-test", "--backend", "threads_backend:ThreadParallelizer", "--nprocs", str(nprocs)]
-    folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
-    told = run_program("-m", "parallelizer", *argv, PYTHONPATH=folders)
-    assert re.search(rf" {nprocs} on \S+ .* 5 checks passed\n", told)
-
-
-def test_the_self_test_says_what_it_takes() -> None:
-    code, _, err = finish("-m", "parallelizer", "--backend", "serial")
-    assert code == 2
-    assert "--backend serial is neither PACKAGE.MODULE:CLASS nor mpi" in err
-
-
-def test_docstrings_show_what_happens() -> None:
-    path = str(sys.modules[MODULE].__file__)
-    assert run_program("-m", "doctest", path, OMP_NUM_THREADS="1") == ""
-    public = [getattr(Parallelizer, name) for name in vars(Parallelizer) if name[0] != "_"]
-    undocumented = [f"{one}" for one in public if not (one.__doc__ or "").strip()]
-    assert not undocumented
-
-
-README = (HERE / "README.md").read_text()
-BLOCKS_OF_README = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS_OF_README)))
-def test_the_code_of_the_readme_runs(number: int, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(BLOCKS_OF_README[number])
-    folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
-    assert run_program(str(script), cwd=tmp_path, PYTHONPATH=folders)
-    if re.search(r'MPI|"auto"|from_arguments', script.read_text()):
-        assert run_program(str(script), ranks=3, cwd=tmp_path)
-
-
-HEADINGS_AND_BLOCKS = re.compile(
-    r"^#+ (?P<heading>[^\n]+)$|^```\w+\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
-)
-
-
-def blocks_under(heading: str) -> list[str]:
-    """Find the blocks of code, in any language, under a heading of README."""
-    blocks, current = [], ""
-    for match in HEADINGS_AND_BLOCKS.finditer(README):
-        current = match["heading"] or current
-        if current == heading and match["code"]:
-            blocks.append(match["code"])
-    assert blocks, f"README has no code under {heading!r}"
-    return blocks
-
-
-def test_an_error_of_a_rank_hangs_mpi4py_and_ends_our_job(tmp_path: Path) -> None:
-    script, session = blocks_under("What happens when one rank fails")
-    (tmp_path / "demo.py").write_text(script)
-    code, out, err = finish("demo.py", ranks=4, cwd=tmp_path)
-    assert (code, out) == (1, "")
-    told = [line for line in session.splitlines() if "Error" in line or "Traceback" in line]
-    assert len(told) == 2
-    assert all(err.count(line) == 1 for line in told), err
-    assert err.startswith("### rank 2 of 4")
-
-    command = [*mpiexec(4), sys.executable, "demo.py", "mpi4py"]
-    with start_command(command, tmp_path) as program:
-        try:
-            assert program.stderr is not None
-            assert any(told[-1] in line for line in program.stderr)
-            with pytest.raises(subprocess.TimeoutExpired):
-                program.wait(timeout=3)
-        finally:
-            os.killpg(program.pid, signal.SIGTERM)  # mpiexec passes it on to its ranks
-        program.communicate(timeout=20)
-    wait_until(lambda: not group_members(program.pid))
-
-
-def rows_for_users_of(library: str) -> list[tuple[str, str]]:
-    """Read a table of README: what is written with a library, and what stands for it here."""
-    _, found, rest = README.partition(f"\n| {library} | parallelizer |\n| --- | --- |\n")
-    assert found, f"README has no table for {library}"
-    rows = [re.findall("`(.+?)`", row) for row in rest.partition("\n\n")[0].splitlines()]
-    return [(theirs, ours) for theirs, ours in rows]
-
-
-def value_of(code: str, names: dict[str, Any]) -> Any:
-    """Evaluate an expression, or execute statements and take what they have assigned to ``y``."""
-    names = dict(names)
-    try:
-        found = eval(code, names)
-    except SyntaxError:
-        exec(code, names)
-        found = names.get("y")
-    return None if found is Parallelizer.InWorkerProcess else found
-
-
-def set_factor(factor: int) -> None:
-    os.environ["FACTOR"] = str(factor)
-
-
-def scales_and_tells_threads(x: int) -> tuple[int, str]:
-    return int(os.environ.get("FACTOR", "1")) * x, os.environ["OMP_NUM_THREADS"]
-
-
-def adds_sum(x: int, y: Any) -> int:
-    return x + int(np.sum(y))
-
-
-def compute_rows_of_mpi4py(by_us: bool, *, parallelizer: Par) -> None:
-    """Print a line for each row of the table: the values on all ranks."""
-    rank, size = parallelizer.id, parallelizer.nprocs
-    names = {
-        "p": parallelizer, "np": np, "x": rank + 1, "xs": [10 * rank + n for n in range(size)],
-        "a": np.arange(10) * 1.5, "f": scales_and_tells_threads,
-        "counts": [len(block_of(range(10), n, size)) for n in range(size)],
-    }  # fmt: skip
-    if not by_us:
-        names["MPI"] = importlib.import_module("mpi4py.MPI")
-        names["comm"] = names["MPI"].COMM_WORLD
-    for row in rows_for_users_of("mpi4py"):
-        if by_us or "MPIPoolExecutor" not in row[0]:
-            everywhere = parallelizer.allgather([value_of(row[by_us], names)], concatenate=False)
-            parallelizer.print([value for (value,) in everywhere], where="main")
-
-
-def compute_row_of_mpi4py_futures() -> None:
-    """Print what the last row of the table gives on main, under ``-m mpi4py.futures``."""
-    rows = rows_for_users_of("mpi4py")
-    executor = importlib.import_module("mpi4py.futures").MPIPoolExecutor
-    names = {"MPIPoolExecutor": executor, "f": scales_and_tells_threads, "xs": [0, 1, 2]}
-    print([value_of(rows[-1][0], names), None, None])
-
-
-@pytest.mark.timeout(150)
-def test_what_stands_for_the_calls_of_mpi4py(tmp_path: Path) -> None:
-    def run(kind: str, by_us: bool, ranks: int | None = None) -> str:
-        call = f"import test_parallelizer as t; t.{kind}.run(t.compute_rows_of_mpi4py, {by_us})"
-        return run_program("-c", call, ranks=ranks)
-
-    theirs = run("MPIParallelizer()", False, ranks=3)
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import test_parallelizer\n"
-        "if __name__ == '__main__':  # its workers import this\n"
-        "    test_parallelizer.compute_row_of_mpi4py_futures()\n"
-    )
-    theirs += run_program("-m", "mpi4py.futures", str(script), ranks=3)
-    assert len(theirs.splitlines()) == len(rows_for_users_of("mpi4py")) > 10
-    assert run("MPIParallelizer()", True, ranks=3) == theirs
-    assert run("MultiprocessingParallelizer(3)", True) == theirs
-
-
-LIBRARIES = {"multiprocessing": "Pool", "joblib": "", "schwimmbad": "MultiPool"}
-
-
-def compute_rows_of_pools(library: str, by_us: bool, *, parallelizer: Par = None) -> None:
-    """Print a line for each row of a table: its value, by the library or by a parallelizer."""
-    names = {
-        "f": scales_and_tells_threads, "g": adds_sum, "xs": [*range(20)], "init": set_factor,
-        "pairs": [(n, n * n) for n in range(20)], "a": np.ones(300_000, int), "p": parallelizer,
-        "Parallelizer": Parallelizer, "MultiprocessingParallelizer": MultiprocessingParallelizer,
-        "args": types.SimpleNamespace(mpi=False, n=2, backend="multiprocessing", nprocs=2),
-    }  # fmt: skip
-    if not by_us:
-        names |= vars(importlib.import_module(library))
-    for row in rows_for_users_of(library):
-        os.environ.pop("FACTOR", None)
-        with contextlib.ExitStack() as stack:
-            if not by_us and re.search(r"\bpool\.", row[0]) and "with" not in row[0]:
-                names["pool"] = stack.enter_context(names[LIBRARIES[library]](2))
-            print(value_of(row[by_us], names))
-
-
-def compute_our_rows_of_pools(library: str) -> None:
-    with MultiprocessingParallelizer(2) as parallelizer:
-        compute_rows_of_pools(library, True, parallelizer=parallelizer)
-
-
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_what_stands_for_the_calls_of_a_pool(library: str) -> None:
-    def run(call: str) -> str:
-        call = f"import test_parallelizer as t; t.{call}"
-        return run_program("-c", call, OMP_NUM_THREADS="2")
-
-    theirs = run(f"compute_rows_of_pools({library!r}, False)")
-    assert len(theirs.splitlines()) == len(rows_for_users_of(library)) > 2
-    assert run(f"compute_our_rows_of_pools({library!r})") == theirs
-
-
-def test_what_stands_for_the_mpi_pool_of_schwimmbad(tmp_path: Path) -> None:
-    heading = "Coming from mpi4py, multiprocessing, joblib or schwimmbad"
-    head = "import sys\nfrom math import sqrt as f\nfrom {} import {}\nxs = range(10)\n"
-    imports = [("schwimmbad", "MPIPool"), ("parallelizer", "ClientServerRunner")]
-    outputs = []
-    for names, block in zip(imports, blocks_under(heading), strict=True):
-        (tmp_path / "script.py").write_text(head.format(*names) + block)
-        outputs.append(run_program("script.py", ranks=3, cwd=tmp_path))
-    assert outputs == [f"{[math.sqrt(x) for x in range(10)]}\n"] * 2
-
-
-def write_script(heading: str, folder: Path) -> str:
-    """Write the one Python program under a heading of README to ``script.py``; its text."""
-    (script,) = [block for block in blocks_under(heading) if "import" in block]
-    (folder / "script.py").write_text(script)
-    return script
-
-
-def test_groups_of_ranks_find_what_the_readme_says(tmp_path: Path) -> None:
-    assert "[280, 308] on 4 ranks" in write_script("Groups of ranks", tmp_path)
-    assert run_program("script.py", ranks=4, cwd=tmp_path) == "[280, 308]\n"
-
-
-WORKERS_WITH_GPUS = """
-import os
-
-from parallelizer import MultiprocessingParallelizer
-from script import GPUS, choose_gpu
-
-
-def visible(*, parallelizer):
-    return parallelizer.gather(os.environ["CUDA_VISIBLE_DEVICES"])
-
-
-if __name__ == "__main__":
-    for method in ["fork", "forkserver", "spawn"]:
-        with MultiprocessingParallelizer(
-            4, start_method=method, initializer=choose_gpu, initargs=(GPUS,), main_computes=False
-        ) as p:
-            print(p.run(visible))
-"""
-
-
-def test_each_rank_sees_a_gpu(tmp_path: Path) -> None:
-    write_script("One GPU per rank", tmp_path)
-    (tmp_path / "workers.py").write_text(WORKERS_WITH_GPUS)
-
-    def run(script: str, ranks: int | None = None) -> str:
-        path = os.pathsep.join([str(tmp_path), str(HERE)])
-        return run_program(
-            script, ranks=ranks, cwd=tmp_path, PYTHONPATH=path, CUDA_VISIBLE_DEVICES="4,7"
-        )
-
-    assert run("script.py", ranks=3) == "['4', '7', '4']\n"
-    cpus = internals._available_cpus()
-    assert run("script.py") == f"{[*itertools.islice(itertools.cycle('47'), cpus)]}\n"
-    assert run("workers.py").splitlines() == ["['4,7', '7', '4', '7']"] * 3
-
-
-def test_rows_in_hdf5_are_the_same_from_processes_and_ranks(tmp_path: Path) -> None:
-    write_script("Write results to HDF5 as they come", tmp_path)
-    found = []
-    for ranks in (None, 3):
-        run_program("script.py", ranks=ranks, cwd=tmp_path)
-        with importlib.import_module("h5py").File(tmp_path / "results.h5") as file:
-            found.append(file["rows"][:])
-    check(found[0], found[1])
-    assert np.isfinite(found[0]).all()
-
-
-def test_asyncio_awaits_jobs(tmp_path: Path) -> None:
-    write_script("Await results with asyncio", tmp_path)
-    folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
-    assert run_program("script.py", cwd=tmp_path, PYTHONPATH=folders) == "[0, 1, 4, 9, 16]\n"
-
-
-def beside_python() -> str:
-    """Make a PATH on which this interpreter, and what belongs to it, comes first."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-
-
-def test_a_task_of_a_slurm_array_resumes_where_it_was_killed(tmp_path: Path) -> None:
-    job, script = blocks_under("A Slurm array that resumes")
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    told = "    os.write(1, f'computes {parameter}\\n'.encode())\n    time.sleep(0.02)\n    return"
-    for folder, text in [
-        (undisturbed, script),
-        (killed, "import time\n" + script.replace("    return", told, 1)),
-    ]:
-        folder.mkdir()
-        (folder / "job.sh").write_text(job)
-        (folder / "scan.py").write_text(text)
-
-    def finish_job(folder: Path) -> str:
-        code, out, err = finish_command(
-            ["bash", "job.sh"], cwd=folder, PATH=beside_python(), SLURM_ARRAY_TASK_ID="3"
-        )
-        assert code == 0, err
-        return out
-
-    wanted = finish_job(undisturbed)
-    assert wanted.startswith("3 100 ")
-    checkpoint = killed / "scan-3.checkpoint"
-    with start_command(
-        ["bash", "job.sh"], killed, PATH=beside_python(), SLURM_ARRAY_TASK_ID="3"
-    ) as program:
-        try:
-            wait_until(lambda: checkpoint.exists() and checkpoint.stat().st_size > 1000)
-        finally:
-            os.killpg(program.pid, signal.SIGKILL)
-        before, _ = program.communicate(timeout=20)
-    wait_until(lambda: not group_members(program.pid))
-    *again, result = finish_job(killed).splitlines()
-    assert f"{result}\n" == wanted
-    assert {*before.splitlines(), *again} == {f"computes {n}" for n in range(3, 1000, 10)}
-    assert 0 < len(again) < 100
-
-
-def test_tests_take_a_parallelizer_from_a_fixture(tmp_path: Path) -> None:
-    tests, command = blocks_under("Test on every backend with pytest")
-    (tmp_path / "test_total.py").write_text(tests)
-    told = run_program("-m", "pytest", "-p", "no:cacheprovider", cwd=tmp_path)
-    assert "2 passed" in told
-    code, told, err = finish_command(["bash", "-c", command], cwd=tmp_path, PATH=beside_python())
-    assert code == 0, err
-    assert told.count("1 passed") == 3
-    (tmp_path / "test_total.py").write_text(tests.replace("== 45", "== 46"))
-    code, told, _ = finish_command(["bash", "-c", command], cwd=tmp_path, PATH=beside_python())
-    assert code == 1
-    assert "assert 45 == 46" in told
-
-
-def messages_of_the_module() -> Iterator[list[str]]:
-    """Find the fixed parts of the text of each exception that is made, and of each warning."""
-    for node in ast.walk(ast.parse((HERE / "parallelizer.py").read_text())):
-        if isinstance(node, ast.Call) and node.args:
-            name = node.func.id if isinstance(node.func, ast.Name) else ""
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else name
-            if name.endswith(("Error", "Died", "Timeout", "tell", "warning")):
-                text = node.args[0]
-                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
-                fixed = [str(x.value) for x in parts if isinstance(x, ast.Constant)]
-                yield [part.strip() for part in itertools.chain(*(x.split("%s") for x in fixed))]
-
-
-def test_the_readme_explains_every_message() -> None:
-    words = " ".join(README.split())
-    # Of its fixed parts, those that are long enough to find it by.
-    found = [[part for part in parts if len(part) > 11] for parts in messages_of_the_module()]
-    assert len([*filter(None, found)]) > 40
-    for parts in filter(None, found):
-        internal = re.match("expected|the last rank|there is one process", parts[0])
-        assert internal or any(part[:20] in words for part in parts), parts
-
-
-COPIED = "otherproject._vendor.par"
-
-
-def vendor(folder: Path) -> None:
-    """Copy the module, and nothing else, under another name into a package of another project."""
-    package = folder / "otherproject" / "_vendor"
-    package.mkdir(parents=True)
-    for path in (package.parent, package):
-        (path / "__init__.py").touch()
-    shutil.copy(HERE / "parallelizer.py", package / "par.py")
-
-
-@pytest.fixture
-def otherproject(tmp_path: Path) -> str:
-    """Vendor the module; the path to both copies."""
-    vendor(tmp_path)
-    return os.pathsep.join([str(tmp_path), str(HERE)])
-
-
-def test_two_copies_in_one_process(otherproject: str) -> None:
-    call = "import test_parallelizer; test_parallelizer.use_two_copies"
-    told = run_program("-c", f"{call}(*test_parallelizer.MULTIPROCESSING)", PYTHONPATH=otherproject)
-    assert told.splitlines() == ["[(0, 1), (1, 1)]"] * 3
-    told = run_program("-c", f"{call}('mpi')", PYTHONPATH=otherproject, ranks=2)
-    assert told.splitlines() == ["[(0, 2), (1, 2)]"]
-
-
-def use_two_copies(*engines: str) -> None:
-    """Run as a program of its own by the test above: copies beside and inside each other."""
-    other = importlib.import_module(COPIED)
-    for engine in engines:
-        ours: Par = create(engine, 2)
-        theirs: Par = (
-            other.MPIParallelizer()
-            if engine == "mpi"
-            else other.MultiprocessingParallelizer(2, start_method=engine)
-        )
-        ours.register("the name")
-        theirs.register("the name")
-        assert Parallelizer.lookup("the name") is ours
-        assert other.Parallelizer.lookup("the name") is theirs
-        with ours, theirs:
-            for one in (ours, theirs, ours):
-                error = caught_from(one.run, last_fails)
-                assert type(error) is JobError, error
-            result = ours.run(runs_the_other, "mpi" if engine == "mpi" else "serial")
-        Parallelizer.unregister("the name")
-        other.Parallelizer.unregister("the name")
-        if ours.on_main:
-            print(result)
-
-
-def last_fails(*, parallelizer: Par) -> None:
-    if parallelizer.id == parallelizer.nprocs - 1:
-        raise JobError("the last", 1)
-    time.sleep(0.1)  # which a signal may interrupt
-    parallelizer.wait()
-
-
-def counts_all(*, parallelizer: Par) -> Any:
-    return parallelizer.allreduce(1)
-
-
-def runs_the_other(backend: str, *, parallelizer: Par) -> Any:
-    total = importlib.import_module(COPIED).Parallelizer.lookup(backend).run(counts_all)
-    return parallelizer.gather((parallelizer.id, total))
-
-
-def test_import_is_quiet_and_takes_numpy_alone() -> None:
-    call = "import sys, numpy; before = set(sys.modules); "
-    call += f"import {MODULE}; "
-    call += "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}; "
-    call += "print(sorted(loaded - sys.stdlib_module_names - {'numpy', '__mp_main__'}))"
-    assert run_program("-W", "error", "-c", call) == f"{[MODULE.partition('.')[0]]}\n"
-
-
-def without_mpi4py() -> None:
-    """Run as a program of its own by the test below."""
-    sys.modules["mpi4py"] = None  # type: ignore[assignment]  # as Python marks what is missing
-    try:
-        MPIParallelizer()
-    except ImportError as error:
-        print(error)
-
-
-def test_without_mpi4py_the_error_says_how_to_install_it() -> None:
-    call = "import test_parallelizer; test_parallelizer.without_mpi4py()"
-    assert "pip install" in run_program("-c", call)
-
-
-@pytest.mark.parametrize(
-    ("named", "found"),
-    [("", "SerialNonParallelizer(id=0, nprocs=1) 1"), ("mpi", "MPIParallelizer(id=0, nprocs=1) 1"),
-     ("multiprocessing:2", "MultiprocessingParallelizer(id=None, nprocs=None) 2"),
-     ("dask", "LookupError"), ("mpi:3", "LookupError")],
-)  # fmt: skip
-def test_lookup_heeds_the_environment_where_nothing_is_open(
-    named: str, found: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PARALLELIZER", named)
-    call = "import test_parallelizer; test_parallelizer.look_up_what_is_open()"
-    assert run_program("-c", call) == found + "\n"
-
-
-def look_up_what_is_open() -> None:
-    """Run as a program of its own by the test above."""
-    try:
-        found = Parallelizer.lookup(None)
-    except LookupError:
-        print("LookupError")
-    else:
-        assert Parallelizer.lookup(None) is found or isinstance(found, SerialNonParallelizer)
-        print(found, found.run(roll_call)[0][-1] + 1)
-
-
-def test_a_launcher_of_another_mpi_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")  # as if by the other MPI's mpiexec
-    call = "import test_parallelizer; test_parallelizer.meet_the_wrong_launcher()"
-    told = run_program("-c", call, PYTHONWARNINGS="ignore")  # mpi4py may warn of it, too
-    for word in ["4 ranks", "sees one", "mpiexec", "pip install"]:
-        assert word in told
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_what_srun_has_not_told_is_said_by_one_rank(rank: int) -> None:
-    step: Any = STEP | {"SLURM_PROCID": str(rank), "PYTHONWARNINGS": "ignore"}
-    code, out, err = finish("-c", f"import {MODULE} as m; m.MPIParallelizer()", **step)
-    assert (code, out) == (1, "")
-    assert ("start it by srun --mpi=pmi2" in err) == (rank == 0)
-    assert err or rank > 0
-
-
-def meet_the_wrong_launcher() -> None:
-    try:
-        MPIParallelizer()
-    except ParallelizerError as error:
-        print(error)
-
-
-CELLS = [
-    f"from {MODULE} import MultiprocessingParallelizer, WorkerError",
-    """
-    import dataclasses
-    factor = 3
-    def scaled(x):
-        return factor * x
-    @dataclasses.dataclass
-    class Point:
-        x: float
-    class Trouble(Exception): pass
-    def fails(*, parallelizer):
-        if parallelizer.id == 1:
-            raise Trouble("in a cell")
-        parallelizer.gather(0)
-    """,
-    """
-    for method in ["fork", "forkserver", "spawn"]:
-        with MultiprocessingParallelizer(2, start_method=method) as p:
-            def adder(n):
-                return lambda x: scaled(x) + n  # a closure, defined after the workers were born
-            print(p.map(adder(1), range(4)), p.map(Point, [1.5, 2.5]) == [Point(1.5), Point(2.5)])
-            print(p.run(lambda parallelizer: parallelizer.gather(Point(parallelizer.id))))
-            try:
-                p.run(fails)
-            except Trouble as error:
-                print(repr(error))
-    """,
-]
-
-
-def execute_a_notebook() -> None:
-    """Run as a program of its own by the test below."""
-    nbformat, nbclient = map(importlib.import_module, ["nbformat", "nbclient"])
-    notebook = nbformat.v4.new_notebook()
-    cells = [textwrap.dedent(cell).strip() for cell in CELLS]
-    notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
-    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
-    # In its stderr stands that a kernel, which has threads, is not forked: forkserver takes over.
-    for output in notebook.cells[-1].outputs:
-        print(output["text"] if output["name"] == "stdout" else "", end="")
-
-
-def test_functions_of_a_notebook_travel() -> None:
-    call = "import test_parallelizer; test_parallelizer.execute_a_notebook()"
-    told = "[1, 4, 7, 10] True\n[Point(x=0), Point(x=1)]\nTrouble('in a cell')\n"
-    code, out, err = finish("-c", call, PYTHONWARNINGS="ignore")  # Jupyter's own, like its stderr
-    assert (code, out) == (0, told * 3), err
-
-
-# A program whose functions, class and exception its workers may be unable to import.
-MAIN_PROGRAM = """
-import dataclasses
-import os
-import sys
-import threading
-from parallelizer import MultiprocessingParallelizer, PackingError
-
-seen = []
-
-
-class Trouble(Exception):
-    pass
-
-
-@dataclasses.dataclass
-class Point:
-    x: int
-
-
-class Own(MultiprocessingParallelizer):
-    pass
-
-
-if "NO_CLOUDPICKLE" in os.environ:
-    sys.modules["cloudpickle"] = None
-    Own = MultiprocessingParallelizer
-
-
-def main(point, parallelizer=None):  # a name that the main program of a fork server has, too
-    if point.x > 8:
-        raise Trouble(point.x)
-    return Point(point.x + len(seen))
-
-
-def remembers(*, parallelizer):
-    if not parallelizer.on_main:
-        seen.append("run")
-    return parallelizer.gather(len(seen))
-
-
-if __name__ == "__main__":
-    for method in sys.argv[1:]:
-        with Own(2, start_method=method) as p:
-            try:
-                assert p.map(main, [Point(n) for n in range(4)]) == [Point(n) for n in range(4)]
-                try:
-                    p.map(main, [Point(9)])
-                except Trouble as error:
-                    p.run(remembers)
-                    print(method, repr(error), p.run(remembers))
-                lock = threading.Lock()
-                p.run(lambda parallelizer: lock)
-            except PackingError as error:
-                print(error)
-"""
-
-MAIN_PROGRAMS = ["script", "module", "package", "stdin", "archive", "deleted"]
-
-
-def run_as_main(way: str, folder: Path, *methods: str, **env: str) -> list[str]:
-    """Run MAIN_PROGRAM as this kind of `__main__`; the lines it printed."""
-    package = folder / "apackage"
-    package.mkdir()
-    for name in ("__init__.py", "__main__.py", "amodule.py"):
-        (package / name).write_text(MAIN_PROGRAM * (name != "__init__.py"))
-    shutil.make_archive(str(folder / "app"), "zip", package)
-    gone = "import os, sys\nos.unlink(sys.argv[0])\n" * (way == "deleted")
-    (folder / "script.py").write_text(gone + MAIN_PROGRAM)
-    arguments = {
-        "module": ["-m", "apackage.amodule"],
-        "package": ["-m", "apackage"],
-        "stdin": ["-"],
-        "archive": [str(folder / "app.zip")],
-    }.get(way, [str(folder / "script.py")])
-    path = os.pathsep.join([str(folder), str(HERE)])
-    program = subprocess.run(
-        [sys.executable, *arguments, *methods],
-        env=os.environ | {"PYTHONPATH": path} | env,
-        input=MAIN_PROGRAM if way == "stdin" else "",
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert (program.returncode, program.stderr) == (0, ""), program.stderr
-    return program.stdout.splitlines()
-
-
-if CLOUDPICKLE:
-
-    @pytest.mark.parametrize("way", MAIN_PROGRAMS)
-    def test_functions_of_every_main_program_travel(way: str, tmp_path: Path) -> None:
-        # By name, where that is possible, a function finds on a worker what it has left there.
-        by_name = MULTIPROCESSING if way in ("script", "module") else ["fork"]
-        told = run_as_main(way, tmp_path, *MULTIPROCESSING)
-        for method, line, refusal in zip(MULTIPROCESSING, told[::2], told[1::2], strict=True):
-            assert line == f"{method} Trouble(9) {[0, 2 if method in by_name else 1]}"
-            assert "cannot pickle '_thread.lock' object" in refusal
-            assert "cloudpickle" not in refusal  # which is installed
-
-
-def test_without_cloudpickle_it_is_said_that_the_main_program_needs_it(tmp_path: Path) -> None:
-    told = run_as_main("package", tmp_path, *MULTIPROCESSING, NO_CLOUDPICKLE="1")
-    assert told[0] == "fork Trouble(9) [0, 2]"
-    for error in told[1:]:
-        assert "pip install cloudpickle" in error
-    for error in told[2:]:
-        assert "main stands in a main program that workers which are not forked cannot" in error
-
-
-def count_threads(*, parallelizer: Par) -> Any:
-    threadpoolctl = importlib.import_module("threadpoolctl")
-    np.ones((20, 20)) @ np.ones((20, 20))
-    pools = threadpoolctl.threadpool_info()
-    return parallelizer.gather({pool["num_threads"] for pool in pools})
-
-
-@pytest.mark.parametrize("start_method", MULTIPROCESSING)
-def test_processes_share_the_cpus_among_their_threads(
-    start_method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (before,) = SerialNonParallelizer().run(count_threads)
-    with MultiprocessingParallelizer() as everything:
-        share = max(1, everything.nprocs // 2)
-    make = functools.partial(MultiprocessingParallelizer, 2, start_method=start_method)
-    assert make(threads_per_process=2).run(count_threads) == [{2}, {2}]
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the user's word, after which nothing is limited
-    assert make().run(count_threads) == [before, before]
-    for name in ("OMP", "OPENBLAS", "MKL"):
-        monkeypatch.delenv(f"{name}_NUM_THREADS", raising=False)
-    assert make().run(count_threads) == [{share}, {share}]
-    assert SerialNonParallelizer().run(count_threads) == [before]
-
-
-# Of the programs below, which need not find what the test's own environment says. To each of the
-# libraries, an empty word is none.
-NO_THREADS_SET: dict[str, Any] = {
-    f"{name}_THREADS": ""
-    for name in ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM", "NUMEXPR_NUM")
-}
-
-
-def threads_of_all(*, parallelizer: Par) -> Any:
-    """Threads of each library, of which scipy brings one that may have to be loaded for this."""
-    importlib.import_module("scipy.linalg")
-    pools = importlib.import_module("threadpoolctl").threadpool_info()
-    return parallelizer.allgather({pool["filepath"]: pool["num_threads"] for pool in pools})
-
-
-def threads_of_a_program(*, parallelizer: Par) -> Any:
-    """Of one that is started by the function, which has nothing but its environment."""
-    call = "import numpy, threadpoolctl as t; print(t.threadpool_info()[0]['num_threads'])"
-    env: dict[str, Any] = held_variables()
-    return parallelizer.gather(int(run_program("-c", call, **env)))
-
-
-def held_variables() -> dict[str, str]:
-    return {name: os.environ.get(name, "") for name in NO_THREADS_SET}
-
-
-def variables_of_a_child(method: str) -> dict[str, str]:
-    """Of the user's own process, which may come from a fork server that a pool has started."""
-    context: Any = multiprocessing.get_context(method)
-    reader, writer = context.Pipe(duplex=False)
-    with reader, writer:
-        child = context.Process(target=tell_variables, args=(writer,))
-        child.start()
-        found: dict[str, str] = reader.recv()
-        child.join()
+def writes(scribe: Callable[[Par, Any], None], *, parallelizer: Par) -> Any:
+    """Have all rows negated, in each mode, and look into the file."""
+    par, found = parallelizer, []
+    with folder_of(par) if par._runs_here() else tempfile.TemporaryDirectory() as folder:
+        for (name, part), (mode, order) in itertools.product(PARTS.items(), MODES):
+            path = Path(folder, f"{name} {mode}")
+            table = on_file(path, mode, order) if par.on_main else None
+            wanted = None if table is None else np.array(table, order="K")
+            scribe(par, None if table is None else part(table))
+            if par._runs_here():
+                par.wait()
+            if wanted is not None:
+                negate(part(wanted))
+                written = np.fromfile(path, offset=4100).reshape(72, 12, order=order)
+                found.append(difference(written, np.ascontiguousarray(wanted)))
     return found
 
 
-def tell_variables(writer: Any) -> None:
-    writer.send(held_variables())
+MODES: list[tuple[str, Any]] = [("w+", "C"), ("r+", "F")]
 
 
-def threads_of_inner_pools(*, parallelizer: Par) -> Any:
-    inner = MultiprocessingParallelizer(2, start_method="spawn").run(threads_of_all)
-    return [*itertools.chain(*parallelizer.allgather(inner, concatenate=False))]
+@pytest.mark.parametrize("scribe", SCRIBES)
+def test_rows_that_are_written_are_in_the_file(p: Par, scribe: Callable[[Par, Any], None]) -> None:
+    good = [""] * len(PARTS) * len(MODES)
+    expect(p, p.run(writes, scribe), good)
+    if scribe in (by_map, by_list, by_argument, by_blocks_of_it):
+        expect(p, drive(p, writes, scribe), good)
 
 
-def same_threads(method: str) -> None:
-    """Print how many threads each process has, after making sure that it is one number on all."""
-    limits = importlib.import_module("threadpoolctl").threadpool_limits
-    make = functools.partial(MultiprocessingParallelizer, 2, start_method=method)
-
-    def tell(situation: str, found: list[dict[str, int]], libraries: int = 2) -> None:
-        (numbers,) = {tuple(sorted(one.items())) for one in found}  # the same on all
-        assert len(numbers) == libraries, (situation, numbers)
-        print(situation, *sorted({number for _, number in numbers}), sep=", ", flush=True)
-
-    def now() -> Any:
-        return SerialNonParallelizer().run(threads_of_all)
-
-    cpus, environment = len(os.sched_getaffinity(0)), held_variables()
-    assert "scipy.linalg" not in sys.modules
-    with make() as p:
-        tell("loaded late", p.run(threads_of_all))
-        print(*p.run(threads_of_a_program))
-    tell("afterwards", now())
-    assert held_variables() == environment == variables_of_a_child(method)
-    tell("asked for", make(threads_per_process=cpus).run(threads_of_all))
-    with limits(1):
-        tell("limited by the program", MultiprocessingParallelizer(1).run(threads_of_all))
-        tell("limited by the program", make().run(threads_of_all))
-    with make() as p:
-        tell("not yet limited", p.run(threads_of_all))
-        with limits(cpus):
-            tell("limited for a call", p.run(threads_of_all))
-            tell("limited for a call", p.map(threads_of_an_item, range(8)))
-        tell("limited no more", p.run(threads_of_all))
-    with make(threads_per_process=cpus) as first:
-        second = make(threads_per_process=1)
-        with second:
-            tell("beside another", second.run(threads_of_all))
-            tell("beside another", first.run(threads_of_all))
-            tell("after another", first.run(inside_another, main_kwargs={"inner": second}))
-            first.__exit__()
-            tell("when the first is closed", second.run(threads_of_all))
-            first.__enter__()
-    tell("afterwards", now())
-    assert held_variables() == environment
-    tell("nested", make(threads_per_process=cpus).run(threads_of_inner_pools))
-    os.environ["OMP_NUM_THREADS"] = "1"  # which comes too late
-    tell("set late", make().run(threads_of_all))
+def negates_its_rows(table: Any, *, parallelizer: Par) -> None:
+    parallelizer.wait()
+    negate(table[parallelizer.id :: parallelizer.nprocs])
 
 
-def inside_another(*, inner: Any = None, parallelizer: Par) -> Any:
-    """Have main use another pool, after which all have their own numbers again."""
-    if inner is not None:
-        inner.run(threads_of_all)
-    return threads_of_all(parallelizer=parallelizer)
+def test_rows_are_written_by_arguments_of_run_and_closures(engine: str) -> None:
+    p = create(engine)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "table")
+        table = on_file(path, "r+")
+        p.run(negates_its_rows, table)  # under MPI each rank has a file of its own, here and below
+        p.run(functools.partial(negates_its_rows, table))
+        again: Any = functools.partial(negates_its_rows, table=table)
+        if CLOUDPICKLE or engine in ("serial", "mpi"):
+            again = lambda parallelizer: negates_its_rows(table, parallelizer=parallelizer)  # noqa: E731
+        p.run(again)
+        rows = slice(p.id, None, p.nprocs) if UNDER_MPI else slice(None)
+        wanted = np.arange(864.0).reshape(72, 12)
+        negate(wanted[rows])
+        check(np.fromfile(path, offset=4100).reshape(72, 12), wanted)
 
 
-def threads_of_an_item(_: int) -> dict[str, int]:
-    (found,) = SerialNonParallelizer().run(threads_of_all)
-    return found  # type: ignore[no-any-return]
+def receives_memmaps(*, parallelizer: Par) -> None:
+    par, numbers = parallelizer, np.arange(864.0).reshape(72, 12)
+    with folder_of(par) as folder:
+        for mode, (name, view) in itertools.product(("r", "r+", "w+"), (PARTS | VIEWS).items()):
+            path = folder / f"{name} {mode}"
+            one = view(on_file(path, mode)) if par.on_main else None
+            for found in (par.broadcast(one), par.broadcast({"x": [one]})["x"][0]):
+                check(np.array(found), np.array(view(numbers)), f"{name} {mode}")
+                told: Any = type(found), found.strides, found.flags.writeable
+                check(par.broadcast(told), told)
+                assert isinstance(internals._owner_of_memory(found), mmap.mmap)
+                if type(found) is np.memmap and not par.on_main:
+                    told = (found.filename, found.offset, found.mode)
+                    check(told, (path, 4100, "r" if mode == "r" else "r+"))
+                    found.flush()
 
 
-@pytest.mark.parametrize("start_method", MULTIPROCESSING)
-def test_every_process_has_the_same_number_of_threads(start_method: str) -> None:
-    call = f"import test_parallelizer as t; t.same_threads({start_method!r})"
-    cpus = len(os.sched_getaffinity(0))
-    share = max(1, cpus // 2)
-    told = run_program("-c", call, PARALLELIZER_TEST_PROGRAM=call, **NO_THREADS_SET)
-    assert told.splitlines() == [
-        f"loaded late, {share}",
-        f"{share} {share}",
-        f"afterwards, {cpus}",
-        f"asked for, {cpus}",
-        *["limited by the program, 1"] * 2,
-        f"not yet limited, {share}",
-        *[f"limited for a call, {cpus}"] * 2,
-        f"limited no more, {share}",
-        "beside another, 1",
-        f"beside another, {cpus}",
-        f"after another, {cpus}",
-        "when the first is closed, 1",
-        f"afterwards, {cpus}",
-        f"nested, {share}",
-        f"set late, {cpus}",
-    ]
+def test_views_of_memmaps_arrive_as_views_of_the_file(p: Par) -> None:
+    p.run(receives_memmaps)
 
 
-def product(_: int) -> float:
-    """Whose last digits depend on the number of threads."""
-    left, right = np.random.default_rng(1).random((2, 10**6))
-    return float(left @ right)
+def lost_files(folder: Path) -> list[Any]:
+    """Map what others cannot find, or must not write to."""
+    found = [on_file(folder / str(i), "r+") for i in range(3)] + [on_file(folder / "c", "c")]
+    (folder / "0").unlink()
+    on_file(folder / "other", "w+").fill(-1)
+    (folder / "other").replace(folder / "1")
+    (folder / "2").rename(folder / "3")
+    on_file(folder / "2", "w+").fill(-2)
+    found.append(found[0].copy())  # of memmap's type, in memory of its own
+    with tempfile.TemporaryFile() as file:
+        file.write(np.arange(864.0).tobytes())
+        found.append(np.memmap(file, float, "r+", 0, (72, 12)))
+    with (folder / "replaced later").open("wb") as file:
+        file.write(np.arange(864.0).tobytes())
+    found.append(np.memmap(folder / "replaced later", float, "r", 0, (72, 12)))
+    internals._dumps(found[-1])
+    (folder / "other").write_bytes(bytes(864 * 8))
+    (folder / "other").replace(folder / "replaced later")
+    return found
 
 
-def products(set_late: bool, methods: list[str], threads: int | None) -> None:
-    """Print whether many equal products have one value, that of a serial one, by each method."""
-    if set_late:
-        os.environ["OMP_NUM_THREADS"] = "1"
-    for method in methods:
-        with MultiprocessingParallelizer(2, start_method=method, threads_per_process=threads) as p:
-            print(set(p.map(product, range(40))) == {product(0)})
+def copies_memmaps(*, parallelizer: Par) -> None:
+    par = parallelizer
+    with folder_of(par) as folder:
+        given = lost_files(folder) if par.on_main else []
+        for found in [*par.broadcast(given), *par.allgather(given)[0]]:
+            check(np.array(found), np.arange(864.0).reshape(72, 12))
+            assert type(found) is np.memmap
 
 
-@pytest.fixture
-def no_threadpoolctl(tmp_path: Path) -> str:
-    """Make its import fail; the path on which it does."""
-    (tmp_path / "threadpoolctl.py").write_text("raise ModuleNotFoundError('it is not installed')")
-    return os.pathsep.join([str(tmp_path), str(HERE)])
+def test_memmaps_of_files_that_others_cannot_find_are_copied(p: Par) -> None:
+    p.run(copies_memmaps)
 
 
-NOT_LIMITED = "threads of BLAS and OpenMP cannot be limited without threadpoolctl"
+def loses_a_file(*, parallelizer: Par) -> Any:
+    par = parallelizer
+    with folder_of(par) as folder:
+        if par.on_main:
+            table = on_file(folder / "table", "r")
+            par.send([table], par.nprocs - 1)
+            on_file(folder / "table 2", "w+")
+            (folder / "table 2").replace(folder / "table")
+        par.wait()
+        error = caught_from(par.receive, 0) if par.id == par.nprocs - 1 else None
+    return par.allgather((type(error), str(error)))[-1]
 
 
-@pytest.mark.parametrize(
-    ("call", "variables", "warned"),
-    [
-        ("False, t.MULTIPROCESSING, None", {}, "each of 2 processes uses as many"),
-        ("False, t.MULTIPROCESSING, 2", {"OMP_NUM_THREADS": "1"}, "each of 2 processes"),
-        ("False, t.MULTIPROCESSING, 1", {"OMP_NUM_THREADS": "1"}, ""),
-        ("False, t.MULTIPROCESSING, None", {"OPENBLAS_NUM_THREADS": "1"}, ""),
-        ("True, ['fork'], None", {}, ""),
-        ("True, ['spawn'], None", {}, "workers may use another number than main"),
-    ],
-)
-def test_without_threadpoolctl_no_process_is_limited(
-    call: str, variables: dict[str, str], warned: str, no_threadpoolctl: str
-) -> None:
-    call = f"import test_parallelizer as t; t.products({call})"
-    env = NO_THREADS_SET | {"PYTHONPATH": no_threadpoolctl} | variables
-    code, out, err = finish("-c", call, PARALLELIZER_TEST_PROGRAM=call, **env)
-    assert code == 0, err
-    if "another" not in warned:
-        assert set(out.split()) == {"True"}
-    assert len(err.splitlines()) == bool(warned), err  # once, whatever is opened
-    if warned:
-        assert err.startswith(NOT_LIMITED)
-        assert warned in err
-        assert "pip install threadpoolctl" in err
+def test_another_file_of_the_same_name_is_not_opened(p: Par) -> None:
+    kind, text = p.run(loses_a_file)
+    if p.nprocs > 1:
+        expect(p, (kind, "travels as the name of its file" in text), (PackingError, True))
 
 
-def mpi_threads(body: Callable[..., Any]) -> None:
-    """Print how many threads ranks have: of a pair, of which one is in another one, too; of all."""
-    world = importlib.import_module("mpi4py.MPI").COMM_WORLD
-    groups = [world.group.Incl(pair) for pair in ([0, 1], [1, 2]) if world.rank in pair]
-    pairs = [MPIParallelizer(world.Create_group(group)) for group in groups]
-    first, *_ = [pair.run(body) for pair in pairs]
-    whole = MPIParallelizer()
-    told = [first, whole.run(body)]
-    first, *_ = [pair.run(body) for pair in pairs]
-    told += [first, ClientServerRunner(drives_under_a_limit, parallelizer=whole).run()]
-    if whole.on_main:
-        print([{number for found in one for number in found.values()} for one in told])
+def combines_memmaps(*, parallelizer: Par) -> Any:
+    par = parallelizer
+    with folder_of(par) as folder:
+        table = par.broadcast(on_file(folder / "table", "r+") if par.on_main else None)
+        part = block_of(table, par.id, par.nprocs)
+        found = [
+            par.allgather(part), par.allgather(np.asarray(part)), par.allreduce(part[:1]),
+            par.allgather(par.map(itself, [0], (part,), vectorized=True))[0],
+        ]  # fmt: skip
+        found += par.allgather(part, concatenate=False)
+        read_only = on_file(folder / "read", "r") if par.on_main else None
+        found.append(par.scatter(read_only))
+        for one in found:
+            assert type(one) is np.ndarray
+            overwrite(one)
+        par.wait()
+        check(np.array(table), np.arange(864.0).reshape(72, 12))
 
 
-def drives_under_a_limit(parallelizer: Par) -> Any:
-    with contextlib.suppress(ModuleNotFoundError):
-        threadpoolctl = importlib.import_module("threadpoolctl")
-        with threadpoolctl.threadpool_limits(2):
-            return parallelizer.map(threads_of_an_item, range(9), chunksize=1)
-    return []
+def itself(_: Any, value: Any) -> Any:
+    return value
 
 
-def products_of_all(*, parallelizer: Par) -> Any:
-    return parallelizer.allgather({"product": product(0)})
-
-
-@pytest.mark.timeout(100)
-@pytest.mark.parametrize("limited", [True, False])
-@pytest.mark.parametrize("alike", [True, False])
-def test_ranks_have_the_same_number_of_threads(
-    alike: bool, limited: bool, no_threadpoolctl: str
-) -> None:
-    rank = "int(os.environ.get('PMI_RANK') or os.environ['OMPI_COMM_WORLD_RANK'])"
-    call = "import os; "
-    call += "" if alike else f"os.environ['OMP_NUM_THREADS'] = str(3 - {rank}); "
-    call += "import test_parallelizer as t; "
-    call += f"t.mpi_threads(t.{'threads_of_all' if limited else 'products_of_all'})"
-    variables = NO_THREADS_SET | ({} if limited else {"PYTHONPATH": no_threadpoolctl})
-    code, out, err = finish("-c", call, ranks=3, PARALLELIZER_TEST_PROGRAM=call, **variables)
-    assert code == 0, err
-    told = ast.literal_eval(out)
-    if limited:
-        pair, whole, pair_again, driven = told
-        assert len(pair) == len(whole) == 1
-        assert pair == pair_again
-        assert alike or whole == {1}
-        assert driven == {2}
-    elif alike:
-        assert [len(one) for one in told] == [1, 1, 1, 0]
-    assert err.count(NOT_LIMITED) == (not limited and not alike), err
+def test_gathered_memmaps_are_arrays_of_ones_own(p: Par) -> None:
+    p.run(combines_memmaps)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8509,430 +7813,6 @@ def sends_under_many_tags(*, parallelizer: Par) -> Any:
 
 def test_mail_that_was_read_leaves_nothing(p: Par) -> None:
     expect(p, p.run(sends_under_many_tags), [0] * p.nprocs)
-
-
-# ---------------------------------------------------------------------------------------------
-# Memory-mapped files
-
-
-def on_file(path: Path, mode: str, order: Any = "C") -> Any:
-    """Map a new file of numbers from 0 on, behind a head of some length."""
-    make: Any = np.memmap
-    whole = make(path, float, "w+", 4100, (72, 12), order)
-    whole[...] = np.arange(864.0).reshape(72, 12)
-    return whole if mode == "w+" else make(path, float, mode, 4100, (72, 12), order)
-
-
-@contextlib.contextmanager
-def folder_of(par: Par) -> Iterator[Path]:
-    """Make a folder, the same on all processes, which goes when main leaves it."""
-    with tempfile.TemporaryDirectory() if par.on_main else contextlib.nullcontext() as made:
-        yield Path(par.broadcast(made))
-        par.wait()
-
-
-def negate(row: Array, *_: Any) -> None:
-    row[...] = -row
-
-
-def negates(block: Any) -> None:
-    for row in block:
-        negate(row)
-
-
-def by_map(par: Par, table: Any) -> None:
-    par.map(negate, table, chunksize=1)
-
-
-def by_list(par: Par, table: Any) -> None:
-    par.map(negate, None if table is None else list(table))
-
-
-def by_argument(par: Par, table: Any) -> None:
-    rows = range(0 if table is None else len(table))
-    par.starmap(negate_row, [(i,) for i in rows], None, {"table": table})
-    par.map(negate_row, rows, (table,))
-    list(par.imap(negate_row, rows, 2, (table,)))
-
-
-def negate_row(i: int, table: Array) -> None:
-    negate(table[i])
-
-
-def by_blocks_of_it(par: Par, table: Any) -> None:
-    par.map(negates, table, vectorized=True)
-
-
-def by_scattering_it(par: Par, table: Any) -> None:
-    negate(par.scatter(table))
-
-
-def by_broadcasting_it(par: Par, table: Any) -> None:
-    table = par.broadcast({"table": [table]})["table"][0]
-    negate(table[par.id :: par.nprocs])
-
-
-def by_sending_it(par: Par, table: Any) -> None:
-    if par.on_main:
-        for rank, (start, stop) in enumerate(internals._block_bounds(len(table), par.nprocs)):
-            par.send(table[start:stop], rank)
-    negate(par.receive(0))
-
-
-SCRIBES: list[Callable[[Par, Any], None]] = [
-    by_map, by_list, by_argument, by_blocks_of_it, by_scattering_it, by_broadcasting_it,
-    by_sending_it,
-]  # fmt: skip
-
-PARTS: dict[str, Callable[[Any], Any]] = {
-    "whole": lambda m: m,
-    "plain": np.asarray,
-    "columns": lambda m: m.T,
-    "part": lambda m: m[3:70:2, 9:1:-3],
-    "plain part": lambda m: np.asarray(m)[::-1, 1:],
-    "matrix": lambda m: np.asarray(m).view(np.matrix),
-}
-
-
-def writes(scribe: Callable[[Par, Any], None], *, parallelizer: Par) -> Any:
-    """Have all rows negated, in each mode, and look into the file."""
-    par, found = parallelizer, []
-    with folder_of(par) if par._runs_here() else tempfile.TemporaryDirectory() as folder:
-        for (name, part), (mode, order) in itertools.product(PARTS.items(), MODES):
-            path = Path(folder, f"{name} {mode}")
-            table = on_file(path, mode, order) if par.on_main else None
-            wanted = None if table is None else np.array(table, order="K")
-            scribe(par, None if table is None else part(table))
-            if par._runs_here():
-                par.wait()
-            if wanted is not None:
-                negate(part(wanted))
-                written = np.fromfile(path, offset=4100).reshape(72, 12, order=order)
-                found.append(difference(written, np.ascontiguousarray(wanted)))
-    return found
-
-
-MODES: list[tuple[str, Any]] = [("w+", "C"), ("r+", "F")]
-
-
-@pytest.mark.parametrize("scribe", SCRIBES)
-def test_rows_that_are_written_are_in_the_file(p: Par, scribe: Callable[[Par, Any], None]) -> None:
-    good = [""] * len(PARTS) * len(MODES)
-    expect(p, p.run(writes, scribe), good)
-    if scribe in (by_map, by_list, by_argument, by_blocks_of_it):
-        expect(p, drive(p, writes, scribe), good)
-
-
-def negates_its_rows(table: Any, *, parallelizer: Par) -> None:
-    parallelizer.wait()
-    negate(table[parallelizer.id :: parallelizer.nprocs])
-
-
-def test_rows_are_written_by_arguments_of_run_and_closures(engine: str) -> None:
-    p = create(engine)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "table")
-        table = on_file(path, "r+")
-        p.run(negates_its_rows, table)  # under MPI each rank has a file of its own, here and below
-        p.run(functools.partial(negates_its_rows, table))
-        again: Any = functools.partial(negates_its_rows, table=table)
-        if CLOUDPICKLE or engine in ("serial", "mpi"):
-            again = lambda parallelizer: negates_its_rows(table, parallelizer=parallelizer)  # noqa: E731
-        p.run(again)
-        rows = slice(p.id, None, p.nprocs) if UNDER_MPI else slice(None)
-        wanted = np.arange(864.0).reshape(72, 12)
-        negate(wanted[rows])
-        check(np.fromfile(path, offset=4100).reshape(72, 12), wanted)
-
-
-def receives_memmaps(*, parallelizer: Par) -> None:
-    par, numbers = parallelizer, np.arange(864.0).reshape(72, 12)
-    with folder_of(par) as folder:
-        for mode, (name, view) in itertools.product(("r", "r+", "w+"), (PARTS | VIEWS).items()):
-            path = folder / f"{name} {mode}"
-            one = view(on_file(path, mode)) if par.on_main else None
-            for found in (par.broadcast(one), par.broadcast({"x": [one]})["x"][0]):
-                check(np.array(found), np.array(view(numbers)), f"{name} {mode}")
-                told: Any = type(found), found.strides, found.flags.writeable
-                check(par.broadcast(told), told)
-                assert isinstance(internals._owner_of_memory(found), mmap.mmap)
-                if type(found) is np.memmap and not par.on_main:
-                    told = (found.filename, found.offset, found.mode)
-                    check(told, (path, 4100, "r" if mode == "r" else "r+"))
-                    found.flush()
-
-
-def test_views_of_memmaps_arrive_as_views_of_the_file(p: Par) -> None:
-    p.run(receives_memmaps)
-
-
-def lost_files(folder: Path) -> list[Any]:
-    """Map what others cannot find, or must not write to."""
-    found = [on_file(folder / str(i), "r+") for i in range(3)] + [on_file(folder / "c", "c")]
-    (folder / "0").unlink()
-    on_file(folder / "other", "w+").fill(-1)
-    (folder / "other").replace(folder / "1")
-    (folder / "2").rename(folder / "3")
-    on_file(folder / "2", "w+").fill(-2)
-    found.append(found[0].copy())  # of memmap's type, in memory of its own
-    with tempfile.TemporaryFile() as file:
-        file.write(np.arange(864.0).tobytes())
-        found.append(np.memmap(file, float, "r+", 0, (72, 12)))
-    with (folder / "replaced later").open("wb") as file:
-        file.write(np.arange(864.0).tobytes())
-    found.append(np.memmap(folder / "replaced later", float, "r", 0, (72, 12)))
-    internals._dumps(found[-1])
-    (folder / "other").write_bytes(bytes(864 * 8))
-    (folder / "other").replace(folder / "replaced later")
-    return found
-
-
-def copies_memmaps(*, parallelizer: Par) -> None:
-    par = parallelizer
-    with folder_of(par) as folder:
-        given = lost_files(folder) if par.on_main else []
-        for found in [*par.broadcast(given), *par.allgather(given)[0]]:
-            check(np.array(found), np.arange(864.0).reshape(72, 12))
-            assert type(found) is np.memmap
-
-
-def test_memmaps_of_files_that_others_cannot_find_are_copied(p: Par) -> None:
-    p.run(copies_memmaps)
-
-
-def loses_a_file(*, parallelizer: Par) -> Any:
-    par = parallelizer
-    with folder_of(par) as folder:
-        if par.on_main:
-            table = on_file(folder / "table", "r")
-            par.send([table], par.nprocs - 1)
-            on_file(folder / "table 2", "w+")
-            (folder / "table 2").replace(folder / "table")
-        par.wait()
-        error = caught_from(par.receive, 0) if par.id == par.nprocs - 1 else None
-    return par.allgather((type(error), str(error)))[-1]
-
-
-def test_another_file_of_the_same_name_is_not_opened(p: Par) -> None:
-    kind, text = p.run(loses_a_file)
-    if p.nprocs > 1:
-        expect(p, (kind, "travels as the name of its file" in text), (PackingError, True))
-
-
-def combines_memmaps(*, parallelizer: Par) -> Any:
-    par = parallelizer
-    with folder_of(par) as folder:
-        table = par.broadcast(on_file(folder / "table", "r+") if par.on_main else None)
-        part = block_of(table, par.id, par.nprocs)
-        found = [
-            par.allgather(part), par.allgather(np.asarray(part)), par.allreduce(part[:1]),
-            par.allgather(par.map(itself, [0], (part,), vectorized=True))[0],
-        ]  # fmt: skip
-        found += par.allgather(part, concatenate=False)
-        read_only = on_file(folder / "read", "r") if par.on_main else None
-        found.append(par.scatter(read_only))
-        for one in found:
-            assert type(one) is np.ndarray
-            overwrite(one)
-        par.wait()
-        check(np.array(table), np.arange(864.0).reshape(72, 12))
-
-
-def itself(_: Any, value: Any) -> Any:
-    return value
-
-
-def test_gathered_memmaps_are_arrays_of_ones_own(p: Par) -> None:
-    p.run(combines_memmaps)
-
-
-# ---------------------------------------------------------------------------------------------
-# Connections, sockets, and what else belongs to the processes of a machine
-
-
-def tell(word: int, end: Any) -> None:
-    """Write a number to a connection, or to one in an object or list."""
-    if isinstance(end, list | Holder):
-        tell(word, end.array if isinstance(end, Holder) else end[0])
-    else:
-        end.send_bytes(bytes([word]))
-
-
-def tell_all(ends: Any) -> None:
-    for word, end in ends:
-        tell(word, end)
-
-
-def heard(end: Any, count: int) -> list[int]:
-    """Read so many numbers, in whatever order they come."""
-    return sorted(end.recv_bytes()[0] for _ in range(count) if end.poll(30))
-
-
-def pipe() -> tuple[Any, Any]:
-    return multiprocessing.Pipe(duplex=False)
-
-
-WORDS = range(40)
-
-# Outside run, main has all words told to an end.
-TELLERS: dict[str, Callable[[Par, Any], object]] = {
-    "extra_args": lambda par, end: par.map(tell, WORDS, ([end],)),
-    "extra_kwargs": lambda par, end: par.map(tell, WORDS, (), {"end": Holder(end, "")}),
-    "items": lambda par, end: par.starmap(tell, [(i, end) for i in WORDS]),
-    "imap": lambda par, end: list(par.imap(tell_all, [[(i, end)] for i in WORDS], 2)),
-    "blocks": lambda par, end: par.map(tell_all, [(i, end) for i in WORDS], vectorized=True),
-    "run": lambda par, end: par.run(tells_its_share, end, end=[end]),
-}
-if CLOUDPICKLE:
-    TELLERS["closure"] = lambda par, end: par.map(lambda i: tell(i, end), WORDS)
-
-
-def tells_its_share(_: Any, end: Any, *, parallelizer: Par) -> None:
-    for word in WORDS[parallelizer.id :: parallelizer.nprocs]:
-        tell(word, end)
-
-
-if not UNDER_MPI:
-
-    def test_connections_can_be_passed_on(p: Par) -> None:
-        readable, writable = pipe()
-        with readable, writable:
-            for name, teller in TELLERS.items():
-                teller(p, writable)
-                check(heard(readable, len(WORDS)), [*WORDS], name)
-            check(p.run(exchanges_ends), [[rank] * 3 for rank in range(p.nprocs)])
-            tell(1, writable)  # which is still main's own
-            check(heard(readable, 1), [1])
-            assert internals._safe_start_method("fork", 2) == "fork"  # as before
-
-    def test_sockets_can_be_passed_on(p: Par) -> None:
-        readable, writable = socket.socketpair()
-        with readable, writable:
-            p.run(uses_sockets, writable)
-            check(len(readable.recv(99)), 2 * p.nprocs)
-
-
-class Registered:
-    """Stands for what a library registers: only multiprocessing knows how it is sent."""
-
-    def __init__(self, word: str) -> None:
-        self.word = word
-
-
-def restored(word: str) -> Registered:
-    return Registered(word + ", by its reducer")
-
-
-def sends_registered(*, parallelizer: Par) -> Any:
-    par = parallelizer
-    reduction = importlib.import_module("multiprocessing.reduction")
-    reduction.register(Registered, lambda one: (restored, (one.word,)))
-    try:
-        return par.allgather(par.broadcast([Registered("sent")] if par.on_main else None)[0].word)
-    except PackingError as refused:
-        return par.allgather("a Registered belongs" in str(refused))
-
-
-def test_what_is_registered_with_multiprocessing_is_sent_by_it(p: Par) -> None:
-    there = UNDER_MPI or "sent, by its reducer"
-    expect(
-        p,
-        p.run(sends_registered),
-        [there if UNDER_MPI and p.nprocs > 1 else "sent"] + [there] * (p.nprocs - 1),
-    )
-
-
-def exchanges_ends(*, parallelizer: Par) -> Any:
-    """Send ends from main to all, from all to main, and from each to the next one."""
-    par = parallelizer
-    ends = [pipe() for _ in range(par.nprocs)] if par.on_main else None
-    readable, writable = par.broadcast(ends)[par.id]
-    again = par.scatter([pair[1] for pair in ends] if ends else None)
-    for one in (writable, again[0]):
-        tell(par.id, one)
-    own = pipe()
-    par.send({"x": [own[0]]}, (par.id + 1) % par.nprocs)
-    left = par.receive((par.id - 1) % par.nprocs)["x"][0]
-    tell((par.id + 1) % par.nprocs, own[1])
-    found = heard(readable, 2) + heard(left, 1)
-    mine = pipe()
-    tell_all([(par.id, end) for end in par.allgather(mine[1])])
-    check(heard(mine[0], par.nprocs), [*range(par.nprocs)])
-    par.wait()
-    return par.gather(found)
-
-
-def uses_sockets(end: socket.socket, *, parallelizer: Par) -> None:
-    par = parallelizer
-    with contextlib.ExitStack() as stack:
-        for one in (end, par.broadcast(end)):
-            one.sendall(bytes([par.id]))
-            if not par.on_main:
-                stack.enter_context(one)
-        ours = [stack.enter_context(one) for one in socket.socketpair()]
-        for one in par.gather(ours[1]) or ():
-            stack.enter_context(one).sendall(b"7")
-        check(ours[0].recv(1), b"7")
-        par.wait()
-
-
-if UNDER_MPI:
-
-    def test_what_belongs_to_a_machine_is_refused_by_name(p: Par) -> None:
-        if p.nprocs > 1:
-            found = failure(p, sends_connections)
-            expect(p, type(found), PackingError)
-            expect(p, "a Connection belongs to this machine's processes" in str(found), True)
-        expect_to_work(p)
-        expect(p, p.run(keeps_connections), [True] * p.nprocs)
-
-
-def sends_connections(*, parallelizer: Par) -> None:
-    given = [pipe()[1]] if parallelizer.on_main else None
-    for verb in (parallelizer.broadcast, lambda x: parallelizer.scatter(x and x * 9)):
-        error = caught_from(verb, given)
-        assert isinstance(error, PackingError)
-        assert "a Connection belongs" in str(error)
-    parallelizer.map(tell, WORDS, (given,))
-
-
-def keeps_connections(*, parallelizer: Par) -> Any:
-    """Send one to oneself, and lay out anew what holds one."""
-    ends = multiprocessing.Pipe()
-    held = [ends[0], np.ones((9, 9))[:, 3]]
-    parallelizer.send(held, parallelizer.id)
-    found = parallelizer.receive(parallelizer.id)
-    del held
-    gc.collect()
-    ends[1].send(1)
-    return parallelizer.allgather(found[0] is ends[0] and found[0].recv() == 1)
-
-
-def test_connections_of_ones_own_are_kept(p: Par) -> None:
-    expect(p, p.run(keeps_connections), [True] * p.nprocs)
-    ends = multiprocessing.Pipe()
-    with ends[0], ends[1]:
-        p.run(roll_call_with, [ends[1], np.ones((9, 9))[:, 3]]) if p.nprocs == 1 else None
-        gc.collect()
-        ends[1].send(1)
-        assert ends[0].recv() == 1
-
-
-def roll_call_with(_: Any, *, parallelizer: Par) -> Any:
-    return roll_call(parallelizer=parallelizer)
-
-
-@pytest.mark.parametrize("method", MULTIPROCESSING)
-def test_what_multiprocessing_does_not_send_is_refused(method: str) -> None:
-    context = multiprocessing.get_context(method)
-    with MultiprocessingParallelizer(2, start_method=method) as par:
-        error = None
-        for make in (context.Lock, context.Event, context.Queue, context.SimpleQueue):
-            error = caught_from(par.run, roll_call_with, [make()])
-            check((type(error), "inheritance" in str(error)), (PackingError, True))
-        del error
-        gc.collect()  # the semaphores go with what holds them
-        assert par.run(roll_call)[0] == [0, 1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -12389,6 +11269,1126 @@ def test_soak() -> None:
                     assert found == wanted, f"seed {seed}, {method}, {nprocs} processes"
     print(f"soak: seeds up to {seed}: {dict(outcomes)}")
     assert outcomes["agreed"] > 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs: MPI, the examples, the command line
+
+
+def run_program(
+    *argv: str, ranks: int | None = None, limit: float = 100, cwd: Path = HERE, **env: str
+) -> str:
+    """Run Python with `argv`, on `ranks` MPI ranks if given; its stdout, after a good end."""
+    code, out, err = finish(*argv, ranks=ranks, limit=limit, cwd=cwd, **env)
+    assert code == 0, f"{argv} ended with {code}\n{out[-20000:]}\n{err[-20000:]}"
+    assert ranks or not err, f"{argv} wrote to stderr:\n{err[-20000:]}"  # an MPI may warn there
+    return out
+
+
+def finish(
+    *argv: str,
+    ranks: int | None = None,
+    options: Sequence[str] = (),
+    limit: float = 100,
+    cwd: Path = HERE,
+    **env: str,
+) -> tuple[int, str, str]:
+    """Run Python with `argv` to its end, or kill its whole process group at the `limit`."""
+    command = [*(mpiexec(ranks) if ranks else []), *options, sys.executable, *argv]
+    return finish_command(command, limit=limit, cwd=cwd, **env)
+
+
+def start_command(command: Sequence[str], cwd: Path, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(HERE)} | MPI_SETTINGS | env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish_command(
+    command: Sequence[str], *, limit: float = 100, cwd: Path = HERE, **env: str
+) -> tuple[int, str, str]:
+    """Run a command to its end, or kill its whole process group at the `limit`."""
+    process = start_command(command, cwd, **env)
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # mpiexec passes it on to its ranks
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"{command} did not end in {limit} s\n{out[-20000:]}\n{err[-20000:]}")
+    return process.returncode, out, err
+
+
+# Open MPI as root, with more ranks than CPUs; others ignore these.
+MPI_SETTINGS = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def mpiexec(ranks: int) -> list[str]:
+    """Find the launcher that belongs to this interpreter's mpi4py: beside it, else on the path."""
+    beside = str(Path(sys.executable).parent)
+    launcher = shutil.which("mpiexec", path=beside) or shutil.which("mpiexec")
+    if launcher is None or importlib.util.find_spec("mpi4py") is None:
+        pytest.fail("these tests need mpi4py and mpiexec: run `pip install .[test]`")
+    return [launcher, "-n", str(ranks)]
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("ranks", RANK_COUNTS)
+def test_contract_under_mpi(ranks: int, tmp_path: Path) -> None:
+    # How things are packed does not depend on the number of ranks beyond two.
+    packing = (
+        "arrays_arrive or bits_do_not_depend or subclasses_of_arrays or exception_arrives or "
+        "exception_comes or exception_that_is or exception_may_be or ecosystem or rows_that_are or "
+        "stays_behind or a_child_that_is"
+    )
+    chosen = ["-k", f"on_mpi and not ({packing})"] if ranks != 2 else []
+    code, out, err = finish(
+        str(Path(__file__)), str(tmp_path), *chosen,
+        ranks=ranks, limit=480, PARALLELIZER_TEST_ENGINE="mpi",
+    )  # fmt: skip
+    texts = [path.read_text() for path in sorted(tmp_path.glob("rank-*.txt"))]
+    tails = "\n".join(text[-8000:] for text in texts if " failed" in text or code)
+    assert code == 0, f"mpiexec ended with {code}\n{tails}\n{out[-2000:]}\n{err[-8000:]}"
+    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank-*.json"))]
+    assert [report["nprocs"] for report in reports] == [ranks] * ranks
+    collected = reports[0]["collected"]
+    assert len(collected) > 100
+    for report in reports:
+        assert report["collected"] == report["passed"] == collected
+
+
+class Tally:
+    """A pytest plugin that counts, so that the outer test can prove that the inner ones ran."""
+
+    def __init__(self) -> None:
+        self.collected: list[str] = []
+        self.passed: list[str] = []
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.collected = [item.nodeid for item in session.items]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.passed.append(report.nodeid)
+
+
+def run_as_rank(folder: Path, *options: str) -> int:
+    """Run the contract's tests as one rank of `mpiexec`; output and counts go to `folder`."""
+    world = importlib.import_module("mpi4py.MPI").COMM_WORLD
+    with (folder / f"rank-{world.rank}.txt").open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    if world.size > 3:
+        internals._MOST_BY_ALLGATHER = 2  # or that of many ranks would never be tried
+    tally = Tally()
+    argv = [
+        __file__,
+        "-k",
+        "on_mpi",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        f"--basetemp={folder}/rank-{world.rank}",  # all clean up in the common one at once
+        *(["-v"] if os.environ.get("VV") else ["-q"]),
+        *options,
+    ]
+    code = int(pytest.main(argv, plugins=[tally]))
+    report = {"nprocs": world.size, **vars(tally)}
+    (folder / f"rank-{world.rank}.json").write_text(json.dumps(report))
+    return code
+
+
+EXAMPLES = ["quickstart", "mapping", "sample_program", "client_server", "hessian", "imbalance"]
+
+
+def example(name: str, backend: str) -> list[str]:
+    """Run an example on four processes; its lines of output."""
+    argv = [str(HERE / "examples" / f"{name}.py"), "--backend", backend]
+    argv += ["--nprocs", "4"] if backend == "multiprocessing" else []
+    argv += ["--cells", "3"] if name == "hessian" else []
+    return run_program(*argv, ranks=4 if backend == "mpi" else None).splitlines()
+
+
+def results_of(lines: Sequence[str]) -> list[str]:
+    """Leave out the lines that name the backend or tell times."""
+    return [line for line in lines if not re.search(r"Running with|speed-up", line)]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_give_the_same_numbers_on_every_backend(name: str) -> None:
+    outputs = {mode: example(name, mode) for mode in ("serial", "multiprocessing", "mpi")}
+    if name == "quickstart":
+        assert outputs["serial"] == ["[1000]"]
+        assert outputs["multiprocessing"] == outputs["mpi"] == ["[250, 250, 250, 250]"]
+        return
+    if name == "sample_program":
+        assert "Running with SerialNonParallelizer(id=0, nprocs=1)" in outputs["serial"]
+        closed = "Running with MultiprocessingParallelizer(id=None, nprocs=None)"
+        assert closed in outputs["multiprocessing"]
+    assert results_of(outputs["serial"])
+    assert results_of(outputs["multiprocessing"]) == results_of(outputs["serial"])
+    assert results_of(outputs["mpi"]) == results_of(outputs["serial"])
+
+
+@pytest.mark.parametrize("name", ["hessian", "imbalance"])
+def test_an_example_ends_in_a_picture(name: str, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    argv = ["--backend", "multiprocessing", "--nprocs", "2", "--plot", str(picture)]
+    argv += ["--cells", "2"] if name == "hessian" else []
+    run_program(str(HERE / "examples" / f"{name}.py"), *argv, MPLBACKEND="Agg")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(200)
+def test_the_benchmark_measures_what_it_checks(tmp_path: Path) -> None:
+    argv = [str(HERE / "examples" / "benchmark.py"), "--quick"]
+    code, told, err = finish(*argv, "--rows", "map", "broadcast", limit=150)
+    assert code == 0, err
+    for row in ["map of trivial items", "the array to every process"]:
+        assert re.search(rf"\| {row} +\| \d\S* +\| \d", told), told  # ours, and a peer's
+    picture = tmp_path / "benchmark.png"
+    code, told, err = finish(*argv, "--verbs", "--plot", str(picture), limit=150)
+    assert code == 0, err
+    for verb, size in [("broadcast", "8 B"), ("round trip", "128 KiB")]:
+        assert re.search(rf"\| {verb} +\| {size} +\| \d\S* +\| \d", told), told
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    told = run_program(*argv, "--mpi", ranks=3)
+    assert re.search(r"\| round trip +\| 8 B +\| \d\S* +\| \d", told), told
+
+
+@pytest.mark.timeout(200)
+def test_the_benchmark_measures_growth() -> None:
+    argv = [str(HERE / "examples" / "benchmark.py"), "--quick", "--growth"]
+    code, told, err = finish(*argv, limit=180)
+    assert code == 0, err
+    for verb in ["wait", "run", "map", "broadcast, 1 MiB", "allreduce, 8 B"]:
+        for engine in ["processes", "MPI"]:
+            assert re.search(rf"\| {verb} +\| {engine} +\| \d\S* +\| \d", told), told
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("argv", "ranks"), [(["self-test"], None), ([], 4)])
+def test_self_test(argv: list[str], ranks: int | None) -> None:
+    table = run_program("-m", MODULE, *argv, ranks=ranks, limit=180)
+    for word in ["Python", "numpy", "mpi4py", np.__version__]:
+        assert word in table
+
+
+@pytest.mark.parametrize("nprocs", [1, 2, 5])
+def test_a_backend_of_ones_own(nprocs: int) -> None:
+    argv = ["self-test", "--backend", "threads_backend:ThreadParallelizer", "--nprocs", str(nprocs)]
+    folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
+    told = run_program("-m", "parallelizer", *argv, PYTHONPATH=folders)
+    assert re.search(rf" {nprocs} on \S+ .* 5 checks passed\n", told)
+
+
+def test_the_self_test_says_what_it_takes() -> None:
+    code, _, err = finish("-m", "parallelizer", "--backend", "serial")
+    assert code == 2
+    assert "--backend serial is neither PACKAGE.MODULE:CLASS nor mpi" in err
+
+
+def test_docstrings_show_what_happens() -> None:
+    path = str(sys.modules[MODULE].__file__)
+    assert run_program("-m", "doctest", path, OMP_NUM_THREADS="1") == ""
+    public = [getattr(Parallelizer, name) for name in vars(Parallelizer) if name[0] != "_"]
+    undocumented = [f"{one}" for one in public if not (one.__doc__ or "").strip()]
+    assert not undocumented
+
+
+README = (HERE / "README.md").read_text()
+BLOCKS_OF_README = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS_OF_README)))
+def test_the_code_of_the_readme_runs(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(BLOCKS_OF_README[number])
+    folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
+    assert run_program(str(script), cwd=tmp_path, PYTHONPATH=folders)
+    if re.search(r'MPI|"auto"|from_arguments', script.read_text()):
+        assert run_program(str(script), ranks=3, cwd=tmp_path)
+
+
+HEADINGS_AND_BLOCKS = re.compile(
+    r"^#+ (?P<heading>[^\n]+)$|^```\w+\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+
+
+def blocks_under(heading: str) -> list[str]:
+    """Find the blocks of code, in any language, under a heading of README."""
+    blocks, current = [], ""
+    for match in HEADINGS_AND_BLOCKS.finditer(README):
+        current = match["heading"] or current
+        if current == heading and match["code"]:
+            blocks.append(match["code"])
+    assert blocks, f"README has no code under {heading!r}"
+    return blocks
+
+
+def test_an_error_of_a_rank_hangs_mpi4py_and_ends_our_job(tmp_path: Path) -> None:
+    script, session = blocks_under("What happens when one rank fails")
+    (tmp_path / "demo.py").write_text(script)
+    code, out, err = finish("demo.py", ranks=4, cwd=tmp_path)
+    assert (code, out) == (1, "")
+    told = [line for line in session.splitlines() if "Error" in line or "Traceback" in line]
+    assert len(told) == 2
+    assert all(err.count(line) == 1 for line in told), err
+    assert err.startswith("### rank 2 of 4")
+
+    command = [*mpiexec(4), sys.executable, "demo.py", "mpi4py"]
+    with start_command(command, tmp_path) as program:
+        try:
+            assert program.stderr is not None
+            assert any(told[-1] in line for line in program.stderr)
+            with pytest.raises(subprocess.TimeoutExpired):
+                program.wait(timeout=3)
+        finally:
+            os.killpg(program.pid, signal.SIGTERM)  # mpiexec passes it on to its ranks
+        program.communicate(timeout=20)
+    wait_until(lambda: not group_members(program.pid))
+
+
+def rows_for_users_of(library: str) -> list[tuple[str, str]]:
+    """Read a table of README: what is written with a library, and what stands for it here."""
+    _, found, rest = README.partition(f"\n| {library} | parallelizer |\n| --- | --- |\n")
+    assert found, f"README has no table for {library}"
+    rows = [re.findall("`(.+?)`", row) for row in rest.partition("\n\n")[0].splitlines()]
+    return [(theirs, ours) for theirs, ours in rows]
+
+
+def value_of(code: str, names: dict[str, Any]) -> Any:
+    """Evaluate an expression, or execute statements and take what they have assigned to ``y``."""
+    names = dict(names)
+    try:
+        found = eval(code, names)
+    except SyntaxError:
+        exec(code, names)
+        found = names.get("y")
+    return None if found is Parallelizer.InWorkerProcess else found
+
+
+def set_factor(factor: int) -> None:
+    os.environ["FACTOR"] = str(factor)
+
+
+def scales_and_tells_threads(x: int) -> tuple[int, str]:
+    return int(os.environ.get("FACTOR", "1")) * x, os.environ["OMP_NUM_THREADS"]
+
+
+def adds_sum(x: int, y: Any) -> int:
+    return x + int(np.sum(y))
+
+
+def compute_rows_of_mpi4py(by_us: bool, *, parallelizer: Par) -> None:
+    """Print a line for each row of the table: the values on all ranks."""
+    rank, size = parallelizer.id, parallelizer.nprocs
+    names = {
+        "p": parallelizer, "np": np, "x": rank + 1, "xs": [10 * rank + n for n in range(size)],
+        "a": np.arange(10) * 1.5, "f": scales_and_tells_threads,
+        "counts": [len(block_of(range(10), n, size)) for n in range(size)],
+    }  # fmt: skip
+    if not by_us:
+        names["MPI"] = importlib.import_module("mpi4py.MPI")
+        names["comm"] = names["MPI"].COMM_WORLD
+    for row in rows_for_users_of("mpi4py"):
+        if by_us or "MPIPoolExecutor" not in row[0]:
+            everywhere = parallelizer.allgather([value_of(row[by_us], names)], concatenate=False)
+            parallelizer.print([value for (value,) in everywhere], where="main")
+
+
+def compute_row_of_mpi4py_futures() -> None:
+    """Print what the last row of the table gives on main, under ``-m mpi4py.futures``."""
+    rows = rows_for_users_of("mpi4py")
+    executor = importlib.import_module("mpi4py.futures").MPIPoolExecutor
+    names = {"MPIPoolExecutor": executor, "f": scales_and_tells_threads, "xs": [0, 1, 2]}
+    print([value_of(rows[-1][0], names), None, None])
+
+
+@pytest.mark.timeout(150)
+def test_what_stands_for_the_calls_of_mpi4py(tmp_path: Path) -> None:
+    def run(kind: str, by_us: bool, ranks: int | None = None) -> str:
+        call = f"import test_parallelizer as t; t.{kind}.run(t.compute_rows_of_mpi4py, {by_us})"
+        return run_program("-c", call, ranks=ranks)
+
+    theirs = run("MPIParallelizer()", False, ranks=3)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import test_parallelizer\n"
+        "if __name__ == '__main__':  # its workers import this\n"
+        "    test_parallelizer.compute_row_of_mpi4py_futures()\n"
+    )
+    theirs += run_program("-m", "mpi4py.futures", str(script), ranks=3)
+    assert len(theirs.splitlines()) == len(rows_for_users_of("mpi4py")) > 10
+    assert run("MPIParallelizer()", True, ranks=3) == theirs
+    assert run("MultiprocessingParallelizer(3)", True) == theirs
+
+
+LIBRARIES = {"multiprocessing": "Pool", "joblib": "", "schwimmbad": "MultiPool"}
+
+
+def compute_rows_of_pools(library: str, by_us: bool, *, parallelizer: Par = None) -> None:
+    """Print a line for each row of a table: its value, by the library or by a parallelizer."""
+    names = {
+        "f": scales_and_tells_threads, "g": adds_sum, "xs": [*range(20)], "init": set_factor,
+        "pairs": [(n, n * n) for n in range(20)], "a": np.ones(300_000, int), "p": parallelizer,
+        "Parallelizer": Parallelizer, "MultiprocessingParallelizer": MultiprocessingParallelizer,
+        "args": types.SimpleNamespace(mpi=False, n=2, backend="multiprocessing", nprocs=2),
+    }  # fmt: skip
+    if not by_us:
+        names |= vars(importlib.import_module(library))
+    for row in rows_for_users_of(library):
+        os.environ.pop("FACTOR", None)
+        with contextlib.ExitStack() as stack:
+            if not by_us and re.search(r"\bpool\.", row[0]) and "with" not in row[0]:
+                names["pool"] = stack.enter_context(names[LIBRARIES[library]](2))
+            print(value_of(row[by_us], names))
+
+
+def compute_our_rows_of_pools(library: str) -> None:
+    with MultiprocessingParallelizer(2) as parallelizer:
+        compute_rows_of_pools(library, True, parallelizer=parallelizer)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_what_stands_for_the_calls_of_a_pool(library: str) -> None:
+    def run(call: str) -> str:
+        call = f"import test_parallelizer as t; t.{call}"
+        return run_program("-c", call, OMP_NUM_THREADS="2")
+
+    theirs = run(f"compute_rows_of_pools({library!r}, False)")
+    assert len(theirs.splitlines()) == len(rows_for_users_of(library)) > 2
+    assert run(f"compute_our_rows_of_pools({library!r})") == theirs
+
+
+def test_what_stands_for_the_mpi_pool_of_schwimmbad(tmp_path: Path) -> None:
+    heading = "Coming from mpi4py, multiprocessing, joblib or schwimmbad"
+    head = "import sys\nfrom math import sqrt as f\nfrom {} import {}\nxs = range(10)\n"
+    imports = [("schwimmbad", "MPIPool"), ("parallelizer", "ClientServerRunner")]
+    outputs = []
+    for names, block in zip(imports, blocks_under(heading), strict=True):
+        (tmp_path / "script.py").write_text(head.format(*names) + block)
+        outputs.append(run_program("script.py", ranks=3, cwd=tmp_path))
+    assert outputs == [f"{[math.sqrt(x) for x in range(10)]}\n"] * 2
+
+
+def write_script(heading: str, folder: Path) -> str:
+    """Write the one Python program under a heading of README to ``script.py``; its text."""
+    (script,) = [block for block in blocks_under(heading) if "import" in block]
+    (folder / "script.py").write_text(script)
+    return script
+
+
+def test_groups_of_ranks_find_what_the_readme_says(tmp_path: Path) -> None:
+    assert "[280, 308] on 4 ranks" in write_script("Groups of ranks", tmp_path)
+    assert run_program("script.py", ranks=4, cwd=tmp_path) == "[280, 308]\n"
+
+
+WORKERS_WITH_GPUS = """
+import os
+
+from parallelizer import MultiprocessingParallelizer
+from script import GPUS, choose_gpu
+
+
+def visible(*, parallelizer):
+    return parallelizer.gather(os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+if __name__ == "__main__":
+    for method in ["fork", "forkserver", "spawn"]:
+        with MultiprocessingParallelizer(
+            4, start_method=method, initializer=choose_gpu, initargs=(GPUS,), main_computes=False
+        ) as p:
+            print(p.run(visible))
+"""
+
+
+def test_each_rank_sees_a_gpu(tmp_path: Path) -> None:
+    write_script("One GPU per rank", tmp_path)
+    (tmp_path / "workers.py").write_text(WORKERS_WITH_GPUS)
+
+    def run(script: str, ranks: int | None = None) -> str:
+        path = os.pathsep.join([str(tmp_path), str(HERE)])
+        return run_program(
+            script, ranks=ranks, cwd=tmp_path, PYTHONPATH=path, CUDA_VISIBLE_DEVICES="4,7"
+        )
+
+    assert run("script.py", ranks=3) == "['4', '7', '4']\n"
+    cpus = internals._available_cpus()
+    assert run("script.py") == f"{[*itertools.islice(itertools.cycle('47'), cpus)]}\n"
+    assert run("workers.py").splitlines() == ["['4,7', '7', '4', '7']"] * 3
+
+
+def test_rows_in_hdf5_are_the_same_from_processes_and_ranks(tmp_path: Path) -> None:
+    write_script("Write results to HDF5 as they come", tmp_path)
+    found = []
+    for ranks in (None, 3):
+        run_program("script.py", ranks=ranks, cwd=tmp_path)
+        with importlib.import_module("h5py").File(tmp_path / "results.h5") as file:
+            found.append(file["rows"][:])
+    check(found[0], found[1])
+    assert np.isfinite(found[0]).all()
+
+
+def test_asyncio_awaits_jobs(tmp_path: Path) -> None:
+    write_script("Await results with asyncio", tmp_path)
+    folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
+    assert run_program("script.py", cwd=tmp_path, PYTHONPATH=folders) == "[0, 1, 4, 9, 16]\n"
+
+
+def beside_python() -> str:
+    """Make a PATH on which this interpreter, and what belongs to it, comes first."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def test_a_task_of_a_slurm_array_resumes_where_it_was_killed(tmp_path: Path) -> None:
+    job, script = blocks_under("A Slurm array that resumes")
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    told = "    os.write(1, f'computes {parameter}\\n'.encode())\n    time.sleep(0.02)\n    return"
+    for folder, text in [
+        (undisturbed, script),
+        (killed, "import time\n" + script.replace("    return", told, 1)),
+    ]:
+        folder.mkdir()
+        (folder / "job.sh").write_text(job)
+        (folder / "scan.py").write_text(text)
+
+    def finish_job(folder: Path) -> str:
+        code, out, err = finish_command(
+            ["bash", "job.sh"], cwd=folder, PATH=beside_python(), SLURM_ARRAY_TASK_ID="3"
+        )
+        assert code == 0, err
+        return out
+
+    wanted = finish_job(undisturbed)
+    assert wanted.startswith("3 100 ")
+    checkpoint = killed / "scan-3.checkpoint"
+    with start_command(
+        ["bash", "job.sh"], killed, PATH=beside_python(), SLURM_ARRAY_TASK_ID="3"
+    ) as program:
+        try:
+            wait_until(lambda: checkpoint.exists() and checkpoint.stat().st_size > 1000)
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)
+        before, _ = program.communicate(timeout=20)
+    wait_until(lambda: not group_members(program.pid))
+    *again, result = finish_job(killed).splitlines()
+    assert f"{result}\n" == wanted
+    assert {*before.splitlines(), *again} == {f"computes {n}" for n in range(3, 1000, 10)}
+    assert 0 < len(again) < 100
+
+
+def test_tests_take_a_parallelizer_from_a_fixture(tmp_path: Path) -> None:
+    tests, command = blocks_under("Test on every backend with pytest")
+    (tmp_path / "test_total.py").write_text(tests)
+    told = run_program("-m", "pytest", "-p", "no:cacheprovider", cwd=tmp_path)
+    assert "2 passed" in told
+    code, told, err = finish_command(["bash", "-c", command], cwd=tmp_path, PATH=beside_python())
+    assert code == 0, err
+    assert told.count("1 passed") == 3
+    (tmp_path / "test_total.py").write_text(tests.replace("== 45", "== 46"))
+    code, told, _ = finish_command(["bash", "-c", command], cwd=tmp_path, PATH=beside_python())
+    assert code == 1
+    assert "assert 45 == 46" in told
+
+
+def messages_of_the_module() -> Iterator[list[str]]:
+    """Find the fixed parts of the text of each exception that is made, and of each warning."""
+    for node in ast.walk(ast.parse((HERE / "parallelizer.py").read_text())):
+        if isinstance(node, ast.Call) and node.args:
+            name = node.func.id if isinstance(node.func, ast.Name) else ""
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else name
+            if name.endswith(("Error", "Died", "Timeout", "tell", "warning")):
+                text = node.args[0]
+                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+                fixed = [str(x.value) for x in parts if isinstance(x, ast.Constant)]
+                yield [part.strip() for part in itertools.chain(*(x.split("%s") for x in fixed))]
+
+
+def test_the_readme_explains_every_message() -> None:
+    words = " ".join(README.split())
+    # Of its fixed parts, those that are long enough to find it by.
+    found = [[part for part in parts if len(part) > 11] for parts in messages_of_the_module()]
+    assert len([*filter(None, found)]) > 40
+    for parts in filter(None, found):
+        internal = re.match("expected|the last rank|there is one process", parts[0])
+        assert internal or any(part[:20] in words for part in parts), parts
+
+
+COPIED = "otherproject._vendor.par"
+
+
+def vendor(folder: Path) -> None:
+    """Copy the module, and nothing else, under another name into a package of another project."""
+    package = folder / "otherproject" / "_vendor"
+    package.mkdir(parents=True)
+    for path in (package.parent, package):
+        (path / "__init__.py").touch()
+    shutil.copy(HERE / "parallelizer.py", package / "par.py")
+
+
+@pytest.fixture
+def otherproject(tmp_path: Path) -> str:
+    """Vendor the module; the path to both copies."""
+    vendor(tmp_path)
+    return os.pathsep.join([str(tmp_path), str(HERE)])
+
+
+def test_two_copies_in_one_process(otherproject: str) -> None:
+    call = "import test_parallelizer; test_parallelizer.use_two_copies"
+    told = run_program("-c", f"{call}(*test_parallelizer.MULTIPROCESSING)", PYTHONPATH=otherproject)
+    assert told.splitlines() == ["[(0, 1), (1, 1)]"] * 3
+    told = run_program("-c", f"{call}('mpi')", PYTHONPATH=otherproject, ranks=2)
+    assert told.splitlines() == ["[(0, 2), (1, 2)]"]
+
+
+def use_two_copies(*engines: str) -> None:
+    """Run as a program of its own by the test above: copies beside and inside each other."""
+    other = importlib.import_module(COPIED)
+    for engine in engines:
+        ours: Par = create(engine, 2)
+        theirs: Par = (
+            other.MPIParallelizer()
+            if engine == "mpi"
+            else other.MultiprocessingParallelizer(2, start_method=engine)
+        )
+        ours.register("the name")
+        theirs.register("the name")
+        assert Parallelizer.lookup("the name") is ours
+        assert other.Parallelizer.lookup("the name") is theirs
+        with ours, theirs:
+            for one in (ours, theirs, ours):
+                error = caught_from(one.run, last_fails)
+                assert type(error) is JobError, error
+            result = ours.run(runs_the_other, "mpi" if engine == "mpi" else "serial")
+        Parallelizer.unregister("the name")
+        other.Parallelizer.unregister("the name")
+        if ours.on_main:
+            print(result)
+
+
+def last_fails(*, parallelizer: Par) -> None:
+    if parallelizer.id == parallelizer.nprocs - 1:
+        raise JobError("the last", 1)
+    time.sleep(0.1)  # which a signal may interrupt
+    parallelizer.wait()
+
+
+def counts_all(*, parallelizer: Par) -> Any:
+    return parallelizer.allreduce(1)
+
+
+def runs_the_other(backend: str, *, parallelizer: Par) -> Any:
+    total = importlib.import_module(COPIED).Parallelizer.lookup(backend).run(counts_all)
+    return parallelizer.gather((parallelizer.id, total))
+
+
+def test_import_is_quiet_and_takes_numpy_alone() -> None:
+    call = "import sys, numpy; before = set(sys.modules); "
+    call += f"import {MODULE}; "
+    call += "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+    call += "print(sorted(loaded - sys.stdlib_module_names - {'numpy', '__mp_main__'}))"
+    assert run_program("-W", "error", "-c", call) == f"{[MODULE.partition('.')[0]]}\n"
+
+
+def without_mpi4py() -> None:
+    """Run as a program of its own by the test below."""
+    sys.modules["mpi4py"] = None  # type: ignore[assignment]  # as Python marks what is missing
+    try:
+        MPIParallelizer()
+    except ImportError as error:
+        print(error)
+
+
+def test_without_mpi4py_the_error_says_how_to_install_it() -> None:
+    call = "import test_parallelizer; test_parallelizer.without_mpi4py()"
+    assert "pip install" in run_program("-c", call)
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [("", "SerialNonParallelizer(id=0, nprocs=1) 1"), ("mpi", "MPIParallelizer(id=0, nprocs=1) 1"),
+     ("multiprocessing:2", "MultiprocessingParallelizer(id=None, nprocs=None) 2"),
+     ("dask", "LookupError"), ("mpi:3", "LookupError")],
+)  # fmt: skip
+def test_lookup_heeds_the_environment_where_nothing_is_open(
+    named: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARALLELIZER", named)
+    call = "import test_parallelizer; test_parallelizer.look_up_what_is_open()"
+    assert run_program("-c", call) == found + "\n"
+
+
+def look_up_what_is_open() -> None:
+    """Run as a program of its own by the test above."""
+    try:
+        found = Parallelizer.lookup(None)
+    except LookupError:
+        print("LookupError")
+    else:
+        assert Parallelizer.lookup(None) is found or isinstance(found, SerialNonParallelizer)
+        print(found, found.run(roll_call)[0][-1] + 1)
+
+
+def test_a_launcher_of_another_mpi_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")  # as if by the other MPI's mpiexec
+    call = "import test_parallelizer; test_parallelizer.meet_the_wrong_launcher()"
+    told = run_program("-c", call, PYTHONWARNINGS="ignore")  # mpi4py may warn of it, too
+    for word in ["4 ranks", "sees one", "mpiexec", "pip install"]:
+        assert word in told
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_srun_has_not_told_is_said_by_one_rank(rank: int) -> None:
+    step: Any = STEP | {"SLURM_PROCID": str(rank), "PYTHONWARNINGS": "ignore"}
+    code, out, err = finish("-c", f"import {MODULE} as m; m.MPIParallelizer()", **step)
+    assert (code, out) == (1, "")
+    assert ("start it by srun --mpi=pmi2" in err) == (rank == 0)
+    assert err or rank > 0
+
+
+def meet_the_wrong_launcher() -> None:
+    try:
+        MPIParallelizer()
+    except ParallelizerError as error:
+        print(error)
+
+
+CELLS = [
+    f"from {MODULE} import MultiprocessingParallelizer, WorkerError",
+    """
+    import dataclasses
+    factor = 3
+    def scaled(x):
+        return factor * x
+    @dataclasses.dataclass
+    class Point:
+        x: float
+    class Trouble(Exception): pass
+    def fails(*, parallelizer):
+        if parallelizer.id == 1:
+            raise Trouble("in a cell")
+        parallelizer.gather(0)
+    """,
+    """
+    for method in ["fork", "forkserver", "spawn"]:
+        with MultiprocessingParallelizer(2, start_method=method) as p:
+            def adder(n):
+                return lambda x: scaled(x) + n  # a closure, defined after the workers were born
+            print(p.map(adder(1), range(4)), p.map(Point, [1.5, 2.5]) == [Point(1.5), Point(2.5)])
+            print(p.run(lambda parallelizer: parallelizer.gather(Point(parallelizer.id))))
+            try:
+                p.run(fails)
+            except Trouble as error:
+                print(repr(error))
+    """,
+]
+
+
+def execute_a_notebook() -> None:
+    """Run as a program of its own by the test below."""
+    nbformat, nbclient = map(importlib.import_module, ["nbformat", "nbclient"])
+    notebook = nbformat.v4.new_notebook()
+    cells = [textwrap.dedent(cell).strip() for cell in CELLS]
+    notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    # In its stderr stands that a kernel, which has threads, is not forked: forkserver takes over.
+    for output in notebook.cells[-1].outputs:
+        print(output["text"] if output["name"] == "stdout" else "", end="")
+
+
+def test_functions_of_a_notebook_travel() -> None:
+    call = "import test_parallelizer; test_parallelizer.execute_a_notebook()"
+    told = "[1, 4, 7, 10] True\n[Point(x=0), Point(x=1)]\nTrouble('in a cell')\n"
+    code, out, err = finish("-c", call, PYTHONWARNINGS="ignore")  # Jupyter's own, like its stderr
+    assert (code, out) == (0, told * 3), err
+
+
+# A program whose functions, class and exception its workers may be unable to import.
+MAIN_PROGRAM = """
+import dataclasses
+import os
+import sys
+import threading
+from parallelizer import MultiprocessingParallelizer, PackingError
+
+seen = []
+
+
+class Trouble(Exception):
+    pass
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+
+
+class Own(MultiprocessingParallelizer):
+    pass
+
+
+if "NO_CLOUDPICKLE" in os.environ:
+    sys.modules["cloudpickle"] = None
+    Own = MultiprocessingParallelizer
+
+
+def main(point, parallelizer=None):  # a name that the main program of a fork server has, too
+    if point.x > 8:
+        raise Trouble(point.x)
+    return Point(point.x + len(seen))
+
+
+def remembers(*, parallelizer):
+    if not parallelizer.on_main:
+        seen.append("run")
+    return parallelizer.gather(len(seen))
+
+
+if __name__ == "__main__":
+    for method in sys.argv[1:]:
+        with Own(2, start_method=method) as p:
+            try:
+                assert p.map(main, [Point(n) for n in range(4)]) == [Point(n) for n in range(4)]
+                try:
+                    p.map(main, [Point(9)])
+                except Trouble as error:
+                    p.run(remembers)
+                    print(method, repr(error), p.run(remembers))
+                lock = threading.Lock()
+                p.run(lambda parallelizer: lock)
+            except PackingError as error:
+                print(error)
+"""
+
+MAIN_PROGRAMS = ["script", "module", "package", "stdin", "archive", "deleted"]
+
+
+def run_as_main(way: str, folder: Path, *methods: str, **env: str) -> list[str]:
+    """Run MAIN_PROGRAM as this kind of `__main__`; the lines it printed."""
+    package = folder / "apackage"
+    package.mkdir()
+    for name in ("__init__.py", "__main__.py", "amodule.py"):
+        (package / name).write_text(MAIN_PROGRAM * (name != "__init__.py"))
+    shutil.make_archive(str(folder / "app"), "zip", package)
+    gone = "import os, sys\nos.unlink(sys.argv[0])\n" * (way == "deleted")
+    (folder / "script.py").write_text(gone + MAIN_PROGRAM)
+    arguments = {
+        "module": ["-m", "apackage.amodule"],
+        "package": ["-m", "apackage"],
+        "stdin": ["-"],
+        "archive": [str(folder / "app.zip")],
+    }.get(way, [str(folder / "script.py")])
+    path = os.pathsep.join([str(folder), str(HERE)])
+    program = subprocess.run(
+        [sys.executable, *arguments, *methods],
+        env=os.environ | {"PYTHONPATH": path} | env,
+        input=MAIN_PROGRAM if way == "stdin" else "",
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (program.returncode, program.stderr) == (0, ""), program.stderr
+    return program.stdout.splitlines()
+
+
+if CLOUDPICKLE:
+
+    @pytest.mark.parametrize("way", MAIN_PROGRAMS)
+    def test_functions_of_every_main_program_travel(way: str, tmp_path: Path) -> None:
+        # By name, where that is possible, a function finds on a worker what it has left there.
+        by_name = MULTIPROCESSING if way in ("script", "module") else ["fork"]
+        told = run_as_main(way, tmp_path, *MULTIPROCESSING)
+        for method, line, refusal in zip(MULTIPROCESSING, told[::2], told[1::2], strict=True):
+            assert line == f"{method} Trouble(9) {[0, 2 if method in by_name else 1]}"
+            assert "cannot pickle '_thread.lock' object" in refusal
+            assert "cloudpickle" not in refusal  # which is installed
+
+
+def test_without_cloudpickle_it_is_said_that_the_main_program_needs_it(tmp_path: Path) -> None:
+    told = run_as_main("package", tmp_path, *MULTIPROCESSING, NO_CLOUDPICKLE="1")
+    assert told[0] == "fork Trouble(9) [0, 2]"
+    for error in told[1:]:
+        assert "pip install cloudpickle" in error
+    for error in told[2:]:
+        assert "main stands in a main program that workers which are not forked cannot" in error
+
+
+def count_threads(*, parallelizer: Par) -> Any:
+    threadpoolctl = importlib.import_module("threadpoolctl")
+    np.ones((20, 20)) @ np.ones((20, 20))
+    pools = threadpoolctl.threadpool_info()
+    return parallelizer.gather({pool["num_threads"] for pool in pools})
+
+
+@pytest.mark.parametrize("start_method", MULTIPROCESSING)
+def test_processes_share_the_cpus_among_their_threads(
+    start_method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (before,) = SerialNonParallelizer().run(count_threads)
+    with MultiprocessingParallelizer() as everything:
+        share = max(1, everything.nprocs // 2)
+    make = functools.partial(MultiprocessingParallelizer, 2, start_method=start_method)
+    assert make(threads_per_process=2).run(count_threads) == [{2}, {2}]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the user's word, after which nothing is limited
+    assert make().run(count_threads) == [before, before]
+    for name in ("OMP", "OPENBLAS", "MKL"):
+        monkeypatch.delenv(f"{name}_NUM_THREADS", raising=False)
+    assert make().run(count_threads) == [{share}, {share}]
+    assert SerialNonParallelizer().run(count_threads) == [before]
+
+
+# Of the programs below, which need not find what the test's own environment says. To each of the
+# libraries, an empty word is none.
+NO_THREADS_SET: dict[str, Any] = {
+    f"{name}_THREADS": ""
+    for name in ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM", "NUMEXPR_NUM")
+}
+
+
+def threads_of_all(*, parallelizer: Par) -> Any:
+    """Threads of each library, of which scipy brings one that may have to be loaded for this."""
+    importlib.import_module("scipy.linalg")
+    pools = importlib.import_module("threadpoolctl").threadpool_info()
+    return parallelizer.allgather({pool["filepath"]: pool["num_threads"] for pool in pools})
+
+
+def threads_of_a_program(*, parallelizer: Par) -> Any:
+    """Of one that is started by the function, which has nothing but its environment."""
+    call = "import numpy, threadpoolctl as t; print(t.threadpool_info()[0]['num_threads'])"
+    env: dict[str, Any] = held_variables()
+    return parallelizer.gather(int(run_program("-c", call, **env)))
+
+
+def held_variables() -> dict[str, str]:
+    return {name: os.environ.get(name, "") for name in NO_THREADS_SET}
+
+
+def variables_of_a_child(method: str) -> dict[str, str]:
+    """Of the user's own process, which may come from a fork server that a pool has started."""
+    context: Any = multiprocessing.get_context(method)
+    reader, writer = context.Pipe(duplex=False)
+    with reader, writer:
+        child = context.Process(target=tell_variables, args=(writer,))
+        child.start()
+        found: dict[str, str] = reader.recv()
+        child.join()
+    return found
+
+
+def tell_variables(writer: Any) -> None:
+    writer.send(held_variables())
+
+
+def threads_of_inner_pools(*, parallelizer: Par) -> Any:
+    inner = MultiprocessingParallelizer(2, start_method="spawn").run(threads_of_all)
+    return [*itertools.chain(*parallelizer.allgather(inner, concatenate=False))]
+
+
+def same_threads(method: str) -> None:
+    """Print how many threads each process has, after making sure that it is one number on all."""
+    limits = importlib.import_module("threadpoolctl").threadpool_limits
+    make = functools.partial(MultiprocessingParallelizer, 2, start_method=method)
+
+    def tell(situation: str, found: list[dict[str, int]], libraries: int = 2) -> None:
+        (numbers,) = {tuple(sorted(one.items())) for one in found}  # the same on all
+        assert len(numbers) == libraries, (situation, numbers)
+        print(situation, *sorted({number for _, number in numbers}), sep=", ", flush=True)
+
+    def now() -> Any:
+        return SerialNonParallelizer().run(threads_of_all)
+
+    cpus, environment = len(os.sched_getaffinity(0)), held_variables()
+    assert "scipy.linalg" not in sys.modules
+    with make() as p:
+        tell("loaded late", p.run(threads_of_all))
+        print(*p.run(threads_of_a_program))
+    tell("afterwards", now())
+    assert held_variables() == environment == variables_of_a_child(method)
+    tell("asked for", make(threads_per_process=cpus).run(threads_of_all))
+    with limits(1):
+        tell("limited by the program", MultiprocessingParallelizer(1).run(threads_of_all))
+        tell("limited by the program", make().run(threads_of_all))
+    with make() as p:
+        tell("not yet limited", p.run(threads_of_all))
+        with limits(cpus):
+            tell("limited for a call", p.run(threads_of_all))
+            tell("limited for a call", p.map(threads_of_an_item, range(8)))
+        tell("limited no more", p.run(threads_of_all))
+    with make(threads_per_process=cpus) as first:
+        second = make(threads_per_process=1)
+        with second:
+            tell("beside another", second.run(threads_of_all))
+            tell("beside another", first.run(threads_of_all))
+            tell("after another", first.run(inside_another, main_kwargs={"inner": second}))
+            first.__exit__()
+            tell("when the first is closed", second.run(threads_of_all))
+            first.__enter__()
+    tell("afterwards", now())
+    assert held_variables() == environment
+    tell("nested", make(threads_per_process=cpus).run(threads_of_inner_pools))
+    os.environ["OMP_NUM_THREADS"] = "1"  # which comes too late
+    tell("set late", make().run(threads_of_all))
+
+
+def inside_another(*, inner: Any = None, parallelizer: Par) -> Any:
+    """Have main use another pool, after which all have their own numbers again."""
+    if inner is not None:
+        inner.run(threads_of_all)
+    return threads_of_all(parallelizer=parallelizer)
+
+
+def threads_of_an_item(_: int) -> dict[str, int]:
+    (found,) = SerialNonParallelizer().run(threads_of_all)
+    return found  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("start_method", MULTIPROCESSING)
+def test_every_process_has_the_same_number_of_threads(start_method: str) -> None:
+    call = f"import test_parallelizer as t; t.same_threads({start_method!r})"
+    cpus = len(os.sched_getaffinity(0))
+    share = max(1, cpus // 2)
+    told = run_program("-c", call, PARALLELIZER_TEST_PROGRAM=call, **NO_THREADS_SET)
+    assert told.splitlines() == [
+        f"loaded late, {share}",
+        f"{share} {share}",
+        f"afterwards, {cpus}",
+        f"asked for, {cpus}",
+        *["limited by the program, 1"] * 2,
+        f"not yet limited, {share}",
+        *[f"limited for a call, {cpus}"] * 2,
+        f"limited no more, {share}",
+        "beside another, 1",
+        f"beside another, {cpus}",
+        f"after another, {cpus}",
+        "when the first is closed, 1",
+        f"afterwards, {cpus}",
+        f"nested, {share}",
+        f"set late, {cpus}",
+    ]
+
+
+def product(_: int) -> float:
+    """Whose last digits depend on the number of threads."""
+    left, right = np.random.default_rng(1).random((2, 10**6))
+    return float(left @ right)
+
+
+def products(set_late: bool, methods: list[str], threads: int | None) -> None:
+    """Print whether many equal products have one value, that of a serial one, by each method."""
+    if set_late:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    for method in methods:
+        with MultiprocessingParallelizer(2, start_method=method, threads_per_process=threads) as p:
+            print(set(p.map(product, range(40))) == {product(0)})
+
+
+@pytest.fixture
+def no_threadpoolctl(tmp_path: Path) -> str:
+    """Make its import fail; the path on which it does."""
+    (tmp_path / "threadpoolctl.py").write_text("raise ModuleNotFoundError('it is not installed')")
+    return os.pathsep.join([str(tmp_path), str(HERE)])
+
+
+NOT_LIMITED = "threads of BLAS and OpenMP cannot be limited without threadpoolctl"
+
+
+@pytest.mark.parametrize(
+    ("call", "variables", "warned"),
+    [
+        ("False, t.MULTIPROCESSING, None", {}, "each of 2 processes uses as many"),
+        ("False, t.MULTIPROCESSING, 2", {"OMP_NUM_THREADS": "1"}, "each of 2 processes"),
+        ("False, t.MULTIPROCESSING, 1", {"OMP_NUM_THREADS": "1"}, ""),
+        ("False, t.MULTIPROCESSING, None", {"OPENBLAS_NUM_THREADS": "1"}, ""),
+        ("True, ['fork'], None", {}, ""),
+        ("True, ['spawn'], None", {}, "workers may use another number than main"),
+    ],
+)
+def test_without_threadpoolctl_no_process_is_limited(
+    call: str, variables: dict[str, str], warned: str, no_threadpoolctl: str
+) -> None:
+    call = f"import test_parallelizer as t; t.products({call})"
+    env = NO_THREADS_SET | {"PYTHONPATH": no_threadpoolctl} | variables
+    code, out, err = finish("-c", call, PARALLELIZER_TEST_PROGRAM=call, **env)
+    assert code == 0, err
+    if "another" not in warned:
+        assert set(out.split()) == {"True"}
+    assert len(err.splitlines()) == bool(warned), err  # once, whatever is opened
+    if warned:
+        assert err.startswith(NOT_LIMITED)
+        assert warned in err
+        assert "pip install threadpoolctl" in err
+
+
+def mpi_threads(body: Callable[..., Any]) -> None:
+    """Print how many threads ranks have: of a pair, of which one is in another one, too; of all."""
+    world = importlib.import_module("mpi4py.MPI").COMM_WORLD
+    groups = [world.group.Incl(pair) for pair in ([0, 1], [1, 2]) if world.rank in pair]
+    pairs = [MPIParallelizer(world.Create_group(group)) for group in groups]
+    first, *_ = [pair.run(body) for pair in pairs]
+    whole = MPIParallelizer()
+    told = [first, whole.run(body)]
+    first, *_ = [pair.run(body) for pair in pairs]
+    told += [first, ClientServerRunner(drives_under_a_limit, parallelizer=whole).run()]
+    if whole.on_main:
+        print([{number for found in one for number in found.values()} for one in told])
+
+
+def drives_under_a_limit(parallelizer: Par) -> Any:
+    with contextlib.suppress(ModuleNotFoundError):
+        threadpoolctl = importlib.import_module("threadpoolctl")
+        with threadpoolctl.threadpool_limits(2):
+            return parallelizer.map(threads_of_an_item, range(9), chunksize=1)
+    return []
+
+
+def products_of_all(*, parallelizer: Par) -> Any:
+    return parallelizer.allgather({"product": product(0)})
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("limited", [True, False])
+@pytest.mark.parametrize("alike", [True, False])
+def test_ranks_have_the_same_number_of_threads(
+    alike: bool, limited: bool, no_threadpoolctl: str
+) -> None:
+    rank = "int(os.environ.get('PMI_RANK') or os.environ['OMPI_COMM_WORLD_RANK'])"
+    call = "import os; "
+    call += "" if alike else f"os.environ['OMP_NUM_THREADS'] = str(3 - {rank}); "
+    call += "import test_parallelizer as t; "
+    call += f"t.mpi_threads(t.{'threads_of_all' if limited else 'products_of_all'})"
+    variables = NO_THREADS_SET | ({} if limited else {"PYTHONPATH": no_threadpoolctl})
+    code, out, err = finish("-c", call, ranks=3, PARALLELIZER_TEST_PROGRAM=call, **variables)
+    assert code == 0, err
+    told = ast.literal_eval(out)
+    if limited:
+        pair, whole, pair_again, driven = told
+        assert len(pair) == len(whole) == 1
+        assert pair == pair_again
+        assert alike or whole == {1}
+        assert driven == {2}
+    elif alike:
+        assert [len(one) for one in told] == [1, 1, 1, 0]
+    assert err.count(NOT_LIMITED) == (not limited and not alike), err
 
 
 # ---------------------------------------------------------------------------------------------
