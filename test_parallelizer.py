@@ -9577,6 +9577,45 @@ def test_64_descriptors_are_enough_for_8_processes(method: str) -> None:
         assert (program.returncode, out, err) == (0, "28\n", "")
 
 
+def memory_held() -> float:
+    """MiB of shared memory that all processes of the parallelizers of this process have used."""
+    files = [int(told.split()[0]) for told in open_descriptors() if "memfd:parallelizer" in told]
+    status = map(os.fstat, files)
+    return sum({one.st_ino: one.st_blocks for one in status}.values()) * 512 / MIB
+
+
+def sends_large_data(*, parallelizer: Par) -> None:
+    for verb in COLLECTIVES.values():
+        verb(parallelizer, np.ones(MIB))
+    for sender, receiver in itertools.permutations(range(parallelizer.nprocs), 2):
+        if parallelizer.id == sender:
+            parallelizer.send(np.ones(MIB), receiver)
+        if parallelizer.id == receiver:
+            parallelizer.receive(sender)
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_processes_hold_no_more_shared_memory_than_the_readme_says(method: str) -> None:
+    gc.collect()
+    before, large = memory_held(), np.ones(MIB // 2)
+    with MultiprocessingParallelizer(4, start_method=method) as par:
+        par.run(ranks)
+        assert memory_held() - before < 1
+        par.run(sends_large_data)
+        processes = memory_held() - before
+        assert 16 < processes < 4 * 4 + 3 * 2 + 6 / 16 + 0.1
+        found: list[float] = []
+        tell = found.append
+        par.map(np.sum, [large] * 40, chunksize=1, callback=lambda *_: tell(memory_held()))
+        assert max(found) - before - processes < 64.1
+        par.map(np.size, [np.ones(MIB * 10)], chunksize=1)
+        assert 80 <= memory_held() - before - processes < 80.1
+        par.map(abs, [1])
+        assert memory_held() - before - processes < 64.1
+    gc.collect()
+    assert memory_held() <= before
+
+
 def test_too_little_shared_memory_is_an_error_that_says_so() -> None:
     call = "import resource, test_parallelizer as t; "
     call += "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)); "
@@ -10718,6 +10757,30 @@ def test_an_end_before_the_first_mpi_parallelizer_ends_the_job(road: str, first:
     assert err.count("Traceback (most recent call last)") == (road == "raise"), err
 
 
+def mpi_abort(stage: str) -> None:
+    """Rank 1 ends the job itself, instead of this module, when an exception has ended a run."""
+    abort = functools.partial(importlib.import_module("mpi4py.MPI").COMM_WORLD.Abort, 7)
+    par = MPIParallelizer()
+    if stage == "excepthook" and par.id == 1:
+        sys.excepthook = lambda *_: abort()
+    try:
+        par.run(faulty, "raise", [1], "gather")
+    except Odd:
+        if stage == "excepthook":
+            raise
+        if par.id == 1:
+            abort()
+        par.wait()
+
+
+@pytest.mark.parametrize("stage", ["handler", "excepthook"])
+def test_an_abort_by_the_program_comes_first(stage: str) -> None:
+    call = f"import test_parallelizer as t; t.mpi_abort({stage!r})"
+    code, _, err = finish("-c", call, ranks=3, limit=60, PARALLELIZER_TEST_PROGRAM=call)
+    assert code == 7, err
+    assert "Traceback" not in err
+
+
 def mpi_finalize(how: str) -> None:
     mpi = importlib.import_module("mpi4py.MPI")
     par = MPIParallelizer()
@@ -11499,6 +11562,42 @@ def test_a_backend_of_ones_own(nprocs: int) -> None:
     assert re.search(rf" {nprocs} on \S+ .* 5 checks passed\n", told)
 
 
+BROKEN_BACKEND = """
+import parallelizer
+
+class Broken(parallelizer.SerialNonParallelizer):
+    def __init__(self, nprocs):
+        super().__init__()
+
+    def allgather(self, data, **options):
+        return []
+"""
+
+
+def test_the_self_test_tells_what_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN_BACKEND)
+    folders = os.pathsep.join([str(HERE), str(tmp_path)])
+    argv = ["-m", "parallelizer", "--backend", "broken:Broken"]
+    code, out, err = finish(*argv, PYTHONPATH=folders)
+    assert code == 1
+    assert re.fullmatch(r"broken:Broken +1 on .* FAILED\n", out)
+    assert "_contract must raise None, but raised Traceback" in err
+
+
+@pytest.mark.parametrize("argv", [["package/copied.py"], ["-m", "package.copied"]])
+def test_a_copy_checks_itself_in_place(argv: list[str], tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    source = Path(str(sys.modules[MODULE].__file__)).read_text()
+    marked = re.sub("^__version__ = .*", "__version__ = 'of a copy'", source, flags=re.MULTILINE)
+    (tmp_path / "package" / "copied.py").write_text(marked)
+    table = run_program(*argv, cwd=tmp_path, PYTHONPATH="", OMP_NUM_THREADS="1")
+    assert table.startswith("parallelizer of a copy, Python")
+    engines = ["serial", *(f"multiprocessing, {method}" for method in MULTIPROCESSING), "mpi"]
+    for name in engines:
+        assert re.search(rf"^{name} .* 5 checks passed$", table, re.MULTILINE), table
+
+
 def test_the_self_test_says_what_it_takes() -> None:
     code, _, err = finish("-m", "parallelizer", "--backend", "serial")
     assert code == 2
@@ -11823,6 +11922,13 @@ def messages_of_the_module() -> Iterator[list[str]]:
                 yield [part.strip() for part in itertools.chain(*(x.split("%s") for x in fixed))]
 
 
+def test_the_readme_tells_what_is_new_in_this_version() -> None:
+    source = Path(str(sys.modules[MODULE].__file__)).read_text()
+    _, changes = README.split("\n## Changes\n")
+    assert re.findall(r"\*\*([\d.]+)\*\*", changes)[0] == sys.modules[MODULE].__version__
+    assert "Permission is hereby granted, free of charge" in source  # which a copy carries along
+
+
 def test_the_readme_explains_every_message() -> None:
     words = " ".join(README.split())
     # Of its fixed parts, those that are long enough to find it by.
@@ -11907,6 +12013,34 @@ def test_import_is_quiet_and_takes_numpy_alone() -> None:
     call += "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}; "
     call += "print(sorted(loaded - sys.stdlib_module_names - {'numpy', '__mp_main__'}))"
     assert run_program("-W", "error", "-c", call) == f"{[MODULE.partition('.')[0]]}\n"
+
+
+# Under a name of its own, the module is imported for the first time.
+IMPORTS_A_COPY = """
+import atexit, gc, logging, numpy as np, os, pathlib, random, signal, sys, threading, warnings
+
+def state():
+    return [
+        [signal.getsignal(number) for number in signal.valid_signals()],
+        signal.pthread_sigmask(signal.SIG_BLOCK, []), os.listdir('/proc/self/fd'), os.getcwd(),
+        dict(os.environ), threading.enumerate(), threading.excepthook, sys.excepthook, sys.exit,
+        atexit._ncallbacks(), gc.callbacks[:], np.geterr(), random.getstate(), sys.stdout,
+        warnings.filters[:], logging.root.handlers[:], sys.stdout.line_buffering,
+        pathlib.Path('/proc/self/task/%d/children' % os.getpid()).read_text(),
+    ]
+
+os.environ.clear()  # it may hold what the import has set in the program of the tests
+before = state()
+import copied
+after = state()
+for old, new in zip(before, after, strict=True):
+    assert new == old, (old, new)
+"""
+
+
+def test_import_only_makes_definitions(tmp_path: Path) -> None:
+    shutil.copyfile(str(sys.modules[MODULE].__file__), tmp_path / "copied.py")
+    run_program("-c", IMPORTS_A_COPY, cwd=tmp_path, PYTHONPATH="")
 
 
 def without_mpi4py() -> None:
