@@ -11853,6 +11853,17 @@ def test_asyncio_awaits_jobs(tmp_path: Path) -> None:
     assert run_program("script.py", cwd=tmp_path, PYTHONPATH=folders) == "[0, 1, 4, 9, 16]\n"
 
 
+async def awaits_results(call: str) -> list[int]:
+    with MultiprocessingParallelizer(2) as par:
+        names = {"asyncio": asyncio, "results": par.imap(square, range(3))}
+        return [await asyncio.wait_for(eval(call, names), 20) for _ in range(4)]
+
+
+def test_asyncio_awaits_the_results_of_imap() -> None:
+    (call,) = re.findall(r"`await (asyncio\.to_thread\(.*\))`", README)
+    assert asyncio.run(awaits_results(call)) == [0, 1, 4, None]
+
+
 def beside_python() -> str:
     """Make a PATH on which this interpreter, and what belongs to it, comes first."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
