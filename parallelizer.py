@@ -2956,14 +2956,21 @@ def _split(data: Any, parts: int) -> list[Any]:
     data = list(data) if isinstance(data, Iterator) else data
     sized = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if not sized or isinstance(data, Mapping) or getattr(data, "shape", None) == ():
-        raise TypeError(
-            f"scatter splits arrays with a first axis, sequences with slices, and iterators, but "
-            f"main passed {_describe(data)}; broadcast it instead, or put it in a list"
-        )
+        raise _not_split(data)
     # Plain slices of pandas objects may go by the labels of the index instead of by position.
     slices = getattr(data, "iloc", data)
-    blocks = [slices[start:stop] for start, stop in _block_bounds(_length(data), parts)]
+    try:
+        blocks = [slices[start:stop] for start, stop in _block_bounds(_length(data), parts)]
+    except (TypeError, NotImplementedError) as error:  # of a sparse matrix that is not kept by rows
+        raise _not_split(data) from error
     return [_own_rows(b) for b in blocks] if isinstance(data, np.ndarray) else blocks
+
+
+def _not_split(data: Any) -> TypeError:
+    return TypeError(
+        f"scatter splits arrays with a first axis, sequences with slices, and iterators, but "
+        f"main passed {_describe(data)}; broadcast it instead, or put it in a list"
+    )
 
 
 def _length(data: Any) -> int:

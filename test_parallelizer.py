@@ -944,6 +944,18 @@ def test_scatter_slices_any_sequence(p: Par, kind: str) -> None:
     p.run(splits, kind)
 
 
+class NotByRows:
+    """It has a length, but cannot be sliced, as a sparse matrix of blocks."""
+
+    shape = 3, 3
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, _: slice) -> Any:
+        raise NotImplementedError
+
+
 NOT_TO_BE_SPLIT: dict[str, Any] = {
     "an int": 5,
     "a float": 2.5,
@@ -952,6 +964,7 @@ NOT_TO_BE_SPLIT: dict[str, Any] = {
     "a 0-d array": np.array(3.0),
     "a numpy scalar": np.float64(1.0),
     "an object": object,
+    "an object that has no slices": NotByRows(),
 }
 
 
@@ -7199,6 +7212,18 @@ def made(name: str) -> Any:
 
 def has_rows(name: str) -> bool:
     return not any(word in name for word in NOT_CUT)
+
+
+def refuses_to_cut(*, parallelizer: Par) -> Any:
+    for name in OF_LIBRARIES:
+        if re.search("dataset|dia|bsr", name):
+            with pytest.raises(TypeError, match="scatter splits arrays with a first axis"):
+                parallelizer.scatter(made(name) if parallelizer.on_main else None)
+    return parallelizer.allgather(parallelizer.id)
+
+
+def test_what_has_no_rows_is_refused_everywhere(p: Par) -> None:
+    expect(p, p.run(refuses_to_cut), list(range(p.nprocs)))
 
 
 def length_of(value: Any) -> int:
