@@ -1903,8 +1903,11 @@ class Parallelizer:
                 try:
                     communicator.begin_run()
                     begun = time.perf_counter()
-                    tracing = _tracing(self, _name_for_trace(work))
-                    with tracing if is_traced else contextlib.nullcontext():
+                    with (
+                        _tracing(self, _name_for_trace(work))
+                        if is_traced
+                        else contextlib.nullcontext()
+                    ):
                         yield from work(make_task, data, parallelizer=self)
                     self._finish_run(communicator, begun)
                 except BaseException as error:  # or an early end of the user's loop
@@ -5059,8 +5062,7 @@ def _peak_memory() -> int:
     """The most bytes that this process has held in memory; 0 where the system does not tell."""
     if not _POSIX:
         return 0
-    resource = importlib.import_module("resource")
-    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = _told_peak()
     if sys.platform != "linux":
         return peak
     # A program that another process has started begins with the peak of that one, so that this
@@ -5068,10 +5070,16 @@ def _peak_memory() -> int:
     return peak << 10 if peak > _inherited_peak() else _exact_peak() << 10
 
 
-@functools.cache
-def _inherited_peak() -> int:
+def _told_peak() -> int:
+    """In KiB on Linux, in bytes on macOS."""
     resource = importlib.import_module("resource")
     peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak
+
+
+@functools.cache
+def _inherited_peak() -> int:
+    peak = _told_peak()
     return peak if peak > 1.1 * _exact_peak() else 0
 
 
@@ -10092,7 +10100,7 @@ class _MainEnd(BoardCommunicator):
 
     def start_others(self) -> None:
         self._workers.start_missing()
-        if self.logs is None and self._workers.pass_on_logs():
+        if self.logs is None and self._workers.passes_on_logs():
             self.logs = _LogsFromOthers(self)
 
     def command(self, messages: Sequence[Message] | None) -> None:
@@ -10469,14 +10477,7 @@ class _WorkerSetup(NamedTuple):
     method: str
     initializer: _Initializer | None
     logs: bool | None  # see `MultiprocessingParallelizer`
-    levels: dict[str, int]  # of main's loggers, where logs are passed on
-
-    def passes_on_logs(self) -> bool:
-        return _are_logs_passed_on(self.logs, self.method)
-
-
-def _are_logs_passed_on(wanted: bool | None, method: str) -> bool:
-    return method != "fork" if wanted is None else wanted
+    levels: dict[str, int] | None  # of main's loggers, if main logs for this worker
 
 
 class _Initializer:
@@ -10590,6 +10591,7 @@ class _Workers:
         self.lack_main = self._method != "fork" and not _children_import_main()
         main = _without_main() if self.lack_main else contextlib.nullcontext()
         pickled, initializer = _dumps(parallelizer), None
+        levels = _levels() if self.passes_on_logs() else None
         if parallelizer.initializer is not None:
             initializer = _Initializer(parallelizer.initializer, parallelizer.initargs)
         with _shielded_start(self._method), _apart_from_the_mpi_job(), main:
@@ -10605,7 +10607,7 @@ class _Workers:
                 self._start(_WorkerSetup(
                     pickled, process, self.board, self._doorbells[process], self.queue,
                     guard.life, os.getpid(), self._timeout, self.limit, self._method, initializer,
-                    parallelizer.logs, _levels() if self.pass_on_logs() else {},
+                    parallelizer.logs, levels,
                 ))  # fmt: skip
                 if may_harm and not _is_single_threaded():
                     _warn_of_no_fork(
@@ -10677,10 +10679,11 @@ class _Workers:
         owned = (handle for handle, owner in list(self.sentinels.items()) if owner == number)
         return next((handle for handle in owned if handle != process.sentinel), None)
 
-    def pass_on_logs(self) -> bool:
+    def passes_on_logs(self) -> bool:
+        """Whether main logs for them: if that is asked for, or by default, if none is forked."""
         parallelizer = self._parallelizer()
         wanted = None if parallelizer is None else parallelizer.logs
-        return _are_logs_passed_on(wanted, self._method)
+        return self._method != "fork" if wanted is None else wanted
 
     def _tell_guard(self) -> None:
         assert self._guard is not None
@@ -11093,7 +11096,7 @@ def _worker_main(setup: _WorkerSetup) -> None:
     _LOADS.append(_loads_on_worker)
     _set_random_states({})
     _heed_urgent(communicator)
-    if setup.passes_on_logs():
+    if setup.levels is not None:
         communicator.logs = _LogsToMain(communicator)
         communicator.logs.attach(takes_all=setup.logs is True)
         communicator.logs.take_levels(setup.levels)  # now, because the initializer may log
