@@ -867,7 +867,7 @@ class Parallelizer:
     ) -> Any:
         """Take this process's part in a run, and in ending it on all processes."""
         communicator.timeout = self.timeout  # several parallelizers may share the communicator
-        with communicator.restricted_to(ranks), communicator.passing_on_logs():
+        with communicator.restricted_to(ranks), communicator.logging_to_main():
             try:
                 communicator.begin_run()
                 begun = time.perf_counter()
@@ -2506,7 +2506,7 @@ class MPIParallelizer(Parallelizer):
             _job_end().begin(mpi)
         communicator = _world(mpi) if comm is None else _connected(mpi, comm)
         if logs:
-            communicator.pass_on_logs()
+            communicator.log_on_main()
         self._comm = communicator
         # All ranks make their parallelizers on a communicator in the same order, so this key is the
         # same on all of them.
@@ -7991,7 +7991,7 @@ class Communicator(abc.ABC):
                 self.logs.flush()
 
     @_context
-    def passing_on_logs(self) -> Iterator[None]:
+    def logging_to_main(self) -> Iterator[None]:
         """Within, main logs what this process would, where that is asked for run by run."""
         yield
 
@@ -10100,7 +10100,7 @@ class _MainEnd(BoardCommunicator):
 
     def start_others(self) -> None:
         self._workers.start_missing()
-        if self.logs is None and self._workers.passes_on_logs():
+        if self.logs is None and self._workers.main_logs_for_workers():
             self.logs = _LogsFromOthers(self)
 
     def command(self, messages: Sequence[Message] | None) -> None:
@@ -10591,7 +10591,7 @@ class _Workers:
         self.lack_main = self._method != "fork" and not _children_import_main()
         main = _without_main() if self.lack_main else contextlib.nullcontext()
         pickled, initializer = _dumps(parallelizer), None
-        levels = _levels() if self.passes_on_logs() else None
+        levels = _levels() if self.main_logs_for_workers() else None
         if parallelizer.initializer is not None:
             initializer = _Initializer(parallelizer.initializer, parallelizer.initargs)
         with _shielded_start(self._method), _apart_from_the_mpi_job(), main:
@@ -10679,7 +10679,7 @@ class _Workers:
         owned = (handle for handle, owner in list(self.sentinels.items()) if owner == number)
         return next((handle for handle in owned if handle != process.sentinel), None)
 
-    def passes_on_logs(self) -> bool:
+    def main_logs_for_workers(self) -> bool:
         """Whether main logs for them: if that is asked for, or by default, if none is forked."""
         parallelizer = self._parallelizer()
         wanted = None if parallelizer is None else parallelizer.logs
@@ -12065,15 +12065,15 @@ class MPICommunicator(Communicator):
     def host_of(self, process: int) -> str:
         return self._seats[process].host
 
-    def pass_on_logs(self) -> None:
+    def log_on_main(self) -> None:
         """From the next run on."""
         if self.logs is None:
             self.logs = _LogsToMain(self) if self.process > 0 else _LogsFromOthers(self)
 
-    def passing_on_logs(self) -> contextlib.AbstractContextManager[None, None]:
+    def logging_to_main(self) -> contextlib.AbstractContextManager[None, None]:
         if isinstance(self.logs, _LogsToMain):
             return self.logs.attached()
-        return super().passing_on_logs()
+        return super().logging_to_main()
 
     def watch_others(self) -> None:
         """End the job if another rank of this machine dies and the launcher does not end it."""

@@ -7976,7 +7976,7 @@ class ScheduledPool:
     def sentinels(self) -> dict[int, int]:
         return {process: process for process in self.processes}
 
-    def pass_on_logs(self) -> bool:
+    def main_logs_for_workers(self) -> bool:
         return False
 
     def start_missing(self) -> None:
