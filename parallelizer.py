@@ -363,9 +363,9 @@ class _Elsewhere(enum.Enum):
 
 # Methods that programs written for a `multiprocessing.Pool` look for, and what to use instead.
 _INSTEAD_OF_POOLS = {
-    "apply_async": "; results as they come are given by imap_unordered(f, items)",
-    "map_async": "; results as they come are given by imap(f, items)",
-    "starmap_async": "; results as they come are given by imap(lambda item: f(*item), items)",
+    "apply_async": "; to get results as they come, use imap_unordered(f, items)",
+    "map_async": "; to get results as they come, use imap(f, items)",
+    "starmap_async": "; to get results as they come, use imap(lambda item: f(*item), items)",
 }
 
 
@@ -657,7 +657,7 @@ class Parallelizer:
     def _has_no_part_here(self) -> ContractError:
         return ContractError(
             f"this {type(self).__name__} was pickled by another program or for other processes, "
-            f"and the present process takes no part in it: use the one that runs here (the "
+            f"and this process takes no part in it: use the one that runs here (the "
             f"keyword parallelizer, or Parallelizer.lookup(None)), or give the object that holds "
             f"it another one"
         )
@@ -765,13 +765,13 @@ class Parallelizer:
         """
         if self._entered == 0 and not self._runs_here():
             raise ContractError(
-                f"apply needs a parallelizer that is up, but {self!r} is not: use run, or open it "
+                f"apply needs an open parallelizer, but {self!r} is not open: use run, or open it "
                 f"with a 'with' statement"
             )
         if not _takes_parallelizer(func):
             raise TypeError(
                 f"apply calls a function on every process, with the keyword parallelizer, which "
-                f"{_describe(func)} does not take. For what apply(f, args) of a Pool does, write "
+                f"{_describe(func)} does not take. To do what apply(f, args) of a Pool does, write "
                 f"starmap(f, [args])[0], or f(*args)"
             )
         return self.run(func, *args, **kwargs)
@@ -788,8 +788,9 @@ class Parallelizer:
         """Raise an error on a worker, which outside its runs has no processes to drive."""
         if self._drives_workers and self._comm is not None and self._comm.process > 0:
             raise ContractError(
-                f"{what} was called on a worker outside a run, as by its initializer or by a "
-                f"thread of its own, where the others do not take part; use another parallelizer"
+                f"{what} was called on a worker outside a run, by its initializer or by a thread "
+                f"of its own, where the other processes take no part; use another parallelizer "
+                f"there"
             )
 
     @_context
@@ -801,8 +802,8 @@ class Parallelizer:
         stream = self._stream()
         if stream is not None and threading.current_thread() in stream.threads:
             raise ContractError(
-                f"{what} was called while an imap goes on, which keeps the workers busy; let "
-                f"that come to its end first, or close() it"
+                f"{what} was called while an imap is in progress, which keeps the workers busy; "
+                f"take all its results first, or close() it"
             )
         lock = self._lock  # kept, because in a child that is forked within, it is replaced
         timeout = min(self.timeout or math.inf, threading.TIMEOUT_MAX)
@@ -871,12 +872,14 @@ class Parallelizer:
             try:
                 communicator.begin_run()
                 begun = time.perf_counter()
-                communicator.mark_function(executing=True)
                 try:
+                    communicator.mark_function(executing=True)
                     with _UsersCode():
                         result = work(parallelizer=self)
                 finally:
-                    communicator.mark_function(executing=False)
+                    # Not by a call: where one begins, a signal may still raise, and the flags would
+                    # stay as they are while the run is being ended.
+                    communicator.user.interruptible = communicator.user.executing = False
                 self._finish_run(communicator, begun)
             except BaseException as error:  # the others must hear of it, whatever it is
                 _raise_final(communicator, error)
@@ -929,7 +932,9 @@ class Parallelizer:
             Where the file cannot be written.
         """
         if self._runs_here():
-            raise ContractError("trace was called inside a run; call it before, for the next run")
+            raise ContractError(
+                "trace was called inside a run; call it before the run that it is to show"
+            )
         # Where main cannot write, and its error is caught, it keeps in step with the other ranks.
         self._trace = None if path is None else _TraceFile(None)
         if path is not None and self.on_main:
@@ -1015,15 +1020,16 @@ class Parallelizer:
     def _communicator(self) -> Communicator:
         self._refuse_if_absent()
         if self._comm is None:
-            raise ContractError(f"{self!r} is not up; open it with a 'with' statement")
+            raise ContractError(f"{self!r} is not open; open it with a 'with' statement")
         return self._comm
 
     def _speaking(self, verb: str) -> Communicator:
         """The communicator, for a verb that all processes call together; an error elsewhere."""
         if self._comm is not None and self._comm.size > 1 and self._in_task():
             raise ContractError(
-                f"{verb} was called by a function that map calls for an item, or by a handler of "
-                f"logging, where not all processes come to it; call it before or after map"
+                f"{verb} was called by a function that map calls for an item, or by a logging "
+                f"handler, neither of which all processes execute together; call it before or "
+                f"after map"
             )
         if self._main_is_alone() or self._comm is None:
             if self._stands_in and self._comm is None:
@@ -1888,16 +1894,19 @@ class Parallelizer:
         data: Any,
         itself: list[Callable[[], Any]],
     ) -> Generator[Any, None, None]:
-        """A run whose function pauses, on main, while the user works with the results."""
+        """A run whose function pauses, on main, while the user works with the results.
+
+        The communicator is yielded first, when the processes are up; then lists of results.
+        """
         # If a `with` statement holds the processes, it also ends them.
         opened = contextlib.nullcontext() if self._entered else self
-        with self._reserved("imap"), opened, self._communicator().limiting():
-            self._stream = itself[0]
+        with self._reserved("imap"), opened, self._communicator().limiting(), self._held(itself[0]):
             communicator = self._communicator()
             ranks = range(communicator.size)
             is_traced = self._trace_file() is not None
             theirs = functools.partial(_run_traced, work) if is_traced else work
             self._command(communicator, ranks, theirs)
+            yield communicator
             communicator.timeout = self.timeout
             with communicator.restricted_to(ranks):
                 try:
@@ -1908,14 +1917,21 @@ class Parallelizer:
                         if is_traced
                         else contextlib.nullcontext()
                     ):
-                        yield from work(make_task, data, parallelizer=self)
+                        yield from work(make_task, data, in_blocks=True, parallelizer=self)
                     self._finish_run(communicator, begun)
                 except BaseException as error:  # or an early end of the user's loop
                     if not communicator.is_running():  # because the program has ended meanwhile
                         raise
                     _raise_final(communicator, error)
-                finally:
-                    self._stream = lambda: None
+
+    @_context
+    def _held(self, stream: Callable[[], Any]) -> Iterator[None]:
+        """Within, the processes work for this stream."""
+        try:
+            self._stream = stream
+            yield
+        finally:
+            self._stream = lambda: None
 
     # -- finding a parallelizer ---------------------------------------------------------------
 
@@ -2179,7 +2195,7 @@ def _checked_address(loc: int, tag: int, size: int) -> tuple[int, int]:
     if not 0 <= loc < size:
         raise ValueError(f"loc must be a rank below {size}, not {loc}")
     if not 0 <= tag < 2**31:
-        raise ValueError(f"tag must be a number from 0 to 2**31 - 1, not {tag}")
+        raise ValueError(f"tag must be an integer from 0 to 2**31 - 1, not {tag}")
     return loc, tag
 
 
@@ -2302,7 +2318,7 @@ class MultiprocessingParallelizer(Parallelizer):
                 raise TypeError(f"nprocs must be a number of processes or None, not {nprocs!r}")
             nprocs = operator.index(nprocs)
             if not 1 <= nprocs < 2**15:
-                raise ValueError(f"nprocs must be a number of processes from 1, not {nprocs}")
+                raise ValueError(f"nprocs must be at least 1, not {nprocs}")
         if start_method not in (None, *_start_methods()):
             raise ValueError(
                 f"start_method must be one of {_start_methods()} here, not {start_method!r}"
@@ -2416,9 +2432,9 @@ def _harmless_threads() -> set[threading.Thread]:
 @functools.cache  # once per program
 def _warn_of_no_fork(why: str) -> None:
     _logger().warning(
-        "%s, so that fork is not safe: forkserver is used, whose workers import the program anew. "
-        "Open the parallelizer before that, or choose start_method='forkserver' or 'spawn', which "
-        "leaves out this warning", why,
+        "%s, so fork is not safe: forkserver is used instead, whose workers import the program "
+        "anew. Open the parallelizer before that, or silence this warning by "
+        "start_method='forkserver' or 'spawn'", why,
     )  # fmt: skip
 
 
@@ -2567,14 +2583,14 @@ class MPIParallelizer(Parallelizer):
 def _check_mpi_is_up(mpi: Any) -> None:
     if not mpi.Is_initialized():
         raise ParallelizerError(
-            "MPI is not initialized, as mpi4py.rc.initialize or the environment variable "
-            "MPI4PY_RC_INITIALIZE asks for: call MPI.Init() before an MPIParallelizer is made, or "
-            "leave that out. (The workers of a pool under an MPI launcher are no ranks.)"
+            "MPI is not initialized, because mpi4py.rc.initialize or the environment variable "
+            "MPI4PY_RC_INITIALIZE says so: call MPI.Init() before you make an MPIParallelizer, or "
+            "remove that setting. (Workers of a pool under an MPI launcher are not ranks.)"
         )
     if mpi.Is_finalized():
         raise ParallelizerError(
-            "MPI has been finalized, so that no MPIParallelizer can be made any more: leave out "
-            "MPI.Finalize(), which mpi4py calls when the program ends, or call it last"
+            "MPI has been finalized, so no MPIParallelizer can be made any more: remove the call "
+            "to MPI.Finalize(), which mpi4py makes when the program ends, or call it last"
         )
 
 
@@ -2587,7 +2603,7 @@ def _world(mpi: Any) -> MPICommunicator:
             sys.exit(1)
         raise ParallelizerError(
             f"a launcher has started {_launched_ranks()} ranks, but the MPI library of mpi4py "
-            f"({_library(mpi)}) sees one, so that every rank would do all the work. "
+            f"({_library(mpi)}) sees one, so every rank would do all the work. "
             f"{_how_to_match_launcher(mpi)}"
         )
     return communicator
@@ -2971,8 +2987,8 @@ def _split(data: Any, parts: int) -> list[Any]:
 
 def _not_split(data: Any) -> TypeError:
     return TypeError(
-        f"scatter splits arrays with a first axis, sequences with slices, and iterators, but "
-        f"main passed {_describe(data)}; broadcast it instead, or put it in a list"
+        f"scatter splits arrays with a first axis, sequences that can be sliced, and iterators, "
+        f"but main passed {_describe(data)}; broadcast it instead, or put it in a list"
     )
 
 
@@ -3060,8 +3076,8 @@ def _combine(values: list[Any], concatenate: bool | None) -> Any:
         return np.concatenate(filled, out=np.empty(shape, dtype) if dtype.itemsize else None)
     if concatenate:
         raise ValueError(
-            "concatenate=True needs arrays of one trailing shape, whose dtypes go together, but "
-            f"got {', '.join(_describe(value) for value in values[:8])}"
+            "concatenate=True needs arrays of the same trailing shape and of compatible dtypes, "
+            f"but got {', '.join(_describe(value) for value in values[:8])}"
         )
     return values
 
@@ -3488,8 +3504,8 @@ class _Pickler(pickle.Pickler):
         of_main = getattr(obj, "__module__", "") == "__main__"
         if of_main and not self.by_value and any(workers.lack_main for workers in _POOLS):
             raise pickle.PicklingError(
-                f"{obj.__qualname__} stands in a main program that workers which are not forked "
-                f"cannot import, such as python -m package, standard input, an archive or a "
+                f"{obj.__qualname__} is defined in a main program that workers which are not "
+                f"forked cannot import, such as python -m package, standard input, an archive or a "
                 f"notebook"
             )
 
@@ -3527,7 +3543,8 @@ class _Pickler(pickle.Pickler):
         # A plain pickle of it may hold just a number, which means something else elsewhere.
         raise PackingError(
             f"a {kind.__name__} belongs to this machine's processes and cannot travel to another "
-            f"MPI rank: nothing was sent. Send what is read from it, or open one on each rank"
+            f"MPI rank: nothing was sent. Send the data that is read from it, or open one on each "
+            f"rank"
         )
 
     def message(self, obj: Any) -> Message:
@@ -3661,7 +3678,7 @@ def _pickled_message(
     advice = (
         _advice_on_temporary_files()
         if _is_about_sockets(failure)
-        else "Functions and classes must stand at the top level of a module"
+        else "Functions and classes must be defined at the top level of a module"
         + _advice_on_cloudpickle("of the main program, lambdas and closures")
     )
     raise PackingError(
@@ -4074,7 +4091,7 @@ def _attach(handle: _Handle) -> mmap.mmap:
             # Each machine numbers the devices of a shared file system in its own way.
             device = found.st_dev if here or handle.is_shared else handle.device
             if (device, found.st_ino) != (handle.device, handle.inode):
-                raise FileNotFoundError(f"{handle.path} is another file here")
+                raise FileNotFoundError(f"{handle.path} is a different file here")
             if not _has_locks(handle):
                 return _map(handle, file)
             mapped = _Hold.map(handle, file)
@@ -4093,8 +4110,8 @@ def _describe_loss(handle: _Handle, why: Exception) -> str:
             f"copy: numpy.array(memmap)"
         )
     return (
-        f"a shared array of {handle.nbytes} bytes is not to be found: it was shared on "
-        f"{handle.host}, and has been released there, or this is another machine; keep a "
+        f"a shared array of {handle.nbytes} bytes cannot be found: it was shared on "
+        f"{handle.host}, and either it has been released there, or this is another machine; keep a "
         f"reference to it for as long as it is in use, and share it on all machines together"
     )
 
@@ -4137,7 +4154,7 @@ def _shared_copy(parts: Sequence[_Bytes], *, writable: bool = False) -> mmap.mma
         raise OSError(
             why.errno,
             f"{why.strerror}: share cannot keep {nbytes} bytes in shared memory, which "
-            f"counts as a file: raise the limit of its size (ulimit -f) or free memory",
+            f"counts as a file: raise the limit on file sizes (ulimit -f), or free memory",
         ) from why
     made = os.fstat(file)
     mode = "+" if writable else ""
@@ -4366,8 +4383,8 @@ def _to_share(value: Any, *, writable: bool) -> Any:
     except TypeError:
         raise TypeError(
             f"share needs an array, a list, a dict, or an object that can be weakly referenced, "
-            f"so that it is known when nobody needs it any more, but got {_describe(value)}: put "
-            f"it into a dict, or an attribute of an object"
+            f"which tells when it is no longer needed, but got {_describe(value)}: put it into a "
+            f"dict, or an attribute of an object"
         ) from None
     return value
 
@@ -4394,8 +4411,8 @@ def _share_object(obj: Any, token: bytes) -> Any:
     packed = _pack(obj, "what is shared", to_share=True)
     if packed.kept:
         raise TypeError(
-            f"{_describe(obj)} cannot be shared, because it holds what belongs to one process, as "
-            f"a lock, a connection or a file does"
+            f"{_describe(obj)} cannot be shared, because it holds something that belongs to one "
+            f"process, such as a lock, a connection or a file"
         )
     sizes = [len(packed.pickled), *(buffer.nbytes for buffer in packed.buffers)]
     head = struct.pack(f"<{1 + len(sizes)}Q", len(sizes), *sizes)
@@ -4428,8 +4445,8 @@ def _share_in_run(value: Any = None, writable: bool = False, *, parallelizer: Pa
         _to_share(value, writable=writable)  # an error here is raised on every rank
         if writable and len(set(machines)) > 1:
             raise ParallelizerError(
-                "share(..., writable=True) is memory that all processes write to, which those on "
-                "other machines cannot: gather what they have instead"
+                "share(..., writable=True) is memory to which all processes write, which processes "
+                "on other machines cannot: gather their results instead"
             )
         return machines, writable, os.urandom(16), tuple(_SHARED.living)
 
@@ -4557,7 +4574,7 @@ def _folded(op: str | Callable[[Any, Any], Any], values: Iterable[Any]) -> Any:
         if shape is not None and _shape(value) != shape:
             raise ValueError(
                 f"op={op!r} folds values of one shape, but rank 0 has one of shape {shape} and "
-                f"rank {rank} has {_describe(value)}, which numpy would stretch or refuse. "
+                f"rank {rank} has {_describe(value)}, which numpy would broadcast or refuse. "
                 f"Blocks of scatter may differ in length: reduce each of them first, as by "
                 f"block.sum(axis=0), or gather them; or give a function f(a, b)"
             )
@@ -4714,7 +4731,7 @@ def _one_for_each(data: Any, comm: Communicator) -> list[Any]:
     if len(items) != comm.size:
         raise ValueError(
             f"alltoall needs an item for each of the {comm.size} processes, but rank {comm.rank} "
-            f"brings {len(items)}; where a process is to get nothing, let None stand in its place"
+            f"brings {len(items)}; pass None for a process that is to get nothing"
         )
     return items
 
@@ -5004,9 +5021,9 @@ class RunStats(tuple[RankStats, ...]):
         least, most = min(busy), max(busy)
         memory = [rank.peak_memory for rank in self]
         text = (
-            f"{len(self)} ranks, {longest:.3g} s: busy from {least:.3g} s (rank "
-            f"{busy.index(least)}) to {most:.3g} s (rank {busy.index(most)}), in collectives up to "
-            f"{max(rank.collectives for rank in self):.3g} s, "
+            f"{len(self)} rank{'s' * (len(self) > 1)}, {longest:.3g} s: busy from {least:.3g} s "
+            f"(rank {busy.index(least)}) to {most:.3g} s (rank {busy.index(most)}), in collectives "
+            f"up to {max(rank.collectives for rank in self):.3g} s, "
             f"{sum(rank.bytes_sent for rank in self) / 1e6:.3g} MB sent, memory up to "
             f"{max(memory) / 1e6:.3g} MB (rank {memory.index(max(memory))})"
         )
@@ -5125,10 +5142,10 @@ def _tracing(parallelizer: Parallelizer, name: str) -> Iterator[None]:
             # Whoever leaves a barrier leaves it at about the same moment as all others, which tells
             # how the clocks of machines differ. The first one has nobody sleep over the second.
             for _ in range(2):
-                with comm.enter("wait"):
+                with comm.enter("trace"):
                     comm.barrier()
             own = time.perf_counter(), spans
-            with comm.enter("gather"):
+            with comm.enter("trace"):
                 told = parallelizer._gather(comm, own, concatenate=False)
         if parallelizer.on_main and (trace := parallelizer._trace_file()) is not None:
             trace.write_run(parallelizer, comm, told)
@@ -5187,7 +5204,7 @@ class _TraceFile:
         """Write no more to `path`, and say so."""
         self._path = None
         self._waiting.clear()
-        _logger().warning("the trace %s cannot be written, and is given up: %s", path, why)
+        _logger().warning("the trace %s cannot be written and is abandoned: %s", path, why)
 
     def _append(self, events: Sequence[dict[str, Any]]) -> None:
         import json
@@ -5198,7 +5215,7 @@ class _TraceFile:
         added = f"{comma}\n" + ",\n".join(map(json.dumps, events))
         with open(self._path, "r+b") as file:  # noqa: PTH123
             if file.seek(0, os.SEEK_END) != self._size:
-                raise OSError("somebody else has written to it, or has begun it anew")
+                raise OSError("another program has written to it, or has replaced it")
             file.seek(-len(self._END), os.SEEK_END)
             file.write(added.encode() + self._END)
             self._size = file.tell()
@@ -5490,7 +5507,7 @@ class _Faults:
         item_timeout: float | None = None,
     ) -> None:
         if not hasattr(retries, "__index__") or retries < 0:
-            raise ValueError(f"retries must be a number of deaths from 0, not {retries!r}")
+            raise ValueError(f"retries must be a number of deaths, 0 or more, not {retries!r}")
         if item_timeout is not None and not 0 < item_timeout < 1e9:
             raise ValueError(f"item_timeout must be a number of seconds, not {item_timeout!r}")
         if vectorized and (retries or checkpoint is not None or item_timeout is not None):
@@ -5626,10 +5643,10 @@ class _Task:
         except Exception as why:
             error = why
         finally:
-            comm.user.items = []
+            # Before any call, at whose beginning a signal may still raise.
+            comm.user.interruptible, comm.user.task_thread, comm.user.items = False, task, []
             if self.is_numbered:
                 comm.note_item(None)
-            comm.user.task_thread = task
             comm.mark_function(executing=function)
         comm.account.tasks += len(results)
         comm.account.record("chunk", taken_up, first=start, items=len(results))
@@ -5782,7 +5799,9 @@ class _LastingMap:
         except WorkerDied as died:
             self._deaths += 1
             if self._deaths > self._task.faults.retries:
-                _add_note(died, f"{len(self._done)} of {len(self._items)} results had come")
+                _add_note(
+                    died, f"{len(self._done)} of {len(self._items)} results had been received"
+                )
                 raise
             _logger().warning("%s; what it held is computed again", died)
 
@@ -5841,7 +5860,9 @@ def _name_of(func: Callable[..., Any]) -> str:
         func = func.func
     named = func if hasattr(func, "__qualname__") else type(func)
     if named.__qualname__.endswith("<lambda>"):
-        raise ValueError("checkpoint= needs a function with a name, by which it is known later")
+        raise ValueError(
+            "checkpoint= needs a function with a name, by which a later program recognizes it"
+        )
     return f"{named.__module__}.{named.__qualname__}"
 
 
@@ -5902,8 +5923,14 @@ class _Checkpoint:
             pickled = self._file.read(min(size, length))
             if not pickled or len(pickled) < size or zlib.crc32(pickled) != checksum:
                 if end == 0:
-                    raise ValueError(f"{self._path} is no checkpoint of a map; choose another path")
-                _logger().warning("the last record of %s is torn, and is dropped", self._path)
+                    raise ValueError(
+                        f"{self._path} is not the checkpoint of a map; choose another path"
+                    )
+                _logger().warning(
+                    "the last record of %s is incomplete and is dropped; its result "
+                    "is computed again",
+                    self._path,
+                )
                 self._file.truncate(end)
                 return
             yield _loads(pickled)
@@ -6198,8 +6225,9 @@ class _Reader(threading.Thread):
         thread = threading.current_thread()
         if isinstance(thread, _Reader) and comm in (None, thread.comm):
             raise ContractError(
-                "an iterator that imap reads has used the parallelizer that reads it, which "
-                "waits for the iterator: take what it needs before, or by another parallelizer"
+                "an iterator that imap reads has used the parallelizer that reads it, so that each "
+                "would wait for the other: compute its items beforehand, or with another "
+                "parallelizer"
             )
 
 
@@ -6262,9 +6290,13 @@ def _imap_in_run(
     make_task: Callable[[], _Task] | None = None,
     data: Any = None,
     *,
+    in_blocks: bool = False,
     parallelizer: Parallelizer,
 ) -> Iterator[Any]:
-    """Take this process's part in an `imap`; only main's `make_task` and `data` count."""
+    """Take this process's part in an `imap`; only main's `make_task` and `data` count.
+
+    Main gets the results one by one, or `in_blocks` as lists of those that have come together.
+    """
     source: Any = None
 
     def prepare() -> _Task:
@@ -6279,17 +6311,17 @@ def _imap_in_run(
     with comm.enter("imap"):
         task = _from_main(comm, prepare)
     task.func = func
-    return _dealt_as_stream(task, source, ordered, comm)
+    return _dealt_as_stream(task, source, ordered, comm, in_blocks=in_blocks)
 
 
 def _dealt_as_stream(
-    task: _Task, source: Any, ordered: bool, comm: Communicator
+    task: _Task, source: Any, ordered: bool, comm: Communicator, *, in_blocks: bool = False
 ) -> Generator[Any, None, None]:
     """Return the results on main; on a worker compute its share, and return none."""
     tag = task.tag
     if comm.rank == 0:
         dealer = _Dealer(task, source.chunks(task.chunksize or 1, comm), tag, comm)
-        results = _Results(dealer, ordered, tag).all(source.total)
+        results = _Results(dealer, ordered, tag).all(source.total, in_blocks=in_blocks)
         next(results)
         return results
     for start, items in _chunk_channel(comm, tag).chunks():
@@ -6329,7 +6361,10 @@ class _Stream:
     def __init__(self, results: Generator[Any, None, None]) -> None:
         # Threads that have taken part: each would wait for itself if it ran anything else.
         self.threads = weakref.WeakSet([threading.current_thread()])
-        self._results: Any = results  # type checkers know no `gi_running` of a `Generator`
+        # What `Parallelizer._imap_alone` yields; type checkers know no `gi_running` of a generator.
+        self._run: Any = results
+        self._comm: Communicator | None = None  # until the first result is asked for
+        self._block: Iterator[Any] = iter(())  # of results that have come
         self._turn = threading.RLock()  # because only one thread at a time may be in a generator
         self._latest = threading.current_thread()  # to have had the turn
         self._why_cut_off = ""
@@ -6345,16 +6380,34 @@ class _Stream:
                 self.threads.add(thread)
             if self._why_cut_off:
                 raise ContractError(self._why_cut_off)
-            return next(self._results)
+            while (result := next(self._block, _UNSET)) is _UNSET:
+                self._block = iter(self._next_block())
+            return result
         finally:
             self._turn.release()
+
+    def _next_block(self) -> list[Any]:
+        if self._comm is None:
+            with self._governing():
+                self._comm = next(self._run)
+        with self._governing():
+            results: list[Any] = next(self._run)
+        return results
+
+    def _governing(self) -> contextlib.AbstractContextManager[None, None]:
+        """Within, a Ctrl-C breaks off no step of the protocol."""
+        # A process that is alone reads the user's iterator itself, which may wait for ever.
+        is_alone = self._comm is not None and self._comm.size == 1
+        return contextlib.nullcontext() if is_alone else _CTRL_C.governed_by(self._comm)
 
     def close(self, why: str = "") -> None:
         """Give up the results to come; `why` is for the user, if somebody else closes it."""
         self._why_cut_off = why  # before waiting: the user may take one turn after the other
         self._take_turn()
         try:
-            self._results.close()
+            self._block = iter(())
+            with self._governing():
+                self._run.close()
         finally:
             self._turn.release()
 
@@ -6363,7 +6416,7 @@ class _Stream:
         if not self._turn.acquire(blocking=False):
             return False
         try:
-            running: bool = self._results.gi_running  # by this thread, because it has the turn
+            running: bool = self._run.gi_running  # by this thread, because it has the turn
             return running
         finally:
             self._turn.release()
@@ -6709,7 +6762,7 @@ class _Results:
         self._done: dict[int, _Done] = {}  # results by the first item of their chunk
         self._came = self._bytes = 0  # chunks of results that have come, and bytes
 
-    def all(self, total: int | None) -> Generator[Any, None, None]:
+    def all(self, total: int | None, *, in_blocks: bool) -> Generator[Any, None, None]:
         with _bar(total, self._dealer.task.progress) as reached:
             count = 0
             try:
@@ -6717,25 +6770,26 @@ class _Results:
                 while (done := self._next()) is not None:
                     count += len(done.results)
                     reached(count)
-                    yield from done.results
+                    yield from [done.results] if in_blocks else done.results
                     if done.error is not None:
                         raise done.error
             except RunEnded:
                 if self._dealer.task.is_numbered:  # its results outlive the run
-                    yield from self._that_have_come()
+                    for results in self._that_have_come():
+                        yield from [results] if in_blocks else results
                 raise
             finally:
                 self._dealer.chunks.close()
                 self._comm.do_between_calls(self._dismiss)
 
-    def _that_have_come(self) -> Iterator[Any]:
-        """Yield the results that have come before the run ended."""
+    def _that_have_come(self) -> Iterator[list[Any]]:
+        """Yield the results that have come before the run ended, as lists."""
         for done in self._done.values():
-            yield from done.results
+            yield done.results
         comm, workers = self._comm, range(1, self._comm.size)
         while comm.has_arrived(workers, self._tag):
             rank, message = comm.receive_any(workers, self._tag, "imap")
-            yield from _unpack(message, f"what rank {rank} sends to imap")[1]
+            yield _unpack(message, f"what rank {rank} sends to imap")[1]
 
     def _dismiss(self) -> None:
         # `stop` raises after a failure or an interrupted call, of which the workers hear anyway.
@@ -6873,7 +6927,7 @@ _SHORT_MAIL = ("control", "failed", "leaves", "logs")  # acted on as soon as all
 _VERBS = (
     *_SHORT_MAIL, "return", "left", "run", "exit", "more of an earlier call", "run(comm=...)",
     "broadcast", "scatter", "gather", "allgather", "reduce", "allreduce", "wait", "map", "imap",
-    "share", "send", "alltoall", "end of map",
+    "share", "send", "alltoall", "end of map", "trace",
 )  # fmt: skip
 
 _CODES = {verb: code for code, verb in enumerate(_VERBS)}
@@ -7035,7 +7089,7 @@ def _advice_to_serve(words: set[str], depth: int) -> str:
     if depth > 0 or not (taken_for_a_pool or "serve" in words):
         return ""
     return (
-        "; if main alone is to map, or to run, while the others serve it, call "
+        "; if main alone is to call map or run, while the other ranks serve it, call "
         "ClientServerRunner(client).run() on all ranks"
     )
 
@@ -7205,8 +7259,8 @@ def _end_child(error: BaseException | None) -> NoReturn:
 
 def _left_with_outer_run(process: int) -> ContractError:
     return ContractError(
-        f"rank {process} left the run, because an outer one, in which it was begun, has failed: "
-        f"see the error of that"
+        f"rank {process} left the run, because the outer run in which it was begun has failed: see "
+        f"the error of the outer run"
     )
 
 
@@ -8018,7 +8072,9 @@ class Communicator(abc.ABC):
         doing = f"receive({rank}, tag={tag})"
         own = self.members[rank] == self.process
         if own and self._mail.is_empty(self.process, tag, self._run.number):
-            raise ContractError(f"rank {rank} waits in {doing} for what it has not sent itself")
+            raise ContractError(
+                f"rank {rank} waits in {doing} for a message that it has not sent to itself"
+            )
         return self.receive_any([rank], tag, doing)[1]
 
     def receive_any(
@@ -10087,13 +10143,13 @@ class _MainEnd(BoardCommunicator):
             if begun[0] != item:
                 self._items_begun[process] = item, now
             elif item and now - begun[1] > seconds + _GRACE:
-                why = f"as it did not heed item_timeout={seconds} within {_GRACE:g} s"
+                why = f"because it did not heed item_timeout={seconds} within {_GRACE:g} s"
                 self._workers.kill_soon(process, why)
 
     def kill_others(self) -> None:
         self._workers.death_is_asked_for = True
         for process in list(self._workers.processes):
-            self._workers.kill_soon(process, "as another thread has called terminate()")
+            self._workers.kill_soon(process, "because another thread has called terminate()")
 
     def _is_called_off(self) -> bool:
         return bool(self._failures)
@@ -10119,8 +10175,10 @@ class _MainEnd(BoardCommunicator):
 
     def _begin_on_others(self, command: Sequence[Message]) -> None:
         # After a failed run, processes may have counted differently. The new run counts from beyond
-        # every word on the board, so that no word of an earlier run can be taken for one of this.
-        self._base = max(self._board.latest(), self._round, _LET_GO) + 1
+        # every word on the board, so that no word of an earlier run can be taken for one of this;
+        # and from beyond the base before, because a run that was called off while its command was
+        # being laid has shown no word.
+        self._base = max(self._board.latest(), self._round, self._base, _LET_GO) + 1
         self._round = self._base - 1  # because `_lay` writes for the coming round
         chunks = self._lay(*command)
         self._round = self._base
@@ -10525,8 +10583,8 @@ class _Workers:
         if nprocs > 1 and multiprocessing.current_process().daemon:
             raise ParallelizerError(
                 "a daemonic process, such as a worker of multiprocessing.Pool, cannot have worker "
-                "processes of its own: use SerialNonParallelizer there, or no daemon, such as a "
-                "worker of concurrent.futures.ProcessPoolExecutor"
+                "processes of its own: use SerialNonParallelizer there, or a process that is not "
+                "daemonic, such as a worker of concurrent.futures.ProcessPoolExecutor"
             )
         self._method = method = method or _default_start_method()
         self.lack_main = False  # whether workers cannot find the functions of main's `__main__`
@@ -10663,7 +10721,7 @@ class _Workers:
         cause = self.killed.pop(number, None) or _cause_of_death(process.exitcode)
         # Multiprocessing gives this code to every child whose fork server is dead.
         if process.exitcode == 255 and process._start_method == "forkserver":
-            cause += ". Or the fork server was killed before, so that the exit code is unknown"
+            cause += ". Or the fork server was killed first, so the exit code is unknown"
             if by_pid is None:  # the worker may live, and must not read its successor's mail
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
@@ -10693,7 +10751,7 @@ class _Workers:
         """Kill a worker in the middle of a run, which then ends as after any other death."""
         process = self.processes.get(number)
         if process is not None:
-            self.killed[number] = f"killed, {why}"
+            self.killed[number] = f"killed {why}"
             with contextlib.suppress(ValueError):  # the thread of the run has buried it meanwhile
                 _kill_families([process.pid])
                 self._send_kill(number, process)
@@ -10963,9 +11021,9 @@ def _stay_apart_from_the_mpi_job() -> None:
 
 def _no_shared_memory(need: str, why: Exception) -> ParallelizerError:
     return ParallelizerError(
-        f"no shared memory: {need}: {why}. Likely cause: a limit of the size of files (ulimit -f) "
-        f"or of memory (ulimit -v), or a full disk; raise the limit, use a smaller nprocs, or set "
-        f"TMPDIR to where there is room"
+        f"no shared memory: {need}: {why}. Likely cause: a limit on file sizes (ulimit -f) or on "
+        f"memory (ulimit -v), or a full disk; raise the limit, use a smaller nprocs, or set TMPDIR "
+        f"to a folder with room"
     )
 
 
@@ -11010,21 +11068,24 @@ def _advice_on_temporary_files() -> str:
 
 def _cause_of_death(code: int | None) -> str:
     if code is None:
-        return "its exit code is unknown, as this program ignores SIGCHLD or waits for all children"
+        return (
+            "its exit code is unknown, because this program ignores SIGCHLD or waits for all "
+            "children"
+        )
     if code >= 0:
-        mpi = ", or calls MPI at its top, which is not initialized in workers"
+        mpi = ", or calls MPI at its top level, and MPI is not initialized in workers"
         return (
             f"exit code {code}. Likely causes: os._exit in the function, or, at the start, a "
             f"script that lacks 'if __name__ == \"__main__\":'{mpi if _launched_ranks() else ''} "
-            f"(the worker's own words are above)"
+            f"(what the worker printed is above)"
         )
     likely = {
-        "SIGKILL": "the system ran out of memory, or somebody used kill -9",
+        "SIGKILL": "the system ran out of memory, or kill -9 was used",
         "SIGSEGV": "a crash in compiled code",
-        "SIGABRT": "compiled code gave up",
-        "SIGBUS": "shared memory or a mapped file ran out of space, or an array that a fork has "
-        "inherited was used after main had let go of it",
-        "SIGTERM": "somebody used kill, or the batch system ended it",
+        "SIGABRT": "compiled code called abort()",
+        "SIGBUS": "shared memory or a mapped file ran out of space, or a forked process used an "
+        "array after main had released it",
+        "SIGTERM": "kill was used, or the batch system ended it",
     }
     try:
         name = signal.Signals(-code).name
@@ -11268,7 +11329,10 @@ class _ThreadLimit:
             if counts and [*set(counts.values())] != _threads_by_environment():
                 cls.warn(f"each of {nprocs} processes uses as many as it would alone")
             elif method != "fork" and _variables_at_start() != _ThreadState.present().variables:
-                cls.warn("workers may use another number than main, as the program has set its own")
+                cls.warn(
+                    "workers may use a different number of threads from main, because the "
+                    "program has set its own"
+                )
             counts = {}
         return cls(counts)
 
@@ -12052,7 +12116,9 @@ class MPICommunicator(Communicator):
         as_they_are = [numbers for _, numbers, _ in told]
         if not all(able for able, _, _ in told):
             if any(numbers != as_they_are[0] for numbers in as_they_are):
-                consequence = "ranks have different numbers, and may get different last digits"
+                consequence = (
+                    "ranks have different numbers of threads, and may get different last digits"
+                )
                 _ThreadLimit.warn(consequence, aloud=self.process == 0)
             agreed = {}
         have = all(numbers[kind] == [agreed[kind]] for numbers in as_they_are for kind in agreed)
@@ -12232,8 +12298,8 @@ class MPICommunicator(Communicator):
         if not missing:
             return  # the last one has just come
         self.lost = (
-            f"this MPIParallelizer cannot be used any more, because rank {self.process} has given "
-            f"up its wait in {self._doing('')} after {self.timeout} s, and MPI has no way out of a "
+            f"this MPIParallelizer cannot be used any more, because rank {self.process} gave up "
+            f"its wait in {self._doing('')} after {self.timeout} s, and MPI has no way out of a "
             f"collective call; raise timeout=, or let the error end the program"
         )
         self._run.over = True
@@ -12349,9 +12415,10 @@ class MPICommunicator(Communicator):
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
         others = ", ".join(map(self._told, self.others))
         error = WaitTimeout(
-            f"rank {self.process} waited {self.timeout} s in {self._doing('')} for what it moves "
-            f"from or to rank(s) {others}, which may be stopped{self._or_cut_off(self.others)}; "
-            f"raise timeout= if much is moved over a slow network"
+            f"rank {self.process} waited {self.timeout} s in {self._doing('')} for data that it "
+            f"moves from or to rank(s) {others}, which may be "
+            f"stopped{self._or_cut_off(self.others)}; raise timeout= if large data cross a slow "
+            f"network"
         )
         _abort_mpi_job(
             self._mpi, 1, f"{_headline(self.process, self.world_size)}\n{stack}{_formatted(error)}"
@@ -12714,7 +12781,7 @@ class MPICommunicator(Communicator):
         if self.closed:
             raise ContractError(
                 "the communicator of this MPIParallelizer has been freed, by its Free() or by "
-                "MPI.Finalize(), so that it cannot be used any more; free it last"
+                "MPI.Finalize(), so it cannot be used any more; free it last"
             )
         if self.lost:
             raise ContractError(self.lost)

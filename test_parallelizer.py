@@ -2736,7 +2736,7 @@ def test_a_trace_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptur
         path.unlink()
         assert [par.run(own_id), par.run(own_id)] == [0, 0]
     assert [record.message[-60:] for record in caplog.records] == [
-        f"cannot be written, and is given up: [Errno 2] No such file or directory: '{path}'"[-60:]
+        f"cannot be written and is abandoned: [Errno 2] No such file or directory: '{path}'"[-60:]
     ]
 
 
@@ -2766,7 +2766,7 @@ def test_a_trace_that_somebody_else_writes_to(
         par.run(own_id)  # leaves the file to the other one
         assert [name for name, *_ in spans_of(path)[0]] == ["run waits_once"]
     assert [record.message.partition(": ")[2] for record in caplog.records] == [
-        "somebody else has written to it, or has begun it anew"
+        "another program has written to it, or has replaced it"
     ] * 2
 
 
@@ -2776,7 +2776,7 @@ def test_a_trace_that_the_environment_wants_nowhere(
     monkeypatch.setenv("PARALLELIZER_TRACE", str(tmp_path / "no" / "run.json"))
     for _ in range(2):
         expect(p, p.run(ranks), list(range(p.nprocs)))
-    told = [record.message for record in caplog.records if "is given up" in record.message]
+    told = [record.message for record in caplog.records if "is abandoned" in record.message]
     assert len(told) == p.on_main
 
 
@@ -3608,7 +3608,9 @@ def test_an_item_that_kills_every_worker_is_named(method: str) -> None:
     with MultiprocessingParallelizer(2, start_method=method, main_computes=False) as par:
         with pytest.raises(WorkerDied, match=r"item 13 of a map") as caught:
             par.map(kills, range(20), chunksize=1, retries=2)
-        assert any(re.match(r"\d+ of 20 results had come", n) for n in caught.value.__notes__)
+        assert any(
+            re.match(r"\d+ of 20 results had been received", n) for n in caught.value.__notes__
+        )
         assert par.map(kills, range(5), retries=1) == list(range(5))
 
 
@@ -3746,7 +3748,7 @@ def test_a_checkpoint_is_of_one_map(tmp_path: Path) -> None:
             alone.map(func, items, checkpoint=path, **options)
     assert path.read_bytes() == whole
     path.write_bytes(b"what somebody has written, and nobody may lose")
-    with pytest.raises(ValueError, match="is no checkpoint of a map"):
+    with pytest.raises(ValueError, match="is not the checkpoint of a map"):
         alone.map(abs, range(3), checkpoint=path)
     assert path.read_bytes().startswith(b"what somebody")
 
@@ -4150,7 +4152,7 @@ def test_workers_are_replaced_where_that_is_asked_for(method: str) -> None:
         before = par.run(pids)
         stream = par.imap(abs, itertools.count())
         next(stream)
-        with pytest.raises(ContractError, match="while an imap goes on"):
+        with pytest.raises(ContractError, match="while an imap is in progress"):
             par.restart()
         stream.close()  # type: ignore[attr-defined]
         par.restart()
@@ -7544,7 +7546,7 @@ def test_sharing_goes_wrong_and_well_again(method: str, tmp_path: Path) -> None:
         with pytest.raises(WorkerDied):
             par.run(knows_one_model, model)
         assert par.run(knows_one_model, model)
-        with pytest.raises(TypeError, match="holds what belongs to one process"):
+        with pytest.raises(TypeError, match="holds something that belongs to one process"):
             par.share({"x": multiprocessing.Pipe()[0]})
         del model
         gc.collect()
@@ -8683,7 +8685,7 @@ class TestFaultsAtAStage:
 
 
 CTRL_C_AT_A_LINE = """
-import multiprocessing, os, signal, sys
+import linecache, multiprocessing, os, signal, sys
 import parallelizer
 
 main, fault, first = os.getpid(), sys.argv[1], int(sys.argv[2])
@@ -8696,7 +8698,10 @@ class Interruption:
         if os.getpid() == main and frame.f_code.co_filename == parallelizer.__file__:
             return self.at_line
     def at_line(self, frame, event, _):
-        self.left -= event == "line" and os.getpid() == main
+        # Python takes what is raised at the very word `try` past the handlers around it. Only a
+        # trace can do that: signals are heeded at calls and jumps.
+        line = linecache.getline(parallelizer.__file__, frame.f_lineno).strip()
+        self.left -= event == "line" and line != "try:" and os.getpid() == main
         if self.left == 0 and self.place is None:
             self.place = frame.f_code.co_name, frame.f_lineno
             sys.settrace(None)
@@ -8712,18 +8717,23 @@ def roll_call(*, parallelizer, fault=None):
         raise KeyError
     return ranks
 
+def work(pool, fault):
+    if fault == "map":
+        return pool.map(abs, [0, -1], retries=1)
+    return pool.run(roll_call, fault=fault)
+
 def interrupted(line):
     interruption, told = Interruption(line), None
     sys.settrace(interruption)
     try:
         with parallelizer.MultiprocessingParallelizer(2, start_method="fork") as pool:
             try:
-                pool.run(roll_call, fault=fault)
+                work(pool, fault)
             finally:
                 if interruption.place:
-                    assert pool.run(roll_call) == [0, 1]
+                    assert work(pool, "map" if fault == "map" else "none") == [0, 1]
     except (Exception, KeyboardInterrupt) as error:
-        told = error
+        told = repr(error)  # whose traceback holds what its frames hold
     sys.settrace(None)
     return interruption.place, told
 
@@ -8738,7 +8748,7 @@ if __name__ == "__main__":
         if place is None:
             break
         seen += 1
-        assert type(told) is KeyboardInterrupt, (place, told)
+        assert told == "KeyboardInterrupt()", (place, told)
         assert descriptors() == before, place
         assert not multiprocessing.active_children(), place
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, place
@@ -8747,12 +8757,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files by /proc")
-@pytest.mark.parametrize("fault", ["none", "raise", "die"])
+@pytest.mark.parametrize("fault", ["none", "raise", "die", "map"])
 def test_a_ctrl_c_at_any_line_leaves_nothing_behind(fault: str, tmp_path: Path) -> None:
     """Of opening, of a run and its end, of burying and closing; and the next run is well."""
     program = tmp_path / "ctrl_c.py"
     program.write_text(CTRL_C_AT_A_LINE)
-    seed = {"none": 3, "raise": 17, "die": 29}[fault]
+    seed = {"none": 3, "raise": 17, "die": 29, "map": 11}[fault]
     assert int(run_program(str(program), fault, str(seed))) > 30
 
 
@@ -9995,7 +10005,7 @@ def test_a_script_that_calls_mpi_in_workers_is_told_so(tmp_path: Path) -> None:
     code, _, err = finish(str(script), ranks=1)
     assert code != 0
     assert "WorkerDied" in err
-    assert "MPI at its top, which is not initialized in workers" in err
+    assert "MPI at its top level, and MPI is not initialized" in err
 
 
 def kills_its_fork_server(*, parallelizer: Par) -> Any:
@@ -10031,7 +10041,7 @@ def test_without_pidfds_workers_end_with_their_fork_server(
     monkeypatch.delattr(os, "pidfd_open")
     with MultiprocessingParallelizer(3, start_method="forkserver", timeout=30) as par:
         before = par.run(pids)
-        with pytest.raises(WorkerDied, match="the fork server was killed before"):
+        with pytest.raises(WorkerDied, match="the fork server was killed first"):
             par.run(kills_its_fork_server)
         after = par.run(pids)
         wait_until(lambda: not any(map(alive, before[1:])))
@@ -10284,7 +10294,7 @@ def brings_an_array_late(*, parallelizer: Par) -> Any:
 
 def late_is_told(par: Par) -> str:
     """What is told of rank 2, which is late: to itself, that the others are gone."""
-    return r"rank\(s\) 2 on \S+, which" if par.id < 2 else "has given up its wait in gather #1"
+    return r"rank\(s\) 2 on \S+, which" if par.id < 2 else "gave up its wait in gather #1"
 
 
 def mpi_late_and_absent() -> None:
@@ -10293,7 +10303,7 @@ def mpi_late_and_absent() -> None:
     with pytest.raises(WaitTimeout if par.id < 2 else ContractError, match=late_is_told(par)):
         par.run(late)
     for _ in range(2):
-        with pytest.raises(ContractError, match=r"cannot be used any more, because rank [01] has"):
+        with pytest.raises(ContractError, match=r"cannot be used any more, because rank [01] gave"):
             par.run(late)
     par = MPIParallelizer(world.Dup(), timeout=1)
     # The round is complete when main comes to it, and nobody is left to move the array.
@@ -12300,7 +12310,7 @@ def test_without_cloudpickle_it_is_said_that_the_main_program_needs_it(tmp_path:
     for error in told[1:]:
         assert "pip install cloudpickle" in error
     for error in told[2:]:
-        assert "main stands in a main program that workers which are not forked cannot" in error
+        assert "main is defined in a main program that workers which are not forked cannot" in error
 
 
 def count_threads(*, parallelizer: Par) -> Any:
@@ -12490,7 +12500,7 @@ NOT_LIMITED = "threads of BLAS and OpenMP cannot be limited without threadpoolct
         ("False, t.MULTIPROCESSING, 1", {"OMP_NUM_THREADS": "1"}, ""),
         ("False, t.MULTIPROCESSING, None", {"OPENBLAS_NUM_THREADS": "1"}, ""),
         ("True, ['fork'], None", {}, ""),
-        ("True, ['spawn'], None", {}, "workers may use another number than main"),
+        ("True, ['spawn'], None", {}, "workers may use a different number of threads from main"),
     ],
 )
 def test_without_threadpoolctl_no_process_is_limited(

@@ -41,7 +41,7 @@ class ParallelizerBackend(jp.AutoBatchingMixin, jp.ParallelBackendBase):  # type
     def __init__(self, parallelizer: Parallelizer | None = None, **options: Any) -> None:
         super().__init__(**options)
         if parallelizer is not None and parallelizer.nprocs is None:
-            raise ValueError(f"{parallelizer!r} is not up; open it with a 'with' statement")
+            raise ValueError(f"{parallelizer!r} is not open; open it with a 'with' statement")
         self._given = parallelizer
 
     def _opened(self) -> Parallelizer | None:
