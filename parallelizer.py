@@ -64,8 +64,9 @@ calls the run off by a word on the board, and sends a signal that makes processe
 computing look at it. All other members raise `RunEnded` wherever they are, which unwinds their
 function, and `run` raises the exception on main. A worker that has not left the run within a
 second is killed. Main notices the death of a worker whenever it waits, because a handle becomes
-ready then (`_MainEnd._on_handle`); on Linux, a signal also interrupts main while it computes. Dead
-workers are replaced before the next run. Under MPI, no process can be interrupted, so a rank that
+ready then (`_MainEnd._on_handle`); on Linux, a signal also interrupts main while it computes. The
+run in which main finds a worker dead raises `WorkerDied`, even if the worker died before it; the
+next run starts another one in its place. Under MPI, no process can be interrupted, so a rank that
 fails comes to the next round and shows there that it leaves. The others see this in the same round,
 at their next verb, and `run` raises the exception on every rank. If processes call different verbs,
 their words show it, and all members raise `ContractError`. Processes that wait for each other in a
@@ -82,8 +83,8 @@ SIGINT             while a pool is opened or closed, and during a run, a Ctrl-C 
                    another thread, no handler is touched
 SIGURG             with multiprocessing, while a pool is up: tells a process which is computing
                    that the run is over. Your handler is called, too, even for these signals
-other signals      SIGTERM, SIGHUP and other requests (`_requests`) do not end workers: main acts
-                   on them. ``map(item_timeout=...)`` takes SIGALRM while an item is computed
+other signals      SIGTERM, SIGHUP and other requests to end (`_ending_signals`) do not end workers:
+                   main acts on them. ``map(item_timeout=...)`` takes SIGALRM during an item
 `atexit`           closes a pool that is still up (use ``with``). Under MPI, waits for the other
                    ranks to end their programs, or ends the job if this program has failed
 forks              a child that you fork during a run takes no part in it. Before such a fork,
@@ -6940,8 +6941,10 @@ _LEFT = _CODES["left"]
 
 # From its highest bit down, a word holds the number of the round (48 bits, which last for decades),
 # the last 4 bits of the number of the call, 5 bits for how deep its group is nested, 6 for the
-# verb, and 1 that is set if more is brought than a slot holds. Processes only ever count up, so no
-# word that is left from an earlier round or run can equal one that is waited for.
+# verb, and 1 that is set if more is brought than a slot holds, or, where a member leaves a group or
+# the run, if it leaves by an error. Processes only ever count up, so no word that is left from an
+# earlier round or run can equal one that is waited for. A process that sits out a round shows no
+# call and no depth, which tells its word from that of a member that calls ``run(comm=...)``.
 _BITS, _DEPTH = 16, 7
 _REST = 2**_BITS - 1
 _LAID = struct.Struct("<QQQ")  # how many messages; of each, its bytes and those of its head
@@ -7211,7 +7214,7 @@ def _heed_forks() -> None:
 
 def _flush_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # there may be none
+        with contextlib.suppress(Exception):  # a full disk, a closed stream, or none
             stream.flush()
 
 
@@ -7284,7 +7287,7 @@ class _Run:
         self.adrift = False  # whether this process has left a round before it was complete
 
 
-class _UserCode:
+class _FunctionState:
     """The state of the user's functions here, and whether a signal may interrupt them."""
 
     def __init__(self) -> None:
@@ -7341,7 +7344,7 @@ class Communicator(abc.ABC):
         # The same in 15 bits, for the word: the last 4 of the number, 5 of the depth, 6 of the
         # verb.
         self._code = _CODES["run"]
-        self.user = _UserCode()
+        self.user = _FunctionState()
         self._round = 0  # the number of the latest round, for the life of the processes
         self._everyone = self.members  # the processes that come to the rounds of the run
         self._mail = _Mailbox()
@@ -7396,8 +7399,8 @@ class Communicator(abc.ABC):
     def _lay(self, *messages: Message) -> Any:
         """Lay out, as `_described`, what this process brings to the coming round.
 
-        Returns what one of the four methods `_large_...` is to move after the round; None if all
-        fits.
+        Returns what is to be moved after the round, by the method `_large_...` of the collective;
+        None if all fits.
         """
 
     @abc.abstractmethod
@@ -7893,7 +7896,7 @@ class Communicator(abc.ABC):
         return messages
 
     def show_all(self, message: Message) -> list[Message]:
-        """The same, but buffers may lie where others have put them, until the next round."""
+        """What all ranks bring; buffers may lie in shared memory, until the next round."""
         rest = self._lay(message)
         large = self._meet(large=rest is not None)
         if large:
@@ -8180,7 +8183,7 @@ class Communicator(abc.ABC):
         self._mail.forget_before(self._run.number + 1)
 
     def begin_run(self) -> None:
-        """Before the function: begin to count anew."""
+        """Take part in a run, before its function: count anew; raise if it has failed already."""
         self.spokesman = self.user.task_thread = None
         self.account = _Account()
         if not self._run.in_progress:
@@ -8221,7 +8224,6 @@ class Communicator(abc.ABC):
                 self.logs.flush()
 
     def _end_run(self, error: BaseException) -> BaseException:
-        """End the run on every member because of `error`; return what `run` is to raise here."""
         # Whose error is told is decided once, by all alike, in the round that ends the run. Then
         # this process raises its own error, if that was chosen, or else the other one.
         if self.world_size == 1 or not self._run.in_progress:
@@ -9876,8 +9878,7 @@ class BoardCommunicator(Communicator):
             self._rings.take_in()
             if self.first_sender(ranks, tag) is None:
                 told = f"rank {self.members[ranks[0]]} returned while rank {self.process}"
-                self._run.final = ContractError(f"{told} waits in {self._doing(doing)}")
-                raise self._run.final
+                raise ContractError(f"{told} waits in {self._doing(doing)}")
         return False
 
     # -- waiting ------------------------------------------------------------------------------
@@ -10289,7 +10290,8 @@ class _CtrlC:
         if not (_on_main_thread() and (callable(handler) or self._phases)):
             yield
             return
-        outermost = not self._phases
+        depth = len(self._phases)
+        outermost = depth == 0
         try:
             self._phases.append(phase)
             if outermost:
@@ -10297,7 +10299,7 @@ class _CtrlC:
                 signal.signal(signal.SIGINT, self._handle)
             yield
         finally:
-            del self._phases[0 if outermost else -1 :]  # empty if a Ctrl-C came before the append
+            del self._phases[depth:]  # nothing, if a Ctrl-C came before the append
             if outermost and signal.getsignal(signal.SIGINT) == self._handle:
                 signal.signal(signal.SIGINT, self._before)
             if self.pending and (outermost or self._is_heeded()):
@@ -10440,15 +10442,15 @@ def _signal_at_eof(file: int, signum: int) -> None:
 
 # Signals by which somebody asks something of the program, and which end a process that does not
 # handle them. Those that tell of a process's own faults are not among them.
-_REQUESTS = (
+_ENDING_SIGNALS = (
     "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM",
     "SIGPROF", "SIGXCPU", "SIGIO", "SIGPWR", "SIGBREAK",
 )  # fmt: skip
 
 
 @functools.cache
-def _requests() -> frozenset[int]:
-    named = [getattr(signal, name) for name in _REQUESTS if hasattr(signal, name)]
+def _ending_signals() -> frozenset[int]:
+    named = [getattr(signal, name) for name in _ENDING_SIGNALS if hasattr(signal, name)]
     if hasattr(signal, "SIGRTMIN"):
         named += range(signal.SIGRTMIN, signal.SIGRTMAX + 1)
     return frozenset(named)
@@ -10473,7 +10475,7 @@ def _leave_signals_to_main() -> None:
     for number in signal.valid_signals():
         handler = signal.getsignal(number)
         by_default = handler == signal.SIG_DFL and number not in caught
-        if number in _requests() and (callable(handler) or by_default):
+        if number in _ending_signals() and (callable(handler) or by_default):
             signal.signal(number, _leave_to_main)
             if _POSIX:
                 signal.siginterrupt(number, False)  # compiled code may not expect to be interrupted
@@ -10634,7 +10636,7 @@ class _Workers:
             _explain_start(self.board.nprocs, why)
             raise
 
-    def _start_all(self, missing: Iterable[int], guard: _Guard) -> bool:
+    def _start_all(self, missing: Sequence[int], guard: _Guard) -> bool:
         """Start these workers; return False if the first of them shows that none must be forked.
 
         Some libraries run threads that Python knows nothing of. OpenBLAS, and so numpy, ends its
@@ -10671,7 +10673,7 @@ class _Workers:
                     _warn_of_no_fork(
                         "a library runs threads of its own (OpenMP, polars, or the like)"
                     )
-                    self.kill([process])
+                    self.kill(missing)  # the thread may have come to light late
                     return False
         return True
 
@@ -10765,7 +10767,8 @@ class _Workers:
                 signal.pidfd_send_signal(by_pid, signal.SIGKILL)
 
     def kill(self, numbers: Sequence[int]) -> None:
-        """Kill workers, with what they have started."""
+        """Kill workers that have not been buried meanwhile, with what they have started."""
+        numbers = [number for number in numbers if number in self.processes]
         # Their children are looked for first: once a worker is dead, nothing tells whose they were.
         _kill_families([self.processes[number].pid for number in numbers])
         for number in numbers:
@@ -11102,7 +11105,7 @@ def _shielded_start(method: str | None) -> Iterator[None]:
     `_leave_signals_to_main` lifts it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if _POSIX else set()
-    deferred = _requests() | ({_URGENT} if _URGENT is not None else set())
+    deferred = _ending_signals() | ({_URGENT} if _URGENT is not None else set())
     held: set[int] = set()
     handlers: dict[int, Any] = {}
     try:
@@ -11564,7 +11567,7 @@ def _import_mpi() -> Any:
 def _abort_mpi_job(mpi: Any, status: int, text: str = "") -> NoReturn:
     """End all ranks, and with them this process."""
     _complain(text)
-    _flush_output()
+    _flush_streams()
     time.sleep(4 * _SETTLING)  # because a launcher may drop output that it has not yet passed on
     mpi.COMM_WORLD.Abort(status)
     os._exit(status)
@@ -11573,12 +11576,6 @@ def _abort_mpi_job(mpi: Any, status: int, text: str = "") -> NoReturn:
 def _complain(text: str) -> None:
     with contextlib.suppress(Exception):  # a full disk must not prevent the abort that follows
         print(text, end="\n" if text else "", file=sys.stderr, flush=True)
-
-
-def _flush_output() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # a full disk, a closed stream, or none
-            stream.flush()
 
 
 def _riding(sizes: Sequence[int]) -> int:
@@ -12122,6 +12119,9 @@ class MPICommunicator(Communicator):
                 _ThreadLimit.warn(consequence, aloud=self.process == 0)
             agreed = {}
         have = all(numbers[kind] == [agreed[kind]] for numbers in as_they_are for kind in agreed)
+        # Libraries of one kind may have different numbers, if the user has told each its own.
+        if not have and all(one == (True, present, present) for one in told):
+            agreed, have = {}, True
         self.limit = _ThreadLimit(agreed, imposed=not have)
 
     def beside(self) -> list[int]:
@@ -12539,7 +12539,7 @@ class MPICommunicator(Communicator):
                 places = [segments.segment(number, rank) for rank in range(self.size)]
                 place = places[self.rank]
                 length = place.stop - place.start
-                values = [row[:length] for row in rows]
+                values = [scratch[:length] for scratch in rows]
                 self._bulk.swap(
                     [(process, own[places[rank]]) for rank, process in others],
                     [(process, values[rank]) for rank, process in others],
@@ -12602,12 +12602,12 @@ class MPICommunicator(Communicator):
         return False
 
     def wake(self) -> None:
-        """Do nothing, because it wakes by itself, often enough."""
+        """Do nothing, because a rank that waits looks again by itself, often enough."""
 
     def _on_control(self, content: Any) -> None:
         kind, *about = content
         if kind == "dying":
-            _flush_output()  # this rank may be ended at any moment
+            _flush_streams()  # this rank may be ended at any moment
             self.dying.update(about)
         elif kind == "come":
             (self._asked_to_come,) = about
@@ -13021,7 +13021,7 @@ class _JobEnd:
             time.sleep(self._turn(_launched_rank()))
             return
         world = mpi.COMM_WORLD
-        _flush_output()
+        _flush_streams()
         if isinstance(error, SystemExit):
             # Python prints a status that is not a number, and only one rank is to do that. The job
             # ends later, at exit.
@@ -13050,7 +13050,7 @@ class _JobEnd:
         if self._left or mpi is None:
             return
         self._left = True  # because a program that finalizes MPI comes here once more at exit
-        _flush_output()
+        _flush_streams()
         with self._no_way_out():
             self._wait_for_all(mpi, status)
         self.is_over = True
