@@ -12539,7 +12539,7 @@ def test_without_threadpoolctl_no_process_is_limited(
     env = NO_THREADS_SET | {"PYTHONPATH": no_threadpoolctl} | variables
     code, out, err = finish("-c", call, PARALLELIZER_TEST_PROGRAM=call, **env)
     assert code == 0, err
-    if "another" not in warned:
+    if "different" not in warned:
         assert set(out.split()) == {"True"}
     assert len(err.splitlines()) == bool(warned), err  # once, whatever is opened
     if warned:
@@ -12598,6 +12598,17 @@ def test_ranks_have_the_same_number_of_threads(
     elif alike:
         assert [len(one) for one in told] == [1, 1, 1, 0]
     assert err.count(NOT_LIMITED) == (not limited and not alike), err
+
+
+def test_what_the_user_has_told_each_library_is_left_alone() -> None:
+    """Though libraries of one kind then have different numbers: it is the same on all ranks."""
+    call = "import os, test_parallelizer as t; t.MPIParallelizer(); print(sorted("
+    call += "(k, v) for k, v in os.environ.items() if k.endswith('_NUM_THREADS') and v))"
+    numbers = {"MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "2"}
+    told = run_program(
+        "-c", call, ranks=2, PARALLELIZER_TEST_PROGRAM=call, **(NO_THREADS_SET | numbers)
+    )
+    assert told.splitlines() == [str([*numbers.items()])] * 2
 
 
 # ---------------------------------------------------------------------------------------------
