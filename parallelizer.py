@@ -6388,12 +6388,17 @@ class _Stream:
             self._turn.release()
 
     def _next_block(self) -> list[Any]:
-        if self._comm is None:
+        try:
+            if self._comm is None:
+                with self._governing():
+                    self._comm = next(self._run)
             with self._governing():
-                self._comm = next(self._run)
-        with self._governing():
-            results: list[Any] = next(self._run)
-        return results
+                results: list[Any] = next(self._run)
+            return results
+        except BaseException:  # perhaps a Ctrl-C that has waited until the results had come
+            with self._governing():
+                self._run.close()
+            raise
 
     def _governing(self) -> contextlib.AbstractContextManager[None, None]:
         """Within, a Ctrl-C breaks off no step of the protocol."""
