@@ -3918,6 +3918,7 @@ class _Handle(NamedTuple):
     nbytes: int
     offset: int = 0  # in the file
     mode: str = ""  # "r" or "r+" for a `numpy.memmap`; "" for shared memory, "+" if it is writable
+    machine: str = ""  # the boot id of a machine that has the file on a disk of its own
 
     @property
     def is_shared(self) -> bool:
@@ -4006,9 +4007,42 @@ def _handle_of_memmap(array: np.ndarray[Any, Any], mapped: mmap.mmap) -> _Handle
     path = os.fspath(whole.filename)
     if path.startswith("/proc/"):  # a file of this process alone
         return None
-    handle = _Handle(_hostname(), path, file.st_dev, file.st_ino, len(mapped), offset, mode)
+    machine = _machine_of_disk(path)
+    handle = _Handle(
+        _hostname(), path, file.st_dev, file.st_ino, len(mapped), offset, mode, machine
+    )
     _remember(mapped, handle)
     return handle
+
+
+_FILE_SYSTEMS_OF_DISKS = frozenset(
+    b"bcachefs btrfs ext2 ext3 ext4 f2fs ramfs tmpfs xfs zfs".split()
+)
+
+
+def _machine_of_disk(path: str) -> str:
+    """Return this machine's boot id if the file lies on its own disk, or in its memory; else ""."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, IndexError):  # a container may hide its mounts
+            return _boot_id() if _file_system(path) in _FILE_SYSTEMS_OF_DISKS else ""
+    return ""
+
+
+def _file_system(path: str) -> bytes:
+    """Return the kind of file system that the file lies on, as Linux names it."""
+    file = os.open(path, os.O_PATH)
+    try:
+        mount = _read_proc(f"self/fdinfo/{file}").partition(b"mnt_id:")[2].split()[0]
+    finally:
+        os.close(file)
+    for line in _read_proc("self/mountinfo").splitlines():  # 36 25 8:2 / /data rw - ext4 /dev/sda2
+        if line.split()[0] == mount:
+            return line.partition(b" - ")[2].split()[0]
+    return b""
+
+
+def _boot_id() -> str:
+    return _read_proc("sys/kernel/random/boot_id").decode().strip()
 
 
 def _is_mapped_from(path: str, inode: int, address: int) -> bool:
@@ -4089,9 +4123,14 @@ def _attach(handle: _Handle) -> mmap.mmap:
             file = os.open(handle.path, os.O_RDONLY if handle.mode == "r" else os.O_RDWR)
             stack.callback(os.close, file)
             found = os.fstat(file)
+            machine = _machine_of_disk(handle.path) if handle.machine else ""
+            here = here or handle.is_shared or machine == handle.machine != ""
             # Each machine numbers the devices of a shared file system in its own way.
-            device = found.st_dev if here or handle.is_shared else handle.device
-            if (device, found.st_ino) != (handle.device, handle.inode):
+            device = found.st_dev if here else handle.device
+            # Files on disks of two machines may have one number. (If only one machine has the file
+            # on a disk of its own, it may export that disk.)
+            is_elsewhere = machine != "" and machine != handle.machine
+            if is_elsewhere or (device, found.st_ino) != (handle.device, handle.inode):
                 raise FileNotFoundError(f"{handle.path} is a different file here")
             if not _has_locks(handle):
                 return _map(handle, file)
@@ -4434,7 +4473,7 @@ def _machine() -> str:
     """A name for where processes can map each other's memory: a boot of a host, or a container."""
     told = [_hostname()]
     with contextlib.suppress(OSError):
-        told += [_read_proc("sys/kernel/random/boot_id").decode(), os.readlink("/proc/self/ns/pid")]  # noqa: PTH115 - pathlib is slow to import
+        told += [_boot_id(), os.readlink("/proc/self/ns/pid")]  # noqa: PTH115 - pathlib is slow to import
     return " ".join(told)
 
 

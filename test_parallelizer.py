@@ -6873,6 +6873,22 @@ def test_another_file_of_the_same_name_is_not_opened(p: Par) -> None:
         expect(p, (kind, "travels as the name of its file" in text), (PackingError, True))
 
 
+@pytest.mark.parametrize("host", ["", "another host"])
+def test_a_file_on_a_disk_is_not_taken_for_that_of_another_machine(host: str) -> None:
+    """Even if the name, the inode and the number of the device are the same there."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        table = on_file(Path(folder, "table"), "r")
+        internals._dumps(table)
+        handle = internals._HANDLES[table._mmap]
+        handle = handle._replace(host=host or handle.host)
+        check(np.frombuffer(internals._attach(handle), offset=4), np.arange(864.0))
+        elsewhere = handle._replace(machine="of another boot")
+        error = caught_from(internals._attach, elsewhere)
+        assert "table is a different file here" in str(error)
+        exported = elsewhere._replace(machine="")  # its sender does not have the file on a disk
+        check(np.frombuffer(internals._attach(exported), offset=4), np.arange(864.0))
+
+
 def combines_memmaps(*, parallelizer: Par) -> Any:
     par = parallelizer
     with folder_of(par) as folder:
