@@ -2493,6 +2493,8 @@ class MPIParallelizer(Parallelizer):
     ParallelizerError
         If a launcher has started several ranks, but the MPI library sees only one; or if MPI is not
         initialized, or is finalized already.
+    TypeError
+        If `comm` is not an intracommunicator that this rank belongs to.
 
     Notes
     -----
@@ -2634,6 +2636,13 @@ def _connected(mpi: Any, comm: Any) -> MPICommunicator:
     It is kept as an attribute of `comm` for other parallelizers on it, because MPI libraries allow
     only some thousand communicators.
     """
+    if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
+        found = "COMM_NULL" if comm == mpi.COMM_NULL else f"a {type(comm).__name__}"
+        raise TypeError(
+            f"MPIParallelizer needs an mpi4py.MPI.Intracomm that has this rank, but got {found}: "
+            f"where Split or Create returns COMM_NULL, the rank is in no group, so make no "
+            f"parallelizer there; of an Intercomm, use what its Merge() returns"
+        )
     communicator: MPICommunicator | None = comm.Get_attr(_keyval(mpi))
     if communicator is None:
         communicator = MPICommunicator(mpi, comm)

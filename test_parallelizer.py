@@ -10956,6 +10956,31 @@ def mpi_free(rounds: int) -> None:
     print_on_main("well", MPIParallelizer())
 
 
+def mpi_no_intracomm() -> None:
+    mpi = importlib.import_module("mpi4py.MPI")
+    world = mpi.COMM_WORLD
+    main_alone = world.rank == 0
+    half = world.Split(main_alone)
+    inter = half.Create_intercomm(0, world, int(main_alone))
+    none = world.Split(0 if main_alone else mpi.UNDEFINED)
+    wrong = [inter, mpi.COMM_NULL, world.rank, *([] if main_alone else [none])]
+    for comm, name in zip(wrong, ["a Intercomm", "COMM_NULL", "a int", "COMM_NULL"]):  # noqa: B905
+        with pytest.raises(TypeError, match=f"has this rank, but got {name}: "):
+            MPIParallelizer(comm)
+    for comm in (inter.Merge(), world.Create_cart([3])):
+        assert len(MPIParallelizer(comm).run(everyone_s_id)) == 3
+    print_on_main("well", MPIParallelizer())
+
+
+def everyone_s_id(*, parallelizer: Par) -> Any:
+    return parallelizer.allgather(parallelizer.id)
+
+
+def test_only_a_communicator_with_this_rank_is_taken() -> None:
+    call = "import test_parallelizer as t; t.mpi_no_intracomm()"
+    assert run_program("-c", call, ranks=3, limit=60) == "well\n"
+
+
 @pytest.mark.timeout(200)
 def test_free_of_a_communicator_frees_what_was_made_for_it() -> None:
     call = "import test_parallelizer as t; t.mpi_free(1030)"  # MPICH has 2048
