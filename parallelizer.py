@@ -6430,23 +6430,18 @@ class _Stream:
             if self._why_cut_off:
                 raise ContractError(self._why_cut_off)
             while (result := next(self._block, _UNSET)) is _UNSET:
-                self._block = iter(self._next_block())
+                self._take_block()
             return result
         finally:
             self._turn.release()
 
-    def _next_block(self) -> list[Any]:
-        try:
-            if self._comm is None:
-                with self._governing():
-                    self._comm = next(self._run)
+    def _take_block(self) -> None:
+        if self._comm is None:
             with self._governing():
-                results: list[Any] = next(self._run)
-            return results
-        except BaseException:  # perhaps a Ctrl-C that has waited until the results had come
-            with self._governing():
-                self._run.close()
-            raise
+                self._comm = next(self._run)
+        # Kept within: a Ctrl-C that raises at the end leaves the results for whoever goes on.
+        with self._governing():
+            self._block = iter(next(self._run))
 
     def _governing(self) -> contextlib.AbstractContextManager[None, None]:
         """Within, a Ctrl-C breaks off no step of the protocol."""

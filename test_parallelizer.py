@@ -1345,6 +1345,37 @@ def test_what_interrupts_an_imap_is_what_it_raises(method: str) -> None:
         expect_to_work(par)
 
 
+def with_a_ctrl_c(main: int, value: int) -> int:
+    if os.getpid() == main:
+        signal.raise_signal(signal.SIGINT)
+    return value
+
+
+class InterruptsMain(NamedTuple):
+    """Becomes its value where it is unpacked, which interrupts main."""
+
+    main: int
+    value: int
+
+    def __reduce__(self) -> Any:
+        return with_a_ctrl_c, (self.main, self.value)
+
+
+def interrupts_main_once(value: int, main: int) -> Any:
+    return value or InterruptsMain(main, value)
+
+
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_a_ctrl_c_between_results_loses_none(method: str) -> None:
+    """It is held back while they are taken in, and the program may handle it and go on."""
+    with MultiprocessingParallelizer(2, start_method=method, main_computes=False) as par:
+        results = par.imap(interrupts_main_once, range(20), 3, (os.getpid(),))
+        with pytest.raises(KeyboardInterrupt):
+            next(results)
+        assert list(results) == list(range(20))
+        expect_to_work(par)
+
+
 def memory_of_a_reduction(verb: str, *, parallelizer: Par) -> Any:
     data = np.ones(MIB)
     if parallelizer.on_main:
