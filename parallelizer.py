@@ -1129,7 +1129,8 @@ class Parallelizer:
             if comm.rank > 0:
                 return _accept(comm.scatter(None))  # type: ignore[no-any-return]
             try:
-                own, *others = _split(data, comm.size)
+                with comm.reading_items():
+                    own, *others = _split(data, comm.size)
                 messages = [_pack(other, "a block that main scatters", comm) for other in others]
                 own = _own_part(own)
             except Exception as why:
@@ -1291,7 +1292,8 @@ class Parallelizer:
         with self._calling("alltoall") as comm:
             refused: Exception | None = None
             try:
-                items = _one_for_each(data, comm)
+                with comm.reading_items():
+                    items = _one_for_each(data, comm)
                 own = items[comm.rank] = _laid_out(items[comm.rank])
                 if comm.size == 1:
                     return items
@@ -5796,7 +5798,8 @@ def _map_in_run(
             items = _Source(data)
             task.choose_chunksize(items.hint, comm.size)
         else:
-            items = _blockwise(data) if task.vectorized else _sized(data)
+            with comm.reading_items():
+                items = _blockwise(data) if task.vectorized else _sized(data)
         return _called_to(task, comm)
 
     with parallelizer._calling("map") as comm:
@@ -8419,6 +8422,16 @@ class Communicator(abc.ABC):
         finally:
             self.user.interruptible = self.user.executing
         self._heed_signals()
+
+    @_context
+    def reading_items(self) -> Iterator[None]:
+        """Within, at the start of a verb, signals act at once: the user's iterator may wait."""
+        self.user.interruptible = self.user.executing
+        try:
+            self._heed_signals()
+            yield
+        finally:
+            self.user.interruptible = self.user.executing and not self.user.entered_at
 
     def enter(self, verb: str) -> Communicator:
         """Begin a call of a verb; the result is the context that ends it."""

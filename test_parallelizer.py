@@ -5913,6 +5913,35 @@ def test_an_interrupt_amid_an_exception_is_not_swallowed(p: Par) -> None:
         expect_to_work(p)
 
 
+def items_amid_a_ctrl_c() -> Iterator[int]:
+    yield 1
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("amid the items") from None
+
+
+def reads_amid_a_ctrl_c(verb: str, *, parallelizer: Par) -> None:
+    data = items_amid_a_ctrl_c() if parallelizer.on_main else range(parallelizer.nprocs)
+    options = {"vectorized": True} if verb == "map of blocks" else {}
+    if "map" in verb:
+        parallelizer.map(square, data, **options)
+    else:
+        getattr(parallelizer, verb)(data)
+
+
+@pytest.mark.parametrize("verb", ["map", "map of blocks", "scatter", "alltoall"])
+def test_a_ctrl_c_acts_while_main_reads_its_items(p: Par, verb: str) -> None:
+    """The iterator may wait, even for ever."""
+    raised: BaseException | None = None
+    try:
+        p.run(reads_amid_a_ctrl_c, verb)
+    except BaseException as error:
+        raised = error
+    expect(p, repr(raised), "KeyboardInterrupt('amid the items')")
+    expect_to_work(p)
+
+
 def raises_what_main_does_not_know(*, parallelizer: Par) -> None:
     if parallelizer.id == parallelizer.nprocs - 1:
         kind = type("KnownHere", (Counted,), {"__module__": __name__})
