@@ -6425,24 +6425,44 @@ class _Stream:
         return self
 
     def __next__(self) -> Any:
-        self._take_turn()
         try:
-            if (thread := threading.current_thread()) is not self._latest:
-                self._latest = thread
-                self.threads.add(thread)
-            if self._why_cut_off:
-                raise ContractError(self._why_cut_off)
-            while (result := next(self._block, _UNSET)) is _UNSET:
-                self._take_block()
-            return result
-        finally:
-            self._turn.release()
+            self._take_turn()
+            try:
+                return self._next_result()
+            finally:
+                self._turn.release()
+        except (StopIteration, ContractError):
+            raise
+        except BaseException:
+            # What a signal raised may have come between two steps of the run, and whoever keeps its
+            # traceback, as notebooks do, would keep the run, and the processes busy.
+            self._end_unless_taken()
+            raise
+
+    def _next_result(self) -> Any:
+        if (thread := threading.current_thread()) is not self._latest:
+            self._latest = thread
+            self.threads.add(thread)
+        if self._why_cut_off:
+            raise ContractError(self._why_cut_off)
+        while (result := next(self._block, _UNSET)) is _UNSET:
+            self._take_block()
+        return result
+
+    def _end_unless_taken(self) -> None:
+        """End the run, unless another thread is taking a result."""
+        if self._turn.acquire(blocking=False):
+            try:
+                with self._governing():
+                    self._run.close()
+            finally:
+                self._turn.release()
 
     def _take_block(self) -> None:
         if self._comm is None:
             with self._governing():
                 self._comm = next(self._run)
-        # Kept within: a Ctrl-C that raises at the end leaves the results for whoever goes on.
+        # Kept within: a Ctrl-C that raises at the end leaves the results to whoever goes on.
         with self._governing():
             self._block = iter(next(self._run))
 
