@@ -1129,8 +1129,11 @@ class Parallelizer:
             if comm.rank > 0:
                 return _accept(comm.scatter(None))  # type: ignore[no-any-return]
             try:
-                with comm.reading_items():
-                    own, *others = _split(data, comm.size)
+                items: Any = data
+                if isinstance(data, Iterator):
+                    with comm.reading_items():
+                        items = list(data)
+                own, *others = _split(items, comm.size)
                 messages = [_pack(other, "a block that main scatters", comm) for other in others]
                 own = _own_part(own)
             except Exception as why:
@@ -1292,8 +1295,10 @@ class Parallelizer:
         with self._calling("alltoall") as comm:
             refused: Exception | None = None
             try:
-                with comm.reading_items():
-                    items = _one_for_each(data, comm)
+                if isinstance(data, Iterator):
+                    with comm.reading_items():
+                        data = list(data)
+                items = _one_for_each(data, comm)
                 own = items[comm.rank] = _laid_out(items[comm.rank])
                 if comm.size == 1:
                     return items
