@@ -10567,7 +10567,10 @@ def does_nothing(*, parallelizer: Par) -> None:
         ("gather", "rank 1 ended its program while rank 0 waits in gather #1"),
         ("receive", "rank 1 ended its program while rank 0 waits in receive(1, tag=0)"),
         ("run", "rank 1 ended its program while rank 0 waits in return"),
-        ("serve", "rank 0 ended its program while rank 1 waits in serve; if main alone is to call map"),
+        (
+            "serve",
+            "rank 0 ended its program while rank 1 waits in serve; if main alone is to call map",
+        ),
     ],
 )
 def test_a_program_that_ends_early_is_told(verb: str, told: str) -> None:
