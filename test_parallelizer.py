@@ -9758,15 +9758,20 @@ def test_processes_hold_no_more_shared_memory_than_the_readme_says(method: str) 
     assert memory_held() <= before
 
 
-def test_too_little_shared_memory_is_an_error_that_says_so() -> None:
-    call = "import resource, test_parallelizer as t; "
-    call += "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)); "
-    call += "t.MultiprocessingParallelizer(8).run(t.ranks)"
-    with started(call) as program:
+def error_where_files_are_limited(nbytes: int, call: str) -> str:
+    """What a program says that fails at `call`, where no file may be larger than so many bytes."""
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({nbytes}, {nbytes}))"
+    with started(f"import resource, test_parallelizer as t; {limit}; {call}") as program:
         _, err = program.communicate(timeout=60)
         assert program.returncode == 1
-        assert "ParallelizerError: no shared memory: 8 processes need 32 MiB" in err
-        assert "ulimit -f" in err
+    return err
+
+
+def test_too_little_shared_memory_is_an_error_that_says_so() -> None:
+    call = "t.MultiprocessingParallelizer(8).run(t.ranks)"
+    err = error_where_files_are_limited(1 << 16, call)
+    assert "ParallelizerError: no shared memory: 8 processes need 32 MiB" in err
+    assert "ulimit -f" in err
 
 
 def fails_for_want_of_descriptors() -> None:
@@ -9912,13 +9917,10 @@ def shares_much(*, parallelizer: Par) -> Any:
 
 
 def test_share_names_the_limit_that_it_meets() -> None:
-    call = "import resource, test_parallelizer as t; "
-    call += "resource.setrlimit(resource.RLIMIT_FSIZE, (24 << 20, 24 << 20)); "
-    call += "t.MultiprocessingParallelizer(2).run(t.shares_much)"
-    with started(call) as program:
-        _, err = program.communicate(timeout=60)
-        assert "share cannot keep 33554432 bytes in shared memory" in err
-        assert "ulimit -f" in err
+    call = "t.MultiprocessingParallelizer(2).run(t.shares_much)"
+    err = error_where_files_are_limited(24 << 20, call)
+    assert "share cannot keep 33554432 bytes in shared memory" in err
+    assert "ulimit -f" in err
 
 
 def prints_nowhere(*, parallelizer: Par) -> Any:
