@@ -1129,11 +1129,7 @@ class Parallelizer:
             if comm.rank > 0:
                 return _accept(comm.scatter(None))  # type: ignore[no-any-return]
             try:
-                items: Any = data
-                if isinstance(data, Iterator):
-                    with comm.reading_items():
-                        items = list(data)
-                own, *others = _split(items, comm.size)
+                own, *others = _split(comm.read(data), comm.size)
                 messages = [_pack(other, "a block that main scatters", comm) for other in others]
                 own = _own_part(own)
             except Exception as why:
@@ -1295,10 +1291,7 @@ class Parallelizer:
         with self._calling("alltoall") as comm:
             refused: Exception | None = None
             try:
-                if isinstance(data, Iterator):
-                    with comm.reading_items():
-                        data = list(data)
-                items = _one_for_each(data, comm)
+                items = _one_for_each(comm.read(data), comm)
                 own = items[comm.rank] = _laid_out(items[comm.rank])
                 if comm.size == 1:
                     return items
@@ -8457,6 +8450,13 @@ class Communicator(abc.ABC):
             yield
         finally:
             self.user.interruptible = self.user.executing and not self.user.entered_at
+
+    def read(self, data: Any) -> Any:
+        """Return `data`, or a list of the items if it is an iterator."""
+        if not isinstance(data, Iterator):
+            return data
+        with self.reading_items():
+            return list(data)
 
     def enter(self, verb: str) -> Communicator:
         """Begin a call of a verb; the result is the context that ends it."""
