@@ -5657,61 +5657,19 @@ class _Task:
         first = item if self.starred else (item,)
         return self.func(*first, *self.extra_args, **self.extra_kwargs, **more)
 
-    def compute(self, items: Any, start: int, comm: Communicator) -> list[Any]:
-        """Return the results of a chunk whose first item is the `start`-th of all."""
-        results, error = self.compute_until_error(items, start, comm, keep=False)
-        if error is not None:
-            raise error
-        return results
-
-    def compute_until_error(
-        self, items: Any, start: int, comm: Communicator, *, keep: bool = True
-    ) -> tuple[list[Any], Exception | None]:
-        """Return the results, with `keep` also those before an error, and what an item raised."""
-        # Main computes from copies and returns copies, because all other processes do. So nobody
-        # can tell from a result who computed it.
-        copied = comm.rank == 0 and comm.size > 1
-        task, function = comm.user.task_thread, comm.user.executing
-        results: list[Any] = []
-        error: Exception | None = None
-        unfit = None
-        taken_up = time.perf_counter()
-        try:
-            if copied:
-                items, unfit = _private(items)
-            elif comm.rank == 0:
-                items = _laid_out(items)
-            comm.user.task_thread = threading.get_ident()
-            comm.mark_function(executing=True)  # not marked yet if main alone calls imap
-            comm.user.items = list(items)
-            with self.arithmetic, _UsersCode():
-                begun = time.perf_counter()
-                self._call_items(comm, start, results, keep=keep)
-                self.pace = (time.perf_counter() - begun) / (len(results) or 1)
-            error = unfit
-        except Exception as why:
-            error = why
-        finally:
-            # Before any call, at whose beginning a signal may still raise.
-            comm.user.interruptible, comm.user.task_thread, comm.user.items = False, task, []
-            if self.is_numbered:
-                comm.note_item(None)
-            comm.mark_function(executing=function)
-        comm.account.tasks += len(results)
-        comm.account.record("chunk", taken_up, first=start, items=len(results))
-        comm.take_in_logs()
-        if copied:
-            try:
-                results = _as_sent(results)
-            except PackingError as why:
-                return _as_sent(_that_can_be_packed(results)), why
-        elif comm.rank == 0:
-            results = _laid_out(results)
-        return results, error
-
-    def _call_items(
-        self, comm: Communicator, start: int, results: list[Any], *, keep: bool
+    def call_each(
+        self,
+        items: Iterable[Any],
+        number: int,
+        comm: Communicator,
+        results: list[Any],
+        *,
+        keep: bool,
     ) -> None:
+        """Append the results of items, the first of which is the `number`-th of all.
+
+        Unless those before an error are to be kept, they may be lost.
+        """
         plain = not (self.starred or self.extra_args or self.extra_kwargs)
         call = self.func if plain else self.call
         if self.faults.item_timeout is not None:
@@ -5719,20 +5677,20 @@ class _Task:
         if self.faults.returns_errors:
             call = functools.partial(self._call_to_the_end, comm, call)
         if self.is_numbered:
-            for number, item in comm.user.items:
-                comm.note_item(number)
-                more = {} if self.seed is None else {"rng": _spawned_rng(self.seed, number)}
-                results.append((number, call(item, **more)))
+            for index, item in items:
+                comm.note_item(index)
+                more = {} if self.seed is None else {"rng": _spawned_rng(self.seed, index)}
+                results.append((index, call(item, **more)))
             return
         # Not by the builtin map, which a StopIteration would end silently.
         if self.seed is not None:
-            for index, item in enumerate(comm.user.items, start):
+            for index, item in enumerate(items, number):
                 results.append(call(item, rng=_spawned_rng(self.seed, index)))
         elif keep:
-            for item in comm.user.items:
+            for item in items:
                 results.append(call(item))  # noqa: PERF401 - those before an error stay
         else:
-            results += [call(item) for item in comm.user.items]
+            results += [call(item) for item in items]
 
     @staticmethod
     def _call_to_the_end(
@@ -5743,6 +5701,106 @@ class _Task:
             return call(item, **more)
         except Exception as why:
             return Failure.of(why, comm.process, comm.world_size).exception()
+
+
+class _OwnChunk:
+    """A chunk that this process computes, all at once or in pieces."""
+
+    def __init__(self, task: _Task, start: int, items: Any, comm: Communicator) -> None:
+        self.start = start  # the number of its first item
+        self.number = start  # that of the item to be computed next
+        self._task = task
+        self._comm = comm
+        # Main computes from copies and returns copies, because all other processes do. So nobody
+        # can tell from a result who computed it.
+        self._copied = comm.rank == 0 and comm.size > 1
+        self._unfit: Exception | None = None  # why the chunk ends before an item
+        try:
+            if self._copied:
+                items, self._unfit = _private(items)
+            elif comm.rank == 0:
+                items = _laid_out(items)
+            self._items = list(items)
+        except Exception as why:
+            self._items, self._unfit = [], why
+        self._end = start + len(self._items)
+        self.has_ended = False
+
+    def compute(
+        self, seconds: float = math.inf, *, keep: bool = True
+    ) -> tuple[list[Any], Exception | None]:
+        """Return the next results, and what an item raised; begin no item after so many seconds.
+
+        With `keep`, there are results even if an item raises: those of the items before it.
+        """
+        task, comm, first = self._task, self._comm, self.number
+        thread, function = comm.user.task_thread, comm.user.executing
+        results: list[Any] = []
+        error: Exception | None = None
+        begun = time.perf_counter()
+        rest = self._items[first - self.start :]
+        try:
+            comm.user.task_thread = threading.get_ident()
+            comm.mark_function(executing=True)  # not marked yet if main alone calls imap
+            with task.arithmetic, _UsersCode():
+                items = _looked_after(rest, begun + seconds, comm)
+                task.call_each(items, first, comm, results, keep=keep)
+        except Exception as why:
+            error = why
+        finally:
+            # Before any call, at whose beginning a signal may still raise.
+            comm.user.interruptible, comm.user.task_thread, comm.user.items = False, thread, []
+            if task.is_numbered:
+                comm.note_item(None)
+            comm.mark_function(executing=function)
+        self.number += len(results)
+        if error is None and self.number == self._end:
+            error = self._unfit
+        self.has_ended = error is not None or self.number == self._end
+        task.pace = (time.perf_counter() - begun) / (len(results) or 1)
+        comm.account.tasks += len(results)
+        comm.account.record("chunk", begun, first=first, items=len(results))
+        comm.take_in_logs()
+        return self._as_from_elsewhere(results, error)
+
+    def _as_from_elsewhere(
+        self, results: list[Any], error: Exception | None
+    ) -> tuple[list[Any], Exception | None]:
+        if self._copied:
+            try:
+                results = _as_sent(results)
+            except PackingError as why:
+                self.has_ended = True
+                return _as_sent(_that_can_be_packed(results)), why
+        elif self._comm.rank == 0:
+            results = _laid_out(results)
+        return results, error
+
+
+# Seconds of computing after which a process looks whether the run goes on, where no signal would
+# interrupt it: under MPI, on threads, and on Windows.
+_BETWEEN_LOOKS = 0.01
+
+
+# Seconds of computing after which results are handed in, even if their chunk has not ended.
+_BETWEEN_RESULTS = 0.2
+
+
+def _looked_after(items: list[Any], until: float, comm: Communicator) -> Iterator[Any]:
+    """Yield the items, `until` that time; in between, raise now and then if the run has failed."""
+    # After each item, although the clock takes 50 ns: an item may take hours after many that have
+    # taken a microsecond, because their results lay in a cache.
+    clock = time.perf_counter
+    next_look = clock() + _BETWEEN_LOOKS
+    comm.user.items = items
+    for item in items:
+        yield item
+        now = clock()
+        if now >= next_look and not comm.gone:
+            comm.heed_news()
+            if now >= until:
+                return
+            next_look = clock() + _BETWEEN_LOOKS
 
 
 def _checked_extra_args(third: Any, chunksize: Any) -> tuple[tuple[Any, ...], Any]:
@@ -6095,7 +6153,7 @@ def _map_items(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
     else:
         hand = _chunk_channel(comm, tag)
         for start, items in hand.chunks():
-            done.append((start, task.compute(items, start, comm)))
+            done.append((start, _results_of(_OwnChunk(task, start, items, comm))))
             hand.tell_done()
     with parallelizer._calling("end of map"):
         gathered = parallelizer._gather(comm, done, False, is_sent=True)
@@ -6104,6 +6162,13 @@ def _map_items(task: _Task, data: Any, parallelizer: Parallelizer) -> Any:
     comm.forget_mail(tag)
     in_order = sorted(itertools.chain.from_iterable(gathered), key=operator.itemgetter(0))
     return list(itertools.chain.from_iterable(results for _, results in in_order))
+
+
+def _results_of(chunk: _OwnChunk, seconds: float = math.inf) -> list[Any]:
+    results, error = chunk.compute(seconds, keep=False)
+    if error is not None:
+        raise error
+    return results
 
 
 def _private(items: Any) -> tuple[Any, PackingError | None]:
@@ -6375,20 +6440,27 @@ def _dealt_as_stream(
         next(results)
         return results
     for start, items in _chunk_channel(comm, tag).chunks():
-        message = _packed_results(task, items, start, comm)
-        with comm.enter("send"):
-            comm.send(message, 0, tag)
+        chunk = _OwnChunk(task, start, items, comm)
+        while not chunk.has_ended:
+            message = _packed_results(chunk, comm)
+            with comm.enter("send"):
+                comm.send(message, 0, tag)
     return (result for result in list[Any]())  # a generator, to have close()
 
 
-def _packed_results(task: _Task, items: Any, start: int, comm: Communicator) -> Message:
-    """Pack the results of a chunk, or of the items before an error, with the error."""
+def _packed_results(chunk: _OwnChunk, comm: Communicator) -> Message:
+    """Pack the next results of a chunk, or of the items before an error, with the error."""
     what = "what imap's function returned"
-    results, error = task.compute_until_error(items, start, comm)
+    results, error = chunk.compute(_BETWEEN_RESULTS)
     try:
-        return _pack((start, results, error and _failure_of(error, comm)), what, comm)
+        return _pack(
+            (chunk.start, chunk.has_ended, results, error and _failure_of(error, comm)), what, comm
+        )
     except PackingError as why:
-        return _pack((start, _that_can_be_packed(results), _failure_of(why, comm)), what, comm)
+        chunk.has_ended = True
+        return _pack(
+            (chunk.start, True, _that_can_be_packed(results), _failure_of(why, comm)), what, comm
+        )
 
 
 def _failure_of(error: Exception, comm: Communicator) -> Failure:
@@ -6795,8 +6867,9 @@ class _Dealer:
 
 
 def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object]) -> list[Any]:
-    """Take main's part in a map whose results stay on the workers; return main's, by chunks."""
+    """Take main's part in a map whose results stay on the workers; return main's, in pieces."""
     done = []
+    own: _OwnChunk | None = None
     if dealer.task.is_paced(total, dealer.comm.size):
         dealer.hand.ahead = _FIRST_AHEAD  # until it is known how long an item takes
     while True:
@@ -6804,12 +6877,14 @@ def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object])
         for _, error in dealer.offer():
             if error is not None:
                 raise error
-        own = dealer.take_own()
+        if own is None and (taken := dealer.take_own()) is not None:
+            own = _OwnChunk(dealer.task, *taken, dealer.comm)
         if own is not None:
-            start, items = own
-            done.append((start, dealer.task.compute(items, start, dealer.comm)))
+            number = own.number
+            done.append((number, _results_of(own, _BETWEEN_RESULTS)))
             dealer.hand.ahead = _MOST_AHEAD
-            reached(start + len(items))
+            reached(own.number)
+            own = None if own.has_ended else own
         elif dealer.told:
             return done
         elif isinstance(dealer.hand, _ChunksByTicket):
@@ -6830,7 +6905,8 @@ class _Results:
             self._comm.is_running(),
         )  # under MPI, an imap may begin between two runs
         self._done: dict[int, _Done] = {}  # results by the first item of their chunk
-        self._came = self._bytes = 0  # chunks of results that have come, and bytes
+        self._own: _OwnChunk | None = None  # the one that main computes
+        self._came = self._bytes = 0  # chunks whose results have come, and bytes
 
     def all(self, total: int | None, *, in_blocks: bool) -> Generator[Any, None, None]:
         with _bar(total, self._dealer.task.progress) as reached:
@@ -6859,7 +6935,7 @@ class _Results:
         comm, workers = self._comm, range(1, self._comm.size)
         while comm.has_arrived(workers, self._tag):
             rank, message = comm.receive_any(workers, self._tag, "imap")
-            yield _unpack(message, f"what rank {rank} sends to imap")[1]
+            yield _unpack(message, f"what rank {rank} sends to imap")[2]
 
     def _dismiss(self) -> None:
         # `stop` raises after a failure or an interrupted call, of which the workers hear anyway.
@@ -6887,15 +6963,13 @@ class _Results:
             self._deal()
             start = next(iter(self._dealer.dealt if self._ordered else self._done), None)
             if start in self._done:
-                del self._dealer.dealt[start]
-                return self._done.pop(start)
-            may_compute = dealer.task.main_computes and dealer.hand.has_spare()
-            if may_compute and (own := dealer.take_own()) is not None:
-                start, items = own
-                self._dealer.dealt[start] = None
-                self._done[start] = _Done(
-                    *dealer.task.compute_until_error(items, start, self._comm)
-                )
+                done = self._done.pop(start)
+                if done.is_last:
+                    del self._dealer.dealt[start]
+                return done
+            if (own := self._own_chunk()) is not None:
+                results, error = own.compute(_BETWEEN_RESULTS)
+                self._put(own.start, own.has_ended, results, error)
             elif dealer.hand.busy() or not dealer.has_ended():
                 self._await_news()
             elif dealer.chunks.error is not None:
@@ -6907,7 +6981,24 @@ class _Results:
         for start, error in self._dealer.offer():
             self._dealer.dealt[start] = None
             if error is not None:
-                self._done[start] = _Done([], error)
+                self._put(start, True, [], error)
+
+    def _own_chunk(self) -> _OwnChunk | None:
+        """The chunk that main has begun, or may begin."""
+        dealer = self._dealer
+        if self._own is not None and self._own.has_ended:
+            self._own = None
+        may_compute = dealer.task.main_computes and dealer.hand.has_spare()
+        if self._own is None and may_compute and (taken := dealer.take_own()) is not None:
+            self._own = _OwnChunk(dealer.task, *taken, self._comm)
+            dealer.dealt[self._own.start] = None
+        return self._own
+
+    def _put(
+        self, start: int, is_last: bool, results: list[Any], error: BaseException | None
+    ) -> None:
+        before = self._done[start].results if start in self._done else []
+        self._done[start] = _Done(before + results, error, is_last)
 
     def _await_news(self) -> None:
         """Wait for results, or for the iterator to yield more data."""
@@ -6930,13 +7021,15 @@ class _Results:
         hand = self._dealer.hand
         with self._comm.enter("receive"):
             rank, message = self._comm.receive_any(hand.busy(), self._tag, "imap")
-            start, results, failure = _unpack(message, f"what rank {rank} sends to imap")
-        self._came += 1
+            start, is_last, results, failure = _unpack(message, f"what rank {rank} sends to imap")
+        self._put(start, is_last, results, failure and failure.exception())
         self._bytes += message.nbytes
+        if not is_last:
+            return
+        self._came += 1
         # As many chunks as would fill the queue's memory with results of this average size.
         most = _QUEUE_BYTES * self._came // (self._bytes * self._comm.size)
         self._dealer.most = min(max(_LEAST_AHEAD, most), _MOST_AHEAD) * self._comm.size
-        self._done[start] = _Done(results, failure and failure.exception())
         self._dealer.forget(start)
         hand.hear(rank)
         if self._dealer.room() < 0:  # the results are larger than had been assumed
@@ -6944,10 +7037,11 @@ class _Results:
 
 
 class _Done(NamedTuple):
-    """The outcome of a chunk: the results of its items, or those before an error, and the error."""
+    """What is to be yielded of a chunk: results, and the error that came after them, if any."""
 
     results: list[Any]
     error: BaseException | None
+    is_last: bool
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7367,7 +7461,7 @@ class _FunctionState:
         self.entered_at = 0.0  # when the present call of a verb began; 0 between calls
         self.postponed: list[Callable[[], object]] = []  # until the next call of a verb
         self.task_thread: int | None = None  # the one on which `map` calls its function
-        self.items: list[Any] = []  # of the chunk that is being computed
+        self.items: list[Any] = []  # that are being computed
 
 
 class Communicator(abc.ABC):

@@ -5056,6 +5056,71 @@ def ends_with(fault: str, main: int, item: int) -> int:
     return item
 
 
+COMPUTED = collections.Counter[int]()  # items, by the process that has computed them
+
+
+def fails_at_first(item: int) -> int:
+    if item == 0:
+        raise JobError("at the first item", item)
+    time.sleep(0.05)
+    COMPUTED[os.getpid()] += 1
+    return item
+
+
+MAPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "map": ("map", {}),
+    "with callback": ("map", {"callback": abs}),
+    "imap": ("imap", {}),
+    "imap_unordered": ("imap_unordered", {}),
+}
+
+
+def maps_what_fails(verb: str, *, parallelizer: Par) -> None:
+    name, keywords = MAPS[verb]
+    results = getattr(parallelizer, name)(fails_at_first, range(600), chunksize=200, **keywords)
+    if parallelizer.on_main:
+        list(results)
+
+
+def computed_here(*, parallelizer: Par) -> Any:
+    count = COMPUTED.pop(os.getpid(), 0)
+    return parallelizer.gather(count)
+
+
+@pytest.mark.parametrize("verb", [*MAPS])
+@BOTH_WAYS
+def test_a_failure_is_heard_between_two_items_of_a_chunk(p: Par, way: Any, verb: str) -> None:
+    error = caught_from(way, p, maps_what_fails, verb)
+    assert type(error) is JobError or not p.on_main
+    counts = p.run(computed_here)
+    if p.on_main:
+        assert max(counts) < 150, counts
+
+
+def needs_what_came_before(folder: Path, item: int) -> int:
+    if item == 1:
+        time.sleep(0.3)
+    if item == 2:
+        wait_for_file(folder / "first")
+    return item
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_slow_items_do_not_hold_back_earlier_results_of_their_chunk(
+    method: str, ordered: bool, tmp_path: Path
+) -> None:
+    func = functools.partial(needs_what_came_before, tmp_path)
+    found = []
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        par.main_computes = False
+        for result in (par.imap if ordered else par.imap_unordered)(func, range(6), 3):
+            found.append(result)
+            if result == 0:
+                (tmp_path / "first").touch()
+    assert sorted(found) == [*range(6)]
+
+
 class Loaded:
     """An item that each process counts when it unpickles it."""
 
