@@ -8441,6 +8441,11 @@ class Communicator(abc.ABC):
         """Raise where the current run, or a group, is known to have failed."""
         if self._run.in_progress:
             if self._is_called_off():
+                # A Ctrl-C or an exit that unwinds the function already, through a ``finally`` of
+                # its own, must not get lost, as it would if RunEnded took its place.
+                handled = sys.exc_info()[1]
+                if isinstance(handled, (KeyboardInterrupt, SystemExit)):
+                    raise handled
                 raise RunEnded(self)
             # A warning counts only for the coming round: if this process has come to that round by
             # itself meanwhile, it has seen the error there.
@@ -10568,7 +10573,7 @@ def _is_finalizing(frame: types.FrameType | None) -> bool:
 def _on_urgent(signum: int, frame: types.FrameType | None) -> None:
     for communicator in _LISTENING:
         communicator.user.news = True
-    if _is_finalizing(frame):
+    if _is_finalizing(frame) and any(one.user.interruptible for one in _LISTENING):
         # An exception that is raised now would be lost, and the function would go on.
         _thread.start_new_thread(_send_urgent_later, ())
         return

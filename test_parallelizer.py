@@ -9152,6 +9152,29 @@ def test_news_amid_a_finalizer_end_the_function_after_it(method: str, tmp_path: 
         assert par.run(pids) == before
 
 
+def cleans_up_while_a_worker_fails(kind: type[BaseException], *, parallelizer: Par) -> None:
+    if not parallelizer.on_main:
+        time.sleep(0.1)
+        raise JobError("of a worker", parallelizer.id)
+    try:
+        raise kind
+    finally:
+        computes_for_a_minute()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("method", MULTIPROCESSING)
+def test_no_failure_takes_the_place_of_what_ends_the_program(
+    method: str, kind: type[BaseException]
+) -> None:
+    with MultiprocessingParallelizer(2, start_method=method) as par:
+        with pytest.raises(kind) as caught:
+            par.run(cleans_up_while_a_worker_fails, kind)
+        (note,) = vars(caught.value)["__notes__"]
+        assert re.search("rank 1 failed too: .*of a worker", note)
+        expect_to_work(par)
+
+
 def stuck(parallelizer: Par) -> None:
     if parallelizer.id == 2:
         signal.signal(signal.SIGURG, signal.SIG_IGN)  # as in compiled code: nothing gets through
