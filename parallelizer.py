@@ -5864,7 +5864,7 @@ def _map_in_run(
     if task.vectorized:
         return _map_blocks(task, items, parallelizer)
     if task.is_stream():
-        results = _call_back(task, _dealt_as_stream(task, items, True, comm))
+        results = _call_back(task, _one_by_one(_dealt_as_stream(task, items, True, comm)))
         return results if comm.rank == 0 else Parallelizer.InWorkerProcess
     return _map_items(task, items, parallelizer)
 
@@ -6426,26 +6426,33 @@ def _imap_in_run(
     with comm.enter("imap"):
         task = _from_main(comm, prepare)
     task.func = func
-    return _dealt_as_stream(task, source, ordered, comm, in_blocks=in_blocks)
+    blocks = _dealt_as_stream(task, source, ordered, comm)
+    return blocks if in_blocks else _one_by_one(blocks)
+
+
+def _one_by_one(blocks: Generator[list[Any], None, None]) -> Generator[Any, None, None]:
+    with contextlib.closing(blocks):
+        for block in blocks:
+            yield from block
 
 
 def _dealt_as_stream(
-    task: _Task, source: Any, ordered: bool, comm: Communicator, *, in_blocks: bool = False
-) -> Generator[Any, None, None]:
-    """Return the results on main; on a worker compute its share, and return none."""
+    task: _Task, source: Any, ordered: bool, comm: Communicator
+) -> Generator[list[Any], None, None]:
+    """Return lists of results on main; on a worker compute its share, and return none."""
     tag = task.tag
     if comm.rank == 0:
         dealer = _Dealer(task, source.chunks(task.chunksize or 1, comm), tag, comm)
-        results = _Results(dealer, ordered, tag).all(source.total, in_blocks=in_blocks)
-        next(results)
-        return results
+        blocks = _Results(dealer, ordered, tag).all(source.total)
+        next(blocks)
+        return blocks
     for start, items in _chunk_channel(comm, tag).chunks():
         chunk = _OwnChunk(task, start, items, comm)
         while not chunk.has_ended:
             message = _packed_results(chunk, comm)
             with comm.enter("send"):
                 comm.send(message, 0, tag)
-    return (result for result in list[Any]())  # a generator, to have close()
+    return (block for block in list[Any]())  # a generator, to have close()
 
 
 def _packed_results(chunk: _OwnChunk, comm: Communicator) -> Message:
@@ -6908,21 +6915,21 @@ class _Results:
         self._own: _OwnChunk | None = None  # the one that main computes
         self._came = self._bytes = 0  # chunks whose results have come, and bytes
 
-    def all(self, total: int | None, *, in_blocks: bool) -> Generator[Any, None, None]:
+    def all(self, total: int | None) -> Generator[list[Any], None, None]:
+        """Yield nothing once, then lists of results that have come together."""
         with _bar(total, self._dealer.task.progress) as reached:
             count = 0
             try:
-                yield None  # now begun: `finally` will run, even if nobody takes a result
+                yield []  # now begun: `finally` will run, even if nobody takes a result
                 while (done := self._next()) is not None:
                     count += len(done.results)
                     reached(count)
-                    yield from [done.results] if in_blocks else done.results
+                    yield done.results
                     if done.error is not None:
                         raise done.error
             except RunEnded:
                 if self._dealer.task.is_numbered:  # its results outlive the run
-                    for results in self._that_have_come():
-                        yield from [results] if in_blocks else results
+                    yield from self._that_have_come()
                 raise
             finally:
                 self._dealer.chunks.close()

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import array
 import ast
-import asyncio
 import builtins
 import collections
 import concurrent.futures
@@ -37,6 +36,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -71,21 +71,27 @@ from typing import Any, ClassVar, NamedTuple, TextIO
 
 import numpy as np
 
-# A program that the tests start holds none itself, and to import pytest would take half its start.
-if "PARALLELIZER_TEST_PROGRAM" in os.environ:
+# To import pytest takes half the start of a process that the tests start, and most need none of it.
+if os.environ.get("PARALLELIZER_TEST_PROGRAM"):
 
-    class Nothing(types.ModuleType):
-        """Whatever is asked of it, or what it is called with, gives it back."""
+    class Later(types.ModuleType):
+        """Imports pytest when a function uses it; what decorates tests only gives itself back."""
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
+            if name in ("mark", "fixture", "param"):
+                return self
+            if sys.modules["pytest"] is self:
+                del sys.modules["pytest"]
+            return getattr(importlib.import_module("pytest"), name)
+
+        def parametrize(self, *_: object, **__: object) -> Any:
             return self
 
-        def __call__(self, *_: object, **__: object) -> Any:
-            return self
+        filterwarnings = skipif = timeout = __call__ = parametrize
 
-    sys.modules["pytest"] = Nothing("pytest")
+    sys.modules["pytest"] = Later("pytest")
 
 import pytest
 
@@ -163,6 +169,7 @@ def _children_warn_strictly_and_heed_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONWARNINGS", "error")
+        patch.setenv("PARALLELIZER_TEST_PROGRAM", "1")
         # The tests start hundreds of interpreters: none need compile what another has compiled.
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         yield
@@ -206,7 +213,72 @@ def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not appeared, f"left in /dev/shm: {appeared}"
 
 
-BESIDE: set[int] = set()  # what runs beside all tests: the tests of a copy
+# What runs beside all tests, which often wait: one program after the other, out of their way.
+RUNS_BESIDE = """
+import json, os, pathlib, subprocess, sys
+os.nice(10)
+os.environ.pop("PARALLELIZER_TEST_PROGRAM", None)
+for name, command, env in json.loads(sys.argv[1]):
+    with pathlib.Path(name + ".txt").open("wb") as output:
+        done = subprocess.run(
+            command, cwd=name, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    pathlib.Path(name + ".part").write_text(str(done.returncode))
+    pathlib.Path(name + ".part").rename(name + ".code")
+"""
+BESIDE: set[int] = set()  # its pid
+
+
+class Beside(NamedTuple):
+    """What runs beside the tests, each in a folder of its own in this one."""
+
+    folder: Path
+
+    def outcome_of(self, name: str) -> tuple[int, str]:
+        """Wait for a program's end; its exit status, and what it has written."""
+        deadline = time.monotonic() + 800
+        while not (code := self.folder / f"{name}.code").exists():
+            assert time.monotonic() < deadline, name
+            time.sleep(0.1)
+        return int(code.read_text()), (self.folder / f"{name}.txt").read_text()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Beside]:
+    """Start at once, if asked for, the tests of a copy and those under MPI."""
+    chosen = {item.name for item in request.session.items}
+    folder = tmp_path_factory.mktemp("beside")
+    jobs: list[tuple[str, list[str], dict[str, str]]] = []
+    if any("a_copy_under_another" in name for name in chosen):
+        (folder / "copy").mkdir()
+        command = make_copy_to_test(folder / "copy")
+        # The seeds are those of the original's.
+        env = {"PARALLELIZER_TEST_MODULE": COPIED, "PARALLELIZER_SOAK_SECONDS": "2"}
+        jobs.append(("copy", command, env | {"PYTHONPATH": str(folder / "copy")}))
+    for ranks in RANK_COUNTS:
+        if f"test_contract_under_mpi[{ranks}]" in chosen:
+            name = f"{ranks} ranks"
+            (folder / name).mkdir()
+            env = MPI_SETTINGS | {"PARALLELIZER_TEST_ENGINE": "mpi", "PYTHONPATH": str(HERE)}
+            jobs.append((name, contract_on(ranks, folder / name), env))
+    if not jobs:
+        yield Beside(folder)
+        return
+    argv = [sys.executable, "-c", RUNS_BESIDE, json.dumps(jobs)]
+    process = subprocess.Popen(argv, cwd=folder, start_new_session=True)
+    BESIDE.add(process.pid)
+    try:
+        yield Beside(folder)
+    finally:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)  # mpiexec passes it on to its ranks
+            process.wait(timeout=20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def descendants() -> set[int]:
@@ -353,6 +425,41 @@ def drive(p: Par, client: Callable[..., Any], *args: Any) -> Any:
 def spmd(p: Par, body: Callable[..., Any], *args: Any) -> Any:
     """Call `body` on every process."""
     return p.run(body, *args)
+
+
+def together(test: Callable[..., None]) -> Any:
+    """Make the cases of a test that starts programs run side by side, all of them in the first.
+
+    Programs mostly wait: for their interpreters to start, for signals, for each other.
+    """
+    outcomes: dict[str, concurrent.futures.Future[None]] = {}
+    names = [*inspect.signature(test).parameters]
+    fixtures = ["request", "tmp_path_factory"]
+
+    def side_by_side(request: pytest.FixtureRequest, tmp_path_factory: Any, **_: Any) -> None:
+        if not outcomes:
+            items = [
+                one for one in request.session.items if one.name.startswith(test.__name__ + "[")
+            ]
+            with concurrent.futures.ThreadPoolExecutor(3) as executor:
+                for item in items:
+                    given = dict(item.callspec.params)  # type: ignore[attr-defined]
+                    for name in {*names} - {*given}:
+                        is_folder = name == "tmp_path"
+                        given[name] = (
+                            tmp_path_factory.mktemp("case")
+                            if is_folder
+                            else request.getfixturevalue(name)
+                        )
+                    outcomes[item.name] = executor.submit(test, **given)
+        outcomes[request.node.name].result()
+
+    functools.update_wrapper(side_by_side, test)
+    taken = [*fixtures, *(name for name in names if name != "tmp_path")]
+    side_by_side.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in taken]
+    )
+    return pytest.mark.timeout(300)(side_by_side)
 
 
 def block_of(data: Any, rank: int, nprocs: int) -> Any:
@@ -1647,7 +1754,7 @@ def moves_more_than_2_gib(*, parallelizer: Par) -> None:
 def test_an_array_may_be_larger_than_2_gib(engine: str) -> None:
     """It takes two processes, and 5 GiB of memory."""
     call = f"import test_parallelizer as t; t.create({engine!r}, 2).run(t.moves_more_than_2_gib)"
-    run_program("-c", call, ranks=2 if engine == "mpi" else None, PARALLELIZER_TEST_PROGRAM=call)
+    run_program("-c", call, ranks=2 if engine == "mpi" else None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3739,6 +3846,7 @@ def check_that_it_goes_on(backend: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["serial", *MULTIPROCESSING])
+@together
 def test_a_map_goes_on_where_its_program_was_killed(backend: str, tmp_path: Path) -> None:
     call = f"import test_parallelizer as t; t.lasts({backend!r}, {str(tmp_path)!r})"
     checkpoint = tmp_path / "checkpoint"
@@ -4007,6 +4115,7 @@ def use_joblib(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["forkserver", "spawn", "mpi"])
+@together
 def test_joblib_and_scikit_learn(engine: str) -> None:
     call = f"import test_parallelizer; test_parallelizer.use_joblib({engine!r})"
     folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
@@ -8901,6 +9010,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files by /proc")
 @pytest.mark.parametrize("fault", ["none", "raise", "die", "map"])
+@together
 def test_a_ctrl_c_at_any_line_leaves_nothing_behind(fault: str, tmp_path: Path) -> None:
     """Of opening, of a run and its end, of burying and closing; and the next run is well."""
     program = tmp_path / "ctrl_c.py"
@@ -8965,10 +9075,11 @@ def test_what_ends_a_run_ends_it_for_good(verb: str) -> None:
         "disagreement of 0": ContractError, "disagreement of 1": ContractError,
         "death": WorkerDied, "timeout": WaitTimeout, "exception": Odd,
     }  # fmt: skip
-    for kind, error in wanted.items():
+    ways = [*itertools.product(range(3), (0, 2))]
+    for number, (kind, error) in enumerate(wanted.items(), [*VERBS_AND_THEIR_CALLS].index(verb)):
         timeout = 0.2 if kind == "timeout" else None
         with MultiprocessingParallelizer(3, start_method="fork", timeout=timeout) as par:
-            for catches, late in itertools.product(range(3), (0, 2)):
+            for catches, late in (ways[number % 6], ways[-number % 6 - 3]):
                 with pytest.raises(error) as caught:
                     par.run(goes_wrong_and_goes_on, verb, kind, catches, late)
                 assert type(caught.value) is error, (kind, catches, late)
@@ -9488,6 +9599,7 @@ def leaves_much(ending: str, method: str) -> None:
 
 @pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGKILL", "failed", "closed"])
 @pytest.mark.parametrize("method", MULTIPROCESSING)
+@together
 def test_what_workers_have_started_ends_with_them(method: str, ending: str) -> None:
     call = f"import test_parallelizer as t; t.leaves_much({ending!r}, {method!r})"
     with started(call) as program:
@@ -9546,7 +9658,7 @@ def started(call: str, **env: str) -> Iterator[subprocess.Popen[str]]:
     program = subprocess.Popen(
         [sys.executable, *strictly, "-c", call], cwd=HERE, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"PARALLELIZER_TEST_PROGRAM": call} | env,
+        env=os.environ | env,
     )  # fmt: skip
     with program:
         try:
@@ -9584,6 +9696,8 @@ def gives_up(how: str, parallelizer: Par) -> None:
     assert parallelizer.map(square, range(3)) == [0, 1, 4]
     LEFT[:] = [parallelizer.imap(square, itertools.count())]
     if how == "asyncio":
+        asyncio = importlib.import_module("asyncio")
+
         asyncio.run(reads_on_threads(LEFT[0]))
     elif how == "fork":
         assert next(LEFT[0]) == 0
@@ -9601,6 +9715,8 @@ def gives_up(how: str, parallelizer: Par) -> None:
 
 async def reads_on_threads(stream: Iterator[int]) -> None:
     """Read by the threads of asyncio, and give up amid that."""
+    asyncio = importlib.import_module("asyncio")
+
     loop = asyncio.get_running_loop()
     found = [loop.run_in_executor(None, next, stream) for _ in range(9)]
     assert sorted(await asyncio.gather(*found)) == [x * x for x in range(9)]
@@ -9630,6 +9746,7 @@ WAYS_TO_GIVE_UP = ["with", "end", "exit", "asyncio", "fork"]
     [*itertools.product(["serial", *MULTIPROCESSING], WAYS_TO_GIVE_UP),
      *(("mpi", how) for how in WAYS_TO_GIVE_UP if how != "fork")],
 )  # fmt: skip
+@together
 def test_a_program_may_end_amid_a_stream(engine_name: str, how: str) -> None:
     call = f"import test_parallelizer as t; t.program_that_gives_up({engine_name!r}, {how!r})"
     ranks = {"mpi": 3}.get(engine_name)
@@ -9670,6 +9787,7 @@ def test_workers_end_with_main_where_there_is_no_shell() -> None:
 
 @pytest.mark.parametrize("stage", ["idle", "sleep", "compute", "large gather", "receive"])
 @pytest.mark.parametrize("method", MULTIPROCESSING)
+@together
 def test_workers_end_when_main_is_killed(method: str, stage: str) -> None:
     call = f"import test_parallelizer as t; t.killed({stage!r}, {method!r})"
     with started(call) as program:
@@ -9719,6 +9837,7 @@ def nested_pools(parallelizer: Par) -> Any:
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("method", MULTIPROCESSING)
+@together
 def test_endings_leave_nothing_behind(method: str, ending: str) -> None:
     call = "import gc, multiprocessing, os, sys, threading, test_parallelizer as t; "
     call += f"p = t.MultiprocessingParallelizer(3, start_method={method!r}); {ENDINGS[ending]}"
@@ -9896,7 +10015,7 @@ def told_of_the_start(method: str, stdout: int, **env: str) -> str:
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     program = subprocess.run(
         [sys.executable, "-c", STARTS, method],
-        env=inherited | {"PYTHONPATH": str(HERE), "PARALLELIZER_TEST_PROGRAM": "yes"} | env,
+        env=inherited | {"PYTHONPATH": str(HERE), "PARALLELIZER_TEST_PROGRAM": "1"} | env,
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
@@ -10133,6 +10252,7 @@ FORKS_BESIDE = {
 
 @pytest.mark.parametrize("threadpoolctl", [True, False])
 @pytest.mark.parametrize("threads", FORKS_BESIDE)
+@together
 def test_fork_is_not_used_beside_threads_that_it_does_not_stop(
     threads: str, threadpoolctl: bool
 ) -> None:
@@ -10177,9 +10297,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("importer", ["main imports MPI", "workers import MPI"])
+@together
 def test_a_pool_takes_no_part_in_the_mpi_job(importer: str, ranks: int, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(OPENS_POOLS)
@@ -10407,6 +10527,7 @@ def forks_amid_a_stream(way: str, method: str) -> None:
 
 @pytest.mark.parametrize("way", ["exit", "break", "go on"])
 @pytest.mark.parametrize("method", ["serial", *MULTIPROCESSING])
+@together
 def test_a_child_that_is_forked_amid_a_stream_disturbs_nobody(method: str, way: str) -> None:
     call = f"import test_parallelizer as t; t.forks_amid_a_stream({way!r}, {method!r})"
     code, out, err = finish("-c", call, limit=40)
@@ -10434,12 +10555,12 @@ def mpi_program(fault: str, stage: str) -> None:
         par.run(faulty, fault, [1] if fault != "all raise" else [0, 1, 2], stage)
 
 
-@pytest.mark.timeout(100)
 @pytest.mark.parametrize("stage", ["gather", "receive", "large broadcast", "sleep", "between runs"])
 @pytest.mark.parametrize("fault", ["raise", "sys.exit", "SIGKILL"])
+@together
 def test_an_unhandled_fault_ends_the_mpi_job(fault: str, stage: str) -> None:
     call = f"import test_parallelizer as t; t.mpi_program({fault!r}, {stage!r})"
-    code, _, err = finish("-c", call, ranks=3, limit=60, PARALLELIZER_TEST_PROGRAM=call)
+    code, _, err = finish("-c", call, ranks=3, limit=60)
     assert code == 3 if fault == "sys.exit" else code != 0
     tracebacks = err.count("Traceback (most recent call last)")
     assert tracebacks == (1 if fault == "raise" else 0), err
@@ -10608,10 +10729,10 @@ def mpi_handled_alone(culprits: list[int], most_by_allgather: int) -> None:
     par.print("all met", where="main")
 
 
-@pytest.mark.timeout(100)
 @pytest.mark.parametrize(
     ("culprits", "most_by_allgather"), [([0], 3), ([2], 2), ([0, 2], 3), ([0, 2], 2)]
 )
+@together
 def test_a_rank_that_fails_while_others_compute_raises_alone(
     culprits: list[int], most_by_allgather: int
 ) -> None:
@@ -10650,7 +10771,6 @@ def does_nothing(*, parallelizer: Par) -> None:
     """A run without a verb."""
 
 
-@pytest.mark.timeout(100)
 @pytest.mark.parametrize(
     ("verb", "told"),
     [
@@ -10663,6 +10783,7 @@ def does_nothing(*, parallelizer: Par) -> None:
         ),
     ],
 )
+@together
 def test_a_program_that_ends_early_is_told(verb: str, told: str) -> None:
     call = f"import test_parallelizer as t; t.mpi_early_end({verb!r})"
     code, _, err = finish("-c", call, ranks=3, limit=60)
@@ -10709,9 +10830,9 @@ def mpi_idiom(idiom: str, verb: str) -> None:
     list(getattr(par, verb)(abs, range(10)))
 
 
-@pytest.mark.timeout(100)
 @pytest.mark.parametrize("verb", ["map", "imap"])
 @pytest.mark.parametrize("idiom", ["wait", "sys.exit", "serve"])
+@together
 def test_who_takes_mpi_for_a_pool_is_told_of_client_and_server(idiom: str, verb: str) -> None:
     call = f"import test_parallelizer as t; t.mpi_idiom({idiom!r}, {verb!r})"
     code, _, err = finish("-c", call, ranks=3, limit=60)
@@ -10744,8 +10865,8 @@ def print_on_main(result: object, par: Par) -> None:
         print(result, flush=True)
 
 
-@pytest.mark.timeout(100)
 @pytest.mark.parametrize("late", [1, 2])
+@together
 def test_who_has_done_its_part_may_end_its_program(late: int) -> None:
     call = f"import test_parallelizer as t; t.mpi_late({late})"
     wanted = "[[0], [1], [2]]\n" if late == 1 else "[0, 1, 2]\n"
@@ -10765,13 +10886,13 @@ def mpi_half(fault: str, whole: bool) -> None:
         par.allgather(world.rank)
 
 
-@pytest.mark.timeout(100)
 @pytest.mark.parametrize(
     ("fault", "whole"), [("raise", False), ("sys.exit", True), ("end", False), ("end", True)]
 )
+@together
 def test_a_fault_among_a_part_of_the_ranks_ends_the_mpi_job(fault: str, whole: bool) -> None:
     call = f"import test_parallelizer as t; t.mpi_half({fault!r}, {whole})"
-    code, _, err = finish("-c", call, ranks=4, limit=60, PARALLELIZER_TEST_PROGRAM=call)
+    code, _, err = finish("-c", call, ranks=4, limit=60)
     assert code == 3 if fault == "sys.exit" else code != 0
     assert err.count("Traceback (most recent call last)") == (fault != "sys.exit"), err
     told = {
@@ -10814,6 +10935,7 @@ def dies_and_is_seen(how: str, stage: str) -> None:
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
 @pytest.mark.parametrize("stage", ["waits", "computes"])
+@together
 def test_ranks_of_a_machine_see_each_other_die(how: str, stage: str) -> None:
     call = f"import test_parallelizer as t; t.dies_and_is_seen({how!r}, {stage!r})"
     begun = time.monotonic()
@@ -10917,15 +11039,13 @@ if sys.version_info >= (3, 12):
         ENDS += [(road, [0, 1, 2], "outside", "gather"), (road, [1], "in run", "gather")]
 
 
-@pytest.mark.timeout(100)
 @pytest.mark.parametrize(("road", "culprits", "place", "others"), ENDS)
+@together
 def test_the_end_of_an_mpi_job_has_a_status_one_word_and_all_lines(
     road: str, culprits: list[int], place: str, others: str
 ) -> None:
     call = f"import test_parallelizer as t; t.mpi_end({road!r}, {culprits}, {place!r}, {others!r})"
-    code, out, err = finish(
-        "-c", call, ranks=3, limit=60, PARALLELIZER_TEST_PROGRAM=call, PYTHONUNBUFFERED=""
-    )
+    code, out, err = finish("-c", call, ranks=3, limit=60, PYTHONUNBUFFERED="")
     assert code == (1 if road in ("raise", "late excepthook", "sys.exit(text)") else 3), err
     assert sorted(out.splitlines()) == ["a line of main", *lines_of(3)]
     assert err.count("Traceback (most recent call last)") == (road == "raise"), err
@@ -10956,14 +11076,12 @@ def mpi_without_stdout(kind: str, fault: str) -> None:
     par.gather(0)
 
 
-@pytest.mark.timeout(100)
 @pytest.mark.parametrize("fault", ["raise", "sys.exit"])
 @pytest.mark.parametrize("kind", ["a full disk", "closed", "none", "of the user's own"])
+@together
 def test_an_unusable_stdout_does_not_keep_up_the_end_of_an_mpi_job(kind: str, fault: str) -> None:
     call = f"import test_parallelizer as t; t.mpi_without_stdout({kind!r}, {fault!r})"
-    code, _, err = finish(
-        "-c", call, ranks=3, limit=60, PARALLELIZER_TEST_PROGRAM=call, PYTHONUNBUFFERED=""
-    )
+    code, _, err = finish("-c", call, ranks=3, limit=60, PYTHONUNBUFFERED="")
     assert code == (1 if fault == "raise" else 3), err
     told = "Odd: odd 7" if fault == "raise" else "### rank 1 ended its program with status 3"
     assert err.count(told) == 1, err
@@ -10978,15 +11096,13 @@ def mpi_end_before(road: str) -> None:
     MPIParallelizer()
 
 
-@pytest.mark.timeout(100)
 @pytest.mark.parametrize(
     ("road", "first"), [("raise", "from mpi4py import MPI; "), *((road, "") for road in ROADS)]
 )
+@together
 def test_an_end_before_the_first_mpi_parallelizer_ends_the_job(road: str, first: str) -> None:
     call = f"{first}import test_parallelizer as t; t.mpi_end_before({road!r})"
-    code, out, err = finish(
-        "-c", call, ranks=3, limit=60, PARALLELIZER_TEST_PROGRAM=call, PYTHONUNBUFFERED=""
-    )
+    code, out, err = finish("-c", call, ranks=3, limit=60, PYTHONUNBUFFERED="")
     assert code == (1 if road in ("raise", "late excepthook", "sys.exit(text)") else 3), err
     assert sorted(out.splitlines()) == lines_of(3)
     assert err.count("Traceback (most recent call last)") == (road == "raise"), err
@@ -11011,7 +11127,7 @@ def mpi_abort(stage: str) -> None:
 @pytest.mark.parametrize("stage", ["handler", "excepthook"])
 def test_an_abort_by_the_program_comes_first(stage: str) -> None:
     call = f"import test_parallelizer as t; t.mpi_abort({stage!r})"
-    code, _, err = finish("-c", call, ranks=3, limit=60, PARALLELIZER_TEST_PROGRAM=call)
+    code, _, err = finish("-c", call, ranks=3, limit=60)
     assert code == 7, err
     assert "Traceback" not in err
 
@@ -11078,6 +11194,7 @@ for tool in (3, 4, 5) if hasattr(sys, "monitoring") else ():
 
 
 @pytest.mark.parametrize("first", ["", TAKE_ALL_MONITORS], ids=["monitors", "hooks"])
+@together
 def test_an_exit_that_does_not_end_the_program_does_not_end_the_mpi_job(first: str) -> None:
     call = f"{first}import test_parallelizer as t; t.mpi_other_ends()"
     assert run_program("-c", call, ranks=2, limit=60) == "well\n"
@@ -11671,9 +11788,8 @@ def mpiexec(ranks: int) -> list[str]:
     return [launcher, "-n", str(ranks)]
 
 
-@pytest.mark.timeout(500)
-@pytest.mark.parametrize("ranks", RANK_COUNTS)
-def test_contract_under_mpi(ranks: int, tmp_path: Path) -> None:
+def contract_on(ranks: int, folder: Path) -> list[str]:
+    """The command that runs the contract's tests on so many ranks."""
     # How things are packed does not depend on the number of ranks beyond two.
     packing = (
         "arrays_arrive or bits_do_not_depend or subclasses_of_arrays or exception_arrives or "
@@ -11681,14 +11797,18 @@ def test_contract_under_mpi(ranks: int, tmp_path: Path) -> None:
         "stays_behind or a_child_that_is"
     )
     chosen = ["-k", f"on_mpi and not ({packing})"] if ranks != 2 else []
-    code, out, err = finish(
-        str(Path(__file__)), str(tmp_path), *chosen,
-        ranks=ranks, limit=480, PARALLELIZER_TEST_ENGINE="mpi",
-    )  # fmt: skip
-    texts = [path.read_text() for path in sorted(tmp_path.glob("rank-*.txt"))]
+    return [*mpiexec(ranks), sys.executable, str(Path(__file__)), str(folder), *chosen]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", RANK_COUNTS)
+def test_contract_under_mpi(ranks: int, beside: Beside) -> None:
+    folder = beside.folder / f"{ranks} ranks"
+    code, told = beside.outcome_of(folder.name)
+    texts = [path.read_text() for path in sorted(folder.glob("rank-*.txt"))]
     tails = "\n".join(text[-8000:] for text in texts if " failed" in text or code)
-    assert code == 0, f"mpiexec ended with {code}\n{tails}\n{out[-2000:]}\n{err[-8000:]}"
-    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank-*.json"))]
+    assert code == 0, f"mpiexec ended with {code}\n{tails}\n{told[-8000:]}"
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
     assert [report["nprocs"] for report in reports] == [ranks] * ranks
     collected = reports[0]["collected"]
     assert len(collected) > 100
@@ -11753,8 +11873,8 @@ def results_of(lines: Sequence[str]) -> list[str]:
     return [line for line in lines if not re.search(r"Running with|speed-up", line)]
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("name", EXAMPLES)
+@together
 def test_examples_give_the_same_numbers_on_every_backend(name: str) -> None:
     outputs = {mode: example(name, mode) for mode in ("serial", "multiprocessing", "mpi")}
     if name == "quickstart":
@@ -11845,6 +11965,7 @@ def test_the_self_test_tells_what_has_failed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argv", [["package/copied.py"], ["-m", "package.copied"]])
+@together
 def test_a_copy_checks_itself_in_place(argv: list[str], tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").touch()
@@ -11877,6 +11998,7 @@ BLOCKS_OF_README = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS_OF_README)))
+@together
 def test_the_code_of_the_readme_runs(number: int, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(BLOCKS_OF_README[number])
@@ -12027,6 +12149,7 @@ def compute_our_rows_of_pools(library: str) -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+@together
 def test_what_stands_for_the_calls_of_a_pool(library: str) -> None:
     def run(call: str) -> str:
         call = f"import test_parallelizer as t; t.{call}"
@@ -12114,12 +12237,16 @@ def test_asyncio_awaits_jobs(tmp_path: Path) -> None:
 
 
 async def awaits_results(call: str) -> list[int]:
+    asyncio = importlib.import_module("asyncio")
+
     with MultiprocessingParallelizer(2) as par:
         names = {"asyncio": asyncio, "results": par.imap(square, range(3))}
         return [await asyncio.wait_for(eval(call, names), 20) for _ in range(4)]
 
 
 def test_asyncio_awaits_the_results_of_imap() -> None:
+    asyncio = importlib.import_module("asyncio")
+
     (call,) = re.findall(r"`await (asyncio\.to_thread\(.*\))`", README)
     assert asyncio.run(awaits_results(call)) == [0, 1, 4, None]
 
@@ -12668,11 +12795,12 @@ def threads_of_an_item(_: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("start_method", MULTIPROCESSING)
+@together
 def test_every_process_has_the_same_number_of_threads(start_method: str) -> None:
     call = f"import test_parallelizer as t; t.same_threads({start_method!r})"
     cpus = len(os.sched_getaffinity(0))
     share = max(1, cpus // 2)
-    told = run_program("-c", call, PARALLELIZER_TEST_PROGRAM=call, **NO_THREADS_SET)
+    told = run_program("-c", call, **NO_THREADS_SET)
     assert told.splitlines() == [
         f"loaded late, {share}",
         f"{share} {share}",
@@ -12728,12 +12856,13 @@ NOT_LIMITED = "threads of BLAS and OpenMP cannot be limited without threadpoolct
         ("True, ['spawn'], None", {}, "workers may use a different number of threads from main"),
     ],
 )
+@together
 def test_without_threadpoolctl_no_process_is_limited(
     call: str, variables: dict[str, str], warned: str, no_threadpoolctl: str
 ) -> None:
     call = f"import test_parallelizer as t; t.products({call})"
     env = NO_THREADS_SET | {"PYTHONPATH": no_threadpoolctl} | variables
-    code, out, err = finish("-c", call, PARALLELIZER_TEST_PROGRAM=call, **env)
+    code, out, err = finish("-c", call, **env)
     assert code == 0, err
     if "different" not in warned:
         assert set(out.split()) == {"True"}
@@ -12770,9 +12899,9 @@ def products_of_all(*, parallelizer: Par) -> Any:
     return parallelizer.allgather({"product": product(0)})
 
 
-@pytest.mark.timeout(100)
 @pytest.mark.parametrize("limited", [True, False])
 @pytest.mark.parametrize("alike", [True, False])
+@together
 def test_ranks_have_the_same_number_of_threads(
     alike: bool, limited: bool, no_threadpoolctl: str
 ) -> None:
@@ -12782,7 +12911,7 @@ def test_ranks_have_the_same_number_of_threads(
     call += "import test_parallelizer as t; "
     call += f"t.mpi_threads(t.{'threads_of_all' if limited else 'products_of_all'})"
     variables = NO_THREADS_SET | ({} if limited else {"PYTHONPATH": no_threadpoolctl})
-    code, out, err = finish("-c", call, ranks=3, PARALLELIZER_TEST_PROGRAM=call, **variables)
+    code, out, err = finish("-c", call, ranks=3, **variables)
     assert code == 0, err
     told = ast.literal_eval(out)
     if limited:
@@ -12801,9 +12930,7 @@ def test_what_the_user_has_told_each_library_is_left_alone() -> None:
     call = "import os, test_parallelizer as t; t.MPIParallelizer(); print(' %s ' % sorted("
     call += "(k, v) for k, v in os.environ.items() if k.endswith('_NUM_THREADS') and v))"
     numbers = {"MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "2"}
-    told = run_program(
-        "-c", call, ranks=2, PARALLELIZER_TEST_PROGRAM=call, **(NO_THREADS_SET | numbers)
-    )
+    told = run_program("-c", call, ranks=2, **(NO_THREADS_SET | numbers))
     assert told.split() == str([*numbers.items()]).split() * 2
 
 
@@ -12819,58 +12946,24 @@ OF_A_COPY = (
 )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def tests_of_a_copy(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[subprocess.Popen[bytes], Path] | None]:
-    """Start the tests of a copy at once, if asked for, beside the others, which often wait."""
-    if not any("a_copy_under_another" in item.name for item in request.session.items):
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("vendored")
+def make_copy_to_test(folder: Path) -> list[str]:
+    """Make the copy, and return the command that tests it."""
     vendor(folder)
     for name in ("test_parallelizer.py", "README.md", "pyproject.toml"):
         shutil.copy(HERE / name, folder)
     (folder / "parallelizer.py").write_text("raise ImportError('a copy does without this one')\n")
-    argv = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--color=no"]
     # The other way round, so that no test needs another.
     last_first = "def pytest_collection_modifyitems(items):\n    items.reverse()\n"
     (folder / "conftest.py").write_text(last_first)
-    with (folder / "output.txt").open("wb") as output:
-        process = subprocess.Popen(
-            [*argv, "-k", OF_A_COPY],
-            cwd=folder,
-            env=os.environ
-            | {"PYTHONPATH": str(folder), "PARALLELIZER_TEST_MODULE": COPIED}
-            | {"PARALLELIZER_SOAK_SECONDS": "2"},  # the seeds are those of the original's
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    BESIDE.add(process.pid)
-    try:
-        yield process, folder / "output.txt"
-    finally:
-        process.send_signal(signal.SIGINT)  # which is nothing to one that has ended
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    argv = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--color=no"]
+    return [*argv, "-k", OF_A_COPY]
 
 
-@pytest.mark.timeout(500)
-def test_a_copy_under_another_name_passes_the_tests(
-    tests_of_a_copy: tuple[subprocess.Popen[bytes], Path],
-) -> None:
-    process, output = tests_of_a_copy
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=450)
-    told = output.read_text()
+def test_a_copy_under_another_name_passes_the_tests(beside: Beside) -> None:
+    code, told = beside.outcome_of("copy")
     # None failed, was skipped, or did not come to its end.
-    counts = re.search(r"^=+ (\d+) passed, (\d+) deselected in .*=\n\Z", told, re.MULTILINE)
-    assert process.returncode == 0, told[-20000:]
+    counts = re.search(r"^=+ (\d+) passed, (\d+) deselected in .*=$", told, re.MULTILINE)
+    assert code == 0, told[-20000:]
     assert counts, told[-20000:]
     assert int(counts[1]) > 60
 
