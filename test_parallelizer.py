@@ -427,39 +427,44 @@ def spmd(p: Par, body: Callable[..., Any], *args: Any) -> Any:
     return p.run(body, *args)
 
 
-def together(test: Callable[..., None]) -> Any:
-    """Make the cases of a test that starts programs run side by side, all of them in the first.
+TOGETHER: dict[str, Callable[..., None]] = {}  # tests that only start programs, by name
+OUTCOMES: dict[str, concurrent.futures.Future[None]] = {}  # by the name of a case of one of them
 
-    Programs mostly wait: for their interpreters to start, for signals, for each other.
+
+def together(test: Callable[..., None]) -> Any:
+    """Have the cases of a test that only starts programs run side by side with all other such.
+
+    Programs mostly wait: for their interpreters to start, for signals, for each other. All of them
+    run in the first of these tests; the others only look at what has become of theirs.
     """
-    outcomes: dict[str, concurrent.futures.Future[None]] = {}
-    names = [*inspect.signature(test).parameters]
-    fixtures = ["request", "tmp_path_factory"]
 
     def side_by_side(request: pytest.FixtureRequest, tmp_path_factory: Any, **_: Any) -> None:
-        if not outcomes:
-            items = [
-                one for one in request.session.items if one.name.startswith(test.__name__ + "[")
-            ]
-            with concurrent.futures.ThreadPoolExecutor(3) as executor:
-                for item in items:
-                    given = dict(item.callspec.params)  # type: ignore[attr-defined]
-                    for name in {*names} - {*given}:
-                        is_folder = name == "tmp_path"
-                        given[name] = (
-                            tmp_path_factory.mktemp("case")
-                            if is_folder
-                            else request.getfixturevalue(name)
-                        )
-                    outcomes[item.name] = executor.submit(test, **given)
-        outcomes[request.node.name].result()
+        if not OUTCOMES:
+            run_together(request, tmp_path_factory)
+        OUTCOMES[request.node.name].result()
 
-    functools.update_wrapper(side_by_side, test)
-    taken = [*fixtures, *(name for name in names if name != "tmp_path")]
+    TOGETHER[test.__name__] = functools.update_wrapper(side_by_side, test)
+    names = {*inspect.signature(test).parameters, "request", "tmp_path_factory"} - {"tmp_path"}
     side_by_side.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in taken]
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in sorted(names)]
     )
-    return pytest.mark.timeout(300)(side_by_side)
+    return pytest.mark.timeout(600)(side_by_side)
+
+
+def run_together(request: pytest.FixtureRequest, tmp_path_factory: Any) -> None:
+    with concurrent.futures.ThreadPoolExecutor(6) as executor:
+        for item in request.session.items:
+            name = getattr(item, "originalname", "")
+            if name not in TOGETHER:
+                continue
+            test: Any = TOGETHER[name]
+            given = dict(item.callspec.params) if "[" in item.name else {}  # type: ignore[attr-defined]
+            for fixture in {*inspect.signature(test.__wrapped__).parameters} - {*given}:
+                if fixture == "tmp_path":
+                    given[fixture] = tmp_path_factory.mktemp("case")
+                else:
+                    given[fixture] = request.getfixturevalue(fixture)
+            OUTCOMES[item.name] = executor.submit(test.__wrapped__, **given)
 
 
 def block_of(data: Any, rank: int, nprocs: int) -> Any:
@@ -953,7 +958,7 @@ def with_heads_of_all_lengths(*, parallelizer: Par) -> None:
     """What announces an array grows byte by byte, past all that a card or a cell has room for."""
     here, everyone = parallelizer.id, range(parallelizer.nprocs)
     arrays = [stamped(8192, rank) for rank in everyone]
-    for length in range(520):
+    for length in range(0, 520, 1 if UNDER_MPI else 13):
         name = "x" * length
         parts = [(name, one) for one in arrays]
         found = parallelizer.allgather(parts[here], concatenate=False)
@@ -2134,7 +2139,7 @@ def waits_for_the_others_or_gives_much(item: int, file: str) -> int | np.ndarray
         return np.full(2**20, float(item))
     size = -1
     while size < (size := Path(file).stat().st_size):  # until the others come to rest
-        time.sleep(0.5)
+        time.sleep(0.3)
     return size
 
 
@@ -2144,7 +2149,7 @@ def streams_what_is_large(count: int, file: str, *, parallelizer: Par) -> Any:
     return results and (results[0], [result[0] for result in results[1:]])
 
 
-@pytest.mark.parametrize("count", [30, 100])  # all of 30 are dealt before one result has come
+@pytest.mark.parametrize("count", [30, 60])  # all of 30 are dealt before one result has come
 @BOTH_WAYS
 def test_large_results_are_not_piled_up_behind_a_slow_one(
     p: Par, way: Any, count: int, tmp_path: Any
@@ -2245,7 +2250,7 @@ def runs_on_threads_amid_a_stream(*, parallelizer: Par) -> Any:
     begun = elsewhere(next, stream)
     # Who has made it would wait for itself; another thread waits for its end.
     own = caught_from(parallelizer.map, square, range(3))
-    with concurrent.futures.ThreadPoolExecutor(3) as executor:
+    with concurrent.futures.ThreadPoolExecutor(6) as executor:
         other = executor.submit(parallelizer.map, square, range(3))
         rest = sorted(executor.map(next, [stream] * 8))
         end = executor.submit(next, stream, "end").result()
@@ -3858,6 +3863,7 @@ def test_a_map_goes_on_where_its_program_was_killed(backend: str, tmp_path: Path
     check_that_it_goes_on(backend, tmp_path)
 
 
+@together
 def test_a_map_goes_on_where_its_mpi_job_has_failed(tmp_path: Path) -> None:
     call = f"import test_parallelizer as t; t.lasts('mpi', {str(tmp_path)!r}, 50)"
     code, _, err = finish("-c", call, ranks=3)
@@ -4737,7 +4743,7 @@ def open_parallelizers(path: str, mpi: bool) -> None:
         assert refuses_everything(pickle.loads(pickle.dumps(saved)))
 
 
-@pytest.mark.timeout(100)
+@together
 def test_what_another_program_has_saved_can_be_opened(tmp_path: Path) -> None:
     path = str(tmp_path / "saved")
     call = "import test_parallelizer as t; t."
@@ -5416,7 +5422,7 @@ def test_a_failure_elsewhere_breaks_off_no_import(method: str, tmp_path: Path) -
 
 def one_long_item(*, parallelizer: Par) -> Any:
     """Longer than it takes to find out that others, which idle, wait for main."""
-    return [*parallelizer.imap(sleeps, [2.0, 0.0])]
+    return [*parallelizer.imap(sleeps, [1.5, 0.0])]
 
 
 def sleeps(seconds: float) -> float:
@@ -5425,11 +5431,11 @@ def sleeps(seconds: float) -> float:
 
 
 def test_idle_workers_are_not_waited_for(p: Par) -> None:
-    expect(p, p.run(one_long_item), [2.0, 0.0])
+    expect(p, p.run(one_long_item), [1.5, 0.0])
 
 
 def is_left_early(*, parallelizer: Par) -> Any:
-    stream = parallelizer.imap_unordered(sleeps, [0.1, 0.1, 2.0])
+    stream = parallelizer.imap_unordered(sleeps, [0.1, 0.1, 1.0])
     if parallelizer.on_main:
         next(stream)
     del stream
@@ -10583,7 +10589,7 @@ def mpi_handled() -> None:
     par.print("all handled", where="main")
 
 
-@pytest.mark.timeout(100)
+@together
 def test_a_handled_fault_does_not_end_the_mpi_job() -> None:
     call = "import test_parallelizer as t; t.mpi_handled()"
     assert run_program("-c", call, ranks=3, limit=60) == "all handled\n"
@@ -10640,7 +10646,7 @@ def mpi_late_and_absent() -> None:
     par.print("all told", where="main")
 
 
-@pytest.mark.timeout(100)
+@together
 def test_ranks_that_are_late_or_absent_under_mpi() -> None:
     call = "import test_parallelizer as t; t.mpi_late_and_absent()"
     assert run_program("-c", call, ranks=3, limit=60) == "all told\n"
@@ -10696,7 +10702,7 @@ def catches(*, parallelizer: Par) -> None:
         parallelizer.run(fails_with_a_late_rank)
 
 
-@pytest.mark.timeout(100)
+@together
 def test_ranks_that_are_in_another_run() -> None:
     call = "import test_parallelizer as t; t.mpi_meetings()"
     assert run_program("-c", call, ranks=4, limit=60) == "all met\n"
@@ -11253,7 +11259,7 @@ def test_only_a_communicator_with_this_rank_is_taken() -> None:
     assert run_program("-c", call, ranks=3, limit=60) == "well\n"
 
 
-@pytest.mark.timeout(200)
+@together
 def test_free_of_a_communicator_frees_what_was_made_for_it() -> None:
     call = "import test_parallelizer as t; t.mpi_free(1030)"  # MPICH has 2048
     assert run_program("-c", call, ranks=3, limit=180) == "well\n"
@@ -11891,6 +11897,7 @@ def test_examples_give_the_same_numbers_on_every_backend(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["hessian", "imbalance"])
+@together
 def test_an_example_ends_in_a_picture(name: str, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     argv = ["--backend", "multiprocessing", "--nprocs", "2", "--plot", str(picture)]
@@ -11899,7 +11906,7 @@ def test_an_example_ends_in_a_picture(name: str, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.timeout(200)
+@together
 def test_the_benchmark_measures_what_it_checks(tmp_path: Path) -> None:
     argv = [str(HERE / "examples" / "benchmark.py"), "--quick"]
     code, told, err = finish(*argv, "--rows", "map", "broadcast", limit=150)
@@ -11916,7 +11923,7 @@ def test_the_benchmark_measures_what_it_checks(tmp_path: Path) -> None:
     assert re.search(r"\| round trip +\| 8 B +\| \d\S* +\| \d", told), told
 
 
-@pytest.mark.timeout(200)
+@together
 def test_the_benchmark_measures_growth() -> None:
     argv = [str(HERE / "examples" / "benchmark.py"), "--quick", "--growth"]
     code, told, err = finish(*argv, limit=180)
@@ -11926,8 +11933,8 @@ def test_the_benchmark_measures_growth() -> None:
             assert re.search(rf"\| {verb} +\| {engine} +\| \d\S* +\| \d", told), told
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize(("argv", "ranks"), [(["self-test"], None), ([], 4)])
+@together
 def test_self_test(argv: list[str], ranks: int | None) -> None:
     table = run_program("-m", MODULE, *argv, ranks=ranks, limit=180)
     for word in ["Python", "numpy", "mpi4py", np.__version__]:
@@ -11935,6 +11942,7 @@ def test_self_test(argv: list[str], ranks: int | None) -> None:
 
 
 @pytest.mark.parametrize("nprocs", [1, 2, 5])
+@together
 def test_a_backend_of_ones_own(nprocs: int) -> None:
     argv = ["self-test", "--backend", "threads_backend:ThreadParallelizer", "--nprocs", str(nprocs)]
     folders = os.pathsep.join([str(HERE), str(HERE / "examples")])
@@ -12024,6 +12032,7 @@ def blocks_under(heading: str) -> list[str]:
     return blocks
 
 
+@together
 def test_an_error_of_a_rank_hangs_mpi4py_and_ends_our_job(tmp_path: Path) -> None:
     script, session = blocks_under("What happens when one rank fails")
     (tmp_path / "demo.py").write_text(script)
@@ -12178,6 +12187,7 @@ def write_script(heading: str, folder: Path) -> str:
     return script
 
 
+@together
 def test_groups_of_ranks_find_what_the_readme_says(tmp_path: Path) -> None:
     assert "[280, 308] on 4 ranks" in write_script("Groups of ranks", tmp_path)
     assert run_program("script.py", ranks=4, cwd=tmp_path) == "[280, 308]\n"
@@ -12203,6 +12213,7 @@ if __name__ == "__main__":
 """
 
 
+@together
 def test_each_rank_sees_a_gpu(tmp_path: Path) -> None:
     write_script("One GPU per rank", tmp_path)
     (tmp_path / "workers.py").write_text(WORKERS_WITH_GPUS)
@@ -12219,6 +12230,7 @@ def test_each_rank_sees_a_gpu(tmp_path: Path) -> None:
     assert run("workers.py").splitlines() == ["['4,7', '7', '4', '7']"] * 3
 
 
+@together
 def test_rows_in_hdf5_are_the_same_from_processes_and_ranks(tmp_path: Path) -> None:
     write_script("Write results to HDF5 as they come", tmp_path)
     found = []
@@ -12293,6 +12305,7 @@ def test_a_task_of_a_slurm_array_resumes_where_it_was_killed(tmp_path: Path) -> 
     assert 0 < len(again) < 100
 
 
+@together
 def test_tests_take_a_parallelizer_from_a_fixture(tmp_path: Path) -> None:
     tests, command = blocks_under("Test on every backend with pytest")
     (tmp_path / "test_total.py").write_text(tests)
@@ -12547,6 +12560,7 @@ def execute_a_notebook() -> None:
         print(output["text"] if output["name"] == "stdout" else "", end="")
 
 
+@together
 def test_functions_of_a_notebook_travel() -> None:
     call = "import test_parallelizer; test_parallelizer.execute_a_notebook()"
     told = "[1, 4, 7, 10] True\n[Point(x=0), Point(x=1)]\nTrouble('in a cell')\n"
