@@ -47,6 +47,7 @@ import multiprocessing
 import operator
 import os
 import pickle
+import py_compile
 import queue
 import re
 import resource
@@ -170,8 +171,11 @@ def _children_warn_strictly_and_heed_interrupts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONWARNINGS", "error")
         patch.setenv("PARALLELIZER_TEST_PROGRAM", "1")
-        # The tests start hundreds of interpreters: none need compile what another has compiled.
+        # The tests start a thousand interpreters, which need not compile these two. They may have
+        # been told not to keep what they compile.
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        for source in (__file__, str(sys.modules[MODULE].__file__)):
+            py_compile.compile(source)
         yield
 
 
@@ -452,7 +456,7 @@ def together(test: Callable[..., None]) -> Any:
 
 
 def run_together(request: pytest.FixtureRequest, tmp_path_factory: Any) -> None:
-    with concurrent.futures.ThreadPoolExecutor(6) as executor:
+    with concurrent.futures.ThreadPoolExecutor(3) as executor:
         for item in request.session.items:
             name = getattr(item, "originalname", "")
             if name not in TOGETHER:
@@ -2250,7 +2254,7 @@ def runs_on_threads_amid_a_stream(*, parallelizer: Par) -> Any:
     begun = elsewhere(next, stream)
     # Who has made it would wait for itself; another thread waits for its end.
     own = caught_from(parallelizer.map, square, range(3))
-    with concurrent.futures.ThreadPoolExecutor(6) as executor:
+    with concurrent.futures.ThreadPoolExecutor(3) as executor:
         other = executor.submit(parallelizer.map, square, range(3))
         rest = sorted(executor.map(next, [stream] * 8))
         end = executor.submit(next, stream, "end").result()
