@@ -62,15 +62,15 @@ sizes, and `Isend` and `Irecv` move the array from where it lies to its place in
 What happens when a rank fails. With multiprocessing, a worker mails its exception to main. Main
 calls the run off by a word on the board, and sends a signal that makes processes which are
 computing look at it. All other members raise `RunEnded` wherever they are, which unwinds their
-function, and `run` raises the exception on main. A worker that has not left the run within a
-second is killed. Main notices the death of a worker whenever it waits, because a handle becomes
-ready then (`_MainEnd._on_handle`); on Linux, a signal also interrupts main while it computes. The
-run in which main finds a worker dead raises `WorkerDied`, even if the worker died before it; the
-next run starts another one in its place. Under MPI, no process can be interrupted, so a rank that
-fails comes to the next round and shows there that it leaves. The others see this in the same round,
-at their next verb, and `run` raises the exception on every rank. If processes call different verbs,
-their words show it, and all members raise `ContractError`. Processes that wait for each other in a
-circle discover this by asking each other what they wait for (`_Watch`).
+function, and `run` raises the exception on main. A worker that has not left the run within a second
+is killed. Main notices the death of a worker whenever it waits, because a handle becomes ready then
+(`_MainEnd._on_handle`); on Linux, a signal also interrupts main while it computes. The run in which
+main finds a worker dead raises `WorkerDied`, even if the worker died before it; the next run starts
+another one in its place. Under MPI, no process can be interrupted, so a rank that fails comes to
+the next round and shows there that it leaves. The others see this in the same round, at their next
+verb or between two items of a `map`, and `run` raises the exception on every rank. If processes
+call different verbs, their words show it, and all members raise `ContractError`. Processes that
+wait for each other in a circle discover this by asking each other what they wait for (`_Watch`).
 
 What this file does to your process, and how to avoid it:
 
@@ -5703,106 +5703,6 @@ class _Task:
             return Failure.of(why, comm.process, comm.world_size).exception()
 
 
-class _OwnChunk:
-    """A chunk that this process computes, all at once or in pieces."""
-
-    def __init__(self, task: _Task, start: int, items: Any, comm: Communicator) -> None:
-        self.start = start  # the number of its first item
-        self.number = start  # that of the item to be computed next
-        self._task = task
-        self._comm = comm
-        # Main computes from copies and returns copies, because all other processes do. So nobody
-        # can tell from a result who computed it.
-        self._copied = comm.rank == 0 and comm.size > 1
-        self._unfit: Exception | None = None  # why the chunk ends before an item
-        try:
-            if self._copied:
-                items, self._unfit = _private(items)
-            elif comm.rank == 0:
-                items = _laid_out(items)
-            self._items = list(items)
-        except Exception as why:
-            self._items, self._unfit = [], why
-        self._end = start + len(self._items)
-        self.has_ended = False
-
-    def compute(
-        self, seconds: float = math.inf, *, keep: bool = True
-    ) -> tuple[list[Any], Exception | None]:
-        """Return the next results, and what an item raised; begin no item after so many seconds.
-
-        With `keep`, there are results even if an item raises: those of the items before it.
-        """
-        task, comm, first = self._task, self._comm, self.number
-        thread, function = comm.user.task_thread, comm.user.executing
-        results: list[Any] = []
-        error: Exception | None = None
-        begun = time.perf_counter()
-        rest = self._items[first - self.start :]
-        try:
-            comm.user.task_thread = threading.get_ident()
-            comm.mark_function(executing=True)  # not marked yet if main alone calls imap
-            with task.arithmetic, _UsersCode():
-                items = _looked_after(rest, begun + seconds, comm)
-                task.call_each(items, first, comm, results, keep=keep)
-        except Exception as why:
-            error = why
-        finally:
-            # Before any call, at whose beginning a signal may still raise.
-            comm.user.interruptible, comm.user.task_thread, comm.user.items = False, thread, []
-            if task.is_numbered:
-                comm.note_item(None)
-            comm.mark_function(executing=function)
-        self.number += len(results)
-        if error is None and self.number == self._end:
-            error = self._unfit
-        self.has_ended = error is not None or self.number == self._end
-        task.pace = (time.perf_counter() - begun) / (len(results) or 1)
-        comm.account.tasks += len(results)
-        comm.account.record("chunk", begun, first=first, items=len(results))
-        comm.take_in_logs()
-        return self._as_from_elsewhere(results, error)
-
-    def _as_from_elsewhere(
-        self, results: list[Any], error: Exception | None
-    ) -> tuple[list[Any], Exception | None]:
-        if self._copied:
-            try:
-                results = _as_sent(results)
-            except PackingError as why:
-                self.has_ended = True
-                return _as_sent(_that_can_be_packed(results)), why
-        elif self._comm.rank == 0:
-            results = _laid_out(results)
-        return results, error
-
-
-# Seconds of computing after which a process looks whether the run goes on, where no signal would
-# interrupt it: under MPI, on threads, and on Windows.
-_BETWEEN_LOOKS = 0.01
-
-
-# Seconds of computing after which results are handed in, even if their chunk has not ended.
-_BETWEEN_RESULTS = 0.2
-
-
-def _looked_after(items: list[Any], until: float, comm: Communicator) -> Iterator[Any]:
-    """Yield the items, `until` that time; in between, raise now and then if the run has failed."""
-    # After each item, although the clock takes 50 ns: an item may take hours after many that have
-    # taken a microsecond, because their results lay in a cache.
-    clock = time.perf_counter
-    next_look = clock() + _BETWEEN_LOOKS
-    comm.user.items = items
-    for item in items:
-        yield item
-        now = clock()
-        if now >= next_look and not comm.gone:
-            comm.heed_news()
-            if now >= until:
-                return
-            next_look = clock() + _BETWEEN_LOOKS
-
-
 def _checked_extra_args(third: Any, chunksize: Any) -> tuple[tuple[Any, ...], Any]:
     """Return `extra_args` and `chunksize`, either of which may be the third argument of a `map`."""
     if third is None or isinstance(third, tuple):
@@ -6171,19 +6071,6 @@ def _results_of(chunk: _OwnChunk, seconds: float = math.inf) -> list[Any]:
     return results
 
 
-def _private(items: Any) -> tuple[Any, PackingError | None]:
-    """Copy main's items as the workers' are copied, so that it does not matter who computes which.
-
-    If an item cannot be copied, return only those before it, and the error.
-    """
-    if _are_plain(items):
-        return items, None
-    try:
-        return _sent(items), None
-    except PackingError as why:
-        return _sent(_that_can_be_packed(items)), why
-
-
 def _packed_chunk(chunk: tuple[int, Any], comm: Communicator) -> Message:
     if _are_plain(chunk[1]):
         return Message(pickle.dumps(chunk, 5), [])  # takes less time than a search for arrays
@@ -6223,7 +6110,8 @@ def _bar(total: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
 #
 # On main, a `_Dealer` hands out chunks and computes some of them in between; in an imap, `_Results`
 # takes in what comes back and puts it in order. Chunks travel as mail (`_ChunksByMail`), or lie in
-# a `_ChunkQueue`, from which every process takes its next one (`_ChunksByTicket`).
+# a `_ChunkQueue`, from which every process takes its next one (`_ChunksByTicket`). What a process
+# computes is an `_OwnChunk`.
 
 
 _MOST_CHUNKS = 8192
@@ -6397,6 +6285,118 @@ class _ReadAhead(_Chunks):
         if self._thread.ident is not None:
             # The time runs out if the iterator waits for something that will never come.
             self._thread.join(_SETTLING)
+
+
+# Seconds of computing after which a process looks whether the run goes on, because there may be no
+# signal that would interrupt it: under MPI, on threads, and on Windows.
+_BETWEEN_LOOKS = 0.01
+
+# Seconds of computing after which results are handed in, even if their chunk has not ended.
+_BETWEEN_RESULTS = 0.2
+
+
+class _OwnChunk:
+    """A chunk that this process computes, all at once or in pieces."""
+
+    def __init__(self, task: _Task, start: int, items: Any, comm: Communicator) -> None:
+        self.start = start  # the number of its first item
+        self.number = start  # that of the item to be computed next
+        self._task = task
+        self._comm = comm
+        # Main computes from copies and returns copies, because all other processes do. So nobody
+        # can tell from a result who computed it.
+        self._copied = comm.rank == 0 and comm.size > 1
+        self._unfit: Exception | None = None  # why the chunk ends before an item
+        try:
+            if self._copied:
+                items, self._unfit = _private(items)
+            elif comm.rank == 0:
+                items = _laid_out(items)
+            self._items = list(items)
+        except Exception as why:
+            self._items, self._unfit = [], why
+        self._end = start + len(self._items)
+        self.has_ended = False
+
+    def compute(
+        self, seconds: float = math.inf, *, keep: bool = True
+    ) -> tuple[list[Any], Exception | None]:
+        """Return the next results, and what an item raised; begin no item after so many seconds.
+
+        With `keep`, there are results even if an item raises: those of the items before it.
+        """
+        task, comm, first = self._task, self._comm, self.number
+        thread, function = comm.user.task_thread, comm.user.executing
+        results: list[Any] = []
+        error: Exception | None = None
+        begun = time.perf_counter()
+        rest = self._items[first - self.start :]
+        try:
+            comm.user.task_thread = threading.get_ident()
+            comm.mark_function(executing=True)  # not marked yet if main alone calls imap
+            with task.arithmetic, _UsersCode():
+                items = _looked_after(rest, begun + seconds, comm)
+                task.call_each(items, first, comm, results, keep=keep)
+        except Exception as why:
+            error = why
+        finally:
+            # Before any call, at whose beginning a signal may still raise.
+            comm.user.interruptible, comm.user.task_thread, comm.user.items = False, thread, []
+            if task.is_numbered:
+                comm.note_item(None)
+            comm.mark_function(executing=function)
+        self.number += len(results)
+        if error is None and self.number == self._end:
+            error = self._unfit
+        self.has_ended = error is not None or self.number == self._end
+        task.pace = (time.perf_counter() - begun) / (len(results) or 1)
+        comm.account.tasks += len(results)
+        comm.account.record("chunk", begun, first=first, items=len(results))
+        comm.take_in_logs()
+        return self._as_from_elsewhere(results, error)
+
+    def _as_from_elsewhere(
+        self, results: list[Any], error: Exception | None
+    ) -> tuple[list[Any], Exception | None]:
+        if self._copied:
+            try:
+                results = _as_sent(results)
+            except PackingError as why:
+                self.has_ended = True
+                return _as_sent(_that_can_be_packed(results)), why
+        elif self._comm.rank == 0:
+            results = _laid_out(results)
+        return results, error
+
+
+def _private(items: Any) -> tuple[Any, PackingError | None]:
+    """Copy main's items as the workers' are copied, so that it does not matter who computes which.
+
+    If an item cannot be copied, return only those before it, and the error.
+    """
+    if _are_plain(items):
+        return items, None
+    try:
+        return _sent(items), None
+    except PackingError as why:
+        return _sent(_that_can_be_packed(items)), why
+
+
+def _looked_after(items: list[Any], until: float, comm: Communicator) -> Iterator[Any]:
+    """Yield the items, `until` that time; in between, raise now and then if the run has failed."""
+    # After each item, although the clock takes 50 ns: an item may take hours after many that have
+    # taken a microsecond, because their results lay in a cache.
+    clock = time.perf_counter
+    next_look = clock() + _BETWEEN_LOOKS
+    comm.user.items = items
+    for item in items:
+        yield item
+        now = clock()
+        if now >= next_look and not comm.gone:
+            comm.heed_news()
+            if now >= until:
+                return
+            next_look = clock() + _BETWEEN_LOOKS
 
 
 def _imap_in_run(
@@ -6907,10 +6907,8 @@ class _Results:
         self._comm = dealer.comm
         self._ordered = ordered
         self._tag = tag
-        self._begun = (
-            self._comm.run_number,
-            self._comm.is_running(),
-        )  # under MPI, an imap may begin between two runs
+        # Under MPI, an imap may begin between two runs.
+        self._begun = self._comm.run_number, self._comm.is_running()
         self._done: dict[int, _Done] = {}  # results by the first item of their chunk
         self._own: _OwnChunk | None = None  # the one that main computes
         self._came = self._bytes = 0  # chunks whose results have come, and bytes
