@@ -6783,6 +6783,7 @@ class _Dealer:
         self._items: dict[int, Any] = {}  # of chunks that are not known to be computed elsewhere
         self._waiting: tuple[int, Message] | None = None  # a chunk for which there is no room yet
         self._recalled: collections.deque[tuple[int, Any]] = collections.deque()
+        self._own: _OwnChunk | None = None  # the latest that main has begun
         self.dealt: dict[int, None] = {}  # chunks whose results have not been yielded, in order
         self.most: float = math.inf  # how many of them may be under way
         self.told = False  # whether all know that there are no more chunks
@@ -6862,6 +6863,13 @@ class _Dealer:
         start = self.hand.take_own()
         return None if start is None else (start, self._items.pop(start))
 
+    def own_chunk(self, *, may_begin: bool = True) -> _OwnChunk | None:
+        """The chunk that main is computing, or else a new one, if main may begin one."""
+        if self._own is None or self._own.has_ended:
+            taken = self.take_own() if may_begin else None
+            self._own = None if taken is None else _OwnChunk(self.task, *taken, self.comm)
+        return self._own
+
     def forget(self, start: int) -> None:
         """Take note that the chunk has been computed elsewhere."""
         self._items.pop(start, None)
@@ -6876,7 +6884,6 @@ class _Dealer:
 def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object]) -> list[Any]:
     """Take main's part in a map whose results stay on the workers; return main's, in pieces."""
     done = []
-    own: _OwnChunk | None = None
     if dealer.task.is_paced(total, dealer.comm.size):
         dealer.hand.ahead = _FIRST_AHEAD  # until it is known how long an item takes
     while True:
@@ -6884,14 +6891,11 @@ def _dealt_to_all(dealer: _Dealer, total: int, reached: Callable[[int], object])
         for _, error in dealer.offer():
             if error is not None:
                 raise error
-        if own is None and (taken := dealer.take_own()) is not None:
-            own = _OwnChunk(dealer.task, *taken, dealer.comm)
-        if own is not None:
+        if (own := dealer.own_chunk()) is not None:
             number = own.number
             done.append((number, _results_of(own, _BETWEEN_RESULTS)))
             dealer.hand.ahead = _MOST_AHEAD
             reached(own.number)
-            own = None if own.has_ended else own
         elif dealer.told:
             return done
         elif isinstance(dealer.hand, _ChunksByTicket):
@@ -6910,7 +6914,6 @@ class _Results:
         # Under MPI, an imap may begin between two runs.
         self._begun = self._comm.run_number, self._comm.is_running()
         self._done: dict[int, _Done] = {}  # results by the first item of their chunk
-        self._own: _OwnChunk | None = None  # the one that main computes
         self._came = self._bytes = 0  # chunks whose results have come, and bytes
 
     def all(self, total: int | None) -> Generator[list[Any], None, None]:
@@ -6972,7 +6975,9 @@ class _Results:
                 if done.is_last:
                     del self._dealer.dealt[start]
                 return done
-            if (own := self._own_chunk()) is not None:
+            may_begin = dealer.task.main_computes and dealer.hand.has_spare()
+            if (own := dealer.own_chunk(may_begin=may_begin)) is not None:
+                dealer.dealt[own.start] = None
                 results, error = own.compute(_BETWEEN_RESULTS)
                 self._put(own.start, own.has_ended, results, error)
             elif dealer.hand.busy() or not dealer.has_ended():
@@ -6987,17 +6992,6 @@ class _Results:
             self._dealer.dealt[start] = None
             if error is not None:
                 self._put(start, True, [], error)
-
-    def _own_chunk(self) -> _OwnChunk | None:
-        """The chunk that main has begun, or may begin."""
-        dealer = self._dealer
-        if self._own is not None and self._own.has_ended:
-            self._own = None
-        may_compute = dealer.task.main_computes and dealer.hand.has_spare()
-        if self._own is None and may_compute and (taken := dealer.take_own()) is not None:
-            self._own = _OwnChunk(dealer.task, *taken, self._comm)
-            dealer.dealt[self._own.start] = None
-        return self._own
 
     def _put(
         self, start: int, is_last: bool, results: list[Any], error: BaseException | None
@@ -10578,7 +10572,7 @@ def _is_finalizing(frame: types.FrameType | None) -> bool:
 def _on_urgent(signum: int, frame: types.FrameType | None) -> None:
     for communicator in _LISTENING:
         communicator.user.news = True
-    if _is_finalizing(frame) and any(one.user.interruptible for one in _LISTENING):
+    if any(one.user.interruptible for one in _LISTENING) and _is_finalizing(frame):
         # An exception that is raised now would be lost, and the function would go on.
         _thread.start_new_thread(_send_urgent_later, ())
         return
