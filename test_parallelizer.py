@@ -10,8 +10,9 @@ every start method can pickle them. A body may assert on any process. What `p.ru
 main's under multiprocessing and each rank's own under MPI, so it goes through `expect`, which
 looks at it on main and lets the other ranks know.
 
-With the whole suite, some of it runs in the background on a copy of the module under another
-name, in another project; `test_a_copy_under_another_name_passes_the_tests`, the last, looks at it.
+What runs under MPI, and some of the tests once more, on a copy of the module under another name in
+another project, run beside all others (`beside`). What only starts programs runs side by side
+(`together`).
 
 ::
 
@@ -12977,10 +12978,11 @@ def make_copy_to_test(folder: Path) -> list[str]:
     return [*argv, "-k", OF_A_COPY]
 
 
+@pytest.mark.timeout(900)
 def test_a_copy_under_another_name_passes_the_tests(beside: Beside) -> None:
     code, told = beside.outcome_of("copy")
     # None failed, was skipped, or did not come to its end.
-    counts = re.search(r"^=+ (\d+) passed, (\d+) deselected in .*=$", told, re.MULTILINE)
+    counts = re.search(r"^=+ (\d+) passed, (\d+) deselected in .*=\n\Z", told, re.MULTILINE)
     assert code == 0, told[-20000:]
     assert counts, told[-20000:]
     assert int(counts[1]) > 60
