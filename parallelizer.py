@@ -6393,7 +6393,7 @@ def _looked_after(items: list[Any], until: float, comm: Communicator) -> Iterato
         yield item
         now = clock()
         if now >= next_look and not comm.gone:
-            comm.heed_news()
+            comm.leave_if_failed()
             if now >= until:
                 return
             next_look = clock() + _BETWEEN_LOOKS
@@ -8513,8 +8513,8 @@ class Communicator(abc.ABC):
         if executing:
             self._heed_signals()
 
-    def heed_news(self) -> None:
-        """After a signal: see whether the run has failed elsewhere, and if so, leave it."""
+    def leave_if_failed(self) -> None:
+        """Amid the user's function: see whether the run has failed elsewhere; if so, leave it."""
         # The flags go down before the look, so that a signal amid the look neither comes back in
         # here, in the middle of a step, nor is forgotten: it sets `news` again.
         self.user.interruptible = self.user.news = False
@@ -8525,7 +8525,7 @@ class Communicator(abc.ABC):
     def _heed_signals(self) -> None:
         """Act on signals that have waited until the user's function may be interrupted."""
         if self.user.news:
-            self.heed_news()
+            self.leave_if_failed()
         if _CTRL_C.pending and self.user.interruptible:
             _CTRL_C.heed()
 
@@ -10586,7 +10586,7 @@ def _on_urgent(signum: int, frame: types.FrameType | None) -> None:
         _HANDLERS_BEFORE[:] = before
         for communicator in _LISTENING:  # the outermost run first
             if communicator.user.interruptible:
-                communicator.heed_news()
+                communicator.leave_if_failed()
 
 
 def _on_main_thread() -> bool:
