@@ -2323,8 +2323,8 @@ def test_callbacks_hear_each_result_on_main(p: Par, way: Any) -> None:
 class CountsReads:
     """Numbers, of which it is known how many there are and how many have been read."""
 
-    def __init__(self, length: int) -> None:
-        self.length, self.read = length, 0
+    def __init__(self, length: int, heard: list[int]) -> None:
+        self.length, self.heard, self.read = length, heard, 0
 
     def __len__(self) -> int:
         return self.length
@@ -2332,25 +2332,23 @@ class CountsReads:
     def __iter__(self) -> Iterator[int]:
         for number in range(self.length):
             self.read += 1
+            if self.read > self.length // 2 and not self.heard:
+                time.sleep(0.01)  # whoever computes the first of them may be late
             yield number
 
 
-def waits_a_moment(item: int) -> int:
-    time.sleep(0.001)  # and lets the other processes have the CPU
-    return item
-
-
 def hears_early(*, parallelizer: Par) -> Any:
-    numbers, then = CountsReads(640), list[int]()
-    parallelizer.map(waits_a_moment, numbers, callback=lambda _: then.append(numbers.read))
+    then: list[int] = []
+    numbers = CountsReads(6400, then)
+    parallelizer.map(square, numbers, callback=lambda _: then.append(numbers.read))
     return then[0] if parallelizer.on_main else None
 
 
 @BOTH_WAYS
 def test_callbacks_hear_before_all_is_read_and_items_travel_together(p: Par, way: Any) -> None:
     read = way(p, hears_early)
-    chunk = 640 // (32 * p.nprocs)
-    expect(p, p.on_main and chunk <= read < 640, p.on_main)
+    chunk = 6400 // (32 * p.nprocs)
+    expect(p, p.on_main and chunk <= read < 6400, p.on_main)
 
 
 def spoils(item: list[int]) -> list[int]:
